@@ -1,2 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder of the first commit.
+//! Everything the guest can poke: virtio devices over MMIO, and the early serial console.
+//!
+//! # Theory of operation
+//!
+//! The guest is hostile from its first instruction. A device has two sides. The *control side*
+//! ([`virtio::VirtioDevice`] behind [`virtio::MmioTransport`]) answers register accesses on the vCPU's thread. The
+//! *data side* ([`virtio::ActiveDevice`]) owns the queues from the moment the driver sets DRIVER_OK, and runs on an
+//! [`event_loop::EventLoop`] that the devices of many cells share; there is no thread per device. Work that can block
+//! (file-system requests) goes to a [`worker_pool::WorkerPool`], shared as well.
+//!
+//! A register access arrives at the transport; at DRIVER_OK the transport consumes the queue configuration, so that
+//! nothing is left that later register writes could change, and hands [`virtio::ActiveQueue`]s to the device. A queue
+//! notification is an eventfd (KVM ioeventfd) on the event loop; an interrupt is an eventfd too (KVM irqfd). Nothing
+//! here knows of KVM, pods or containers.
+//!
+//! When a guest breaks the rules the device stops and says so through its [`virtio::Health`]; the process, the
+//! event loop and the other cells go on.
+
+pub mod event_loop;
+pub mod rate_limit;
+pub mod state;
+pub mod virtio;
+pub mod worker_pool;
+
+/// The guest's RAM as devices see it: mapped regions that are only touched through volatile accesses.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

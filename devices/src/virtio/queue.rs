@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A split queue from DRIVER_OK on.
+//!
+//! [`ActiveQueue`] is made once, out of the registers as they stood at DRIVER_OK, and owns its configuration: there
+//! is no way to change it but a reset, which drops the queue (Firecracker's CVE-2026-5747 is the bug that this rules
+//! out by type). Rings and descriptors live in guest memory and can change under us at any time: each index is
+//! checked where it is read, by virtio-queue, and chains are bounded by the queue's size.
+
+use std::sync::Arc;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Interrupt;
+use crate::GuestRam;
+
+/// A descriptor chain that the driver made available.
+pub type Chain = DescriptorChain<Arc<GuestRam>>;
+
+/// Why a queue cannot be used (any further).
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// Size zero, not a power of two, or above the maximum offered.
+    #[error("size {size} is not a power of two between 1 and {max}")]
+    Size {
+        /// What the driver asked for.
+        size: u16,
+        /// What the device offers.
+        max: u16,
+    },
+    /// A ring is misaligned or outside the guest's RAM.
+    #[error("{ring} at {address:#x} is misaligned or outside of guest memory")]
+    Address {
+        /// Which of the three areas.
+        ring: &'static str,
+        /// Where the driver put it.
+        address: u64,
+    },
+    /// The rings hold something impossible.
+    #[error("the driver corrupted the ring")]
+    Ring(#[source] virtio_queue::Error),
+}
+
+/// What a handler did with a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is done; `len` bytes were written into the chain's writable part.
+    Done {
+        /// Bytes written.
+        len: u32,
+    },
+    /// It will be completed later through [`ActiveQueue::complete`].
+    Deferred,
+    /// It cannot be handled now: put it back and stop.
+    Break,
+}
+
+/// A live split queue. `serve` hands chains to a closure and returns them to the driver.
+pub struct ActiveQueue {
+    queue: Queue,
+    ram: Arc<GuestRam>,
+    notification: Arc<EventFd>,
+    interrupt: Arc<Interrupt>,
+}
+
+impl ActiveQueue {
+    /// Chains handled per call of [`ActiveQueue::serve`] before others get their turn on the event loop.
+    pub const BUDGET: usize = 256;
+
+    /// Checks the configuration and freezes it. `state.ready` must be set.
+    pub(super) fn new(
+        state: QueueState,
+        ram: Arc<GuestRam>,
+        notification: Arc<EventFd>,
+        interrupt: Arc<Interrupt>,
+    ) -> Result<Self, QueueError> {
+        let size = state.size;
+        if size == 0 || !size.is_power_of_two() || size > state.max_size {
+            return Err(QueueError::Size {
+                size,
+                max: state.max_size,
+            });
+        }
+        // Section 2.7: 16 bytes per descriptor; 6 + 2n bytes; 6 + 8n bytes, with their alignments.
+        let n = usize::from(size);
+        let areas = [
+            (
+                "descriptor table",
+                state.desc_table,
+                16,
+                16 * n,
+                Permissions::Read,
+            ),
+            (
+                "available ring",
+                state.avail_ring,
+                2,
+                6 + 2 * n,
+                Permissions::Read,
+            ),
+            ("used ring", state.used_ring, 4, 6 + 8 * n, Permissions::Write),
+        ];
+        for (ring, address, align, length, access) in areas {
+            if address % align != 0 || !ram.check_range(GuestAddress(address), length, access) {
+                return Err(QueueError::Address { ring, address });
+            }
+        }
+        let queue = Queue::try_from(state).map_err(QueueError::Ring)?;
+        Ok(Self {
+            queue,
+            ram,
+            notification,
+            interrupt,
+        })
+    }
+
+    /// The eventfd that the driver's notifications arrive on.
+    pub fn notification(&self) -> &EventFd {
+        &self.notification
+    }
+
+    /// The guest's RAM that this queue's chains refer to.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The number of descriptors.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Takes the next available chain.
+    pub fn pop(&mut self) -> Result<Option<Chain>, QueueError> {
+        let chain = self
+            .queue
+            .iter(Arc::clone(&self.ram))
+            .map_err(QueueError::Ring)?
+            .next();
+        Ok(chain)
+    }
+
+    /// Puts the chain that was popped last back.
+    pub fn undo_pop(&mut self) {
+        let previous = self.queue.next_avail().wrapping_sub(1);
+        self.queue.set_next_avail(previous);
+    }
+
+    /// Returns a chain to the driver without interrupting it: call [`ActiveQueue::signal`] after the last one.
+    pub fn complete(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
+        self.queue
+            .add_used(&*self.ram, head, len)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Interrupts the driver if it wants to hear of what was completed.
+    pub fn signal(&mut self) -> Result<(), QueueError> {
+        if self
+            .queue
+            .needs_notification(&*self.ram)
+            .map_err(QueueError::Ring)?
+        {
+            self.interrupt.signal_used();
+        }
+        Ok(())
+    }
+
+    /// Asks the driver for no notifications while the queue is being looked at anyway.
+    pub fn disable_notification(&mut self) -> Result<(), QueueError> {
+        self.queue
+            .disable_notification(&*self.ram)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Asks the driver for notifications again; `true` means that chains have arrived meanwhile, look again.
+    pub fn enable_notification(&mut self) -> Result<bool, QueueError> {
+        self.queue
+            .enable_notification(&*self.ram)
+            .map_err(QueueError::Ring)
+    }
+
+    /// Consumes the eventfd's count after it woke the event loop.
+    pub fn clear_notification(&self) {
+        // EAGAIN: somebody else consumed it; the queue is looked at all the same.
+        let _ = self.notification.read();
+    }
+
+    /// Hands available chains to `handle` until the queue is empty, `handle` breaks, or the budget is spent; returns
+    /// finished ones to the driver and interrupts it once. When the budget ends it, the queue notifies itself, so
+    /// that the event loop comes back after the others had their turn.
+    pub fn serve(&mut self, mut handle: impl FnMut(&Chain) -> Outcome) -> Result<(), QueueError> {
+        let mut budget = Self::BUDGET;
+        let mut completed = false;
+        'looking: loop {
+            self.disable_notification()?;
+            while let Some(chain) = self.pop()? {
+                match handle(&chain) {
+                    Outcome::Done { len } => {
+                        self.complete(chain.head_index(), len)?;
+                        completed = true;
+                    }
+                    Outcome::Deferred => {}
+                    Outcome::Break => {
+                        self.undo_pop();
+                        self.enable_notification()?;
+                        break 'looking;
+                    }
+                }
+                budget -= 1;
+                if budget == 0 {
+                    // EAGAIN would mean that a notification is pending already.
+                    let _ = self.notification.write(1);
+                    break 'looking;
+                }
+            }
+            if !self.enable_notification()? {
+                break;
+            }
+        }
+        if completed {
+            self.signal()?;
+        }
+        Ok(())
+    }
+
+    /// Where the queue stands, for a snapshot.
+    pub fn state(&self) -> QueueState {
+        self.queue.state()
+    }
+}
