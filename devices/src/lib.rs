@@ -18,6 +18,7 @@
 //! event loop and the other cells go on.
 
 pub mod event_loop;
+pub mod host_io;
 pub mod rate_limit;
 pub mod state;
 pub mod virtio;

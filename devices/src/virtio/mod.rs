@@ -5,12 +5,14 @@
 //! [`ActiveQueue`] a split queue (section 2.7) from DRIVER_OK on, [`Interrupt`] and [`Health`] the ways back to the
 //! guest and to the cell.
 
+mod buffers;
 mod device;
 mod health;
 mod interrupt;
 mod mmio;
 mod queue;
 
+pub use buffers::{Buffers, ChainError, Slices};
 pub use device::{
     ActivateError, ActivationContext, ActiveDevice, DeviceType, RestoreError, SharedMemory, VirtioDevice,
 };
