@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+#   make run             set up, build, and show a container in its own VM
+#   make test            set up, build, lint, run every test
+#   make bench [ONLY=P]  the benchmarks whose names start with P; results in target/bench/results.jsonl
+#   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME
+#   make setup, build, guest, lint, unit, kvm-host-test, clean: the steps of the above
+#
+# Wherever Linux guests run, ci/with-kvm chooses between this machine's KVM and the emulated host, and says so.
+
+export CLOISTER_CACHE ?= $(HOME)/.cache/cloister
+# CI builds in a fresh clone each time: there, keep what was compiled from crates.io.
+ifeq ($(CI),true)
+export CARGO_TARGET_DIR ?= $(CLOISTER_CACHE)/target
+else
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+endif
+# Our programs first (inside the emulated host too), then cargo-nextest where ci/setup had to build it.
+export PATH := $(abspath $(CARGO_TARGET_DIR))/release:$(PATH):$(CLOISTER_CACHE)/bin
+
+agent_target := x86_64-unknown-linux-gnu
+agent := $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-agent
+guest := $(CURDIR)/target/guest
+# Room for 8 pods at once, and for a guest of 4 GiB.
+kvm_options ?= --cpus 2 --memory 12288
+
+.PHONY: setup build guest run test unit e2e kvm-host-test bench lint clean
+
+setup:
+	ci/setup
+
+build: setup guest
+	cargo build --locked --release --workspace --exclude cloister-agent
+
+# The agent with the C library inside it, for there is none in the guest; then what boots with it.
+guest: setup
+	RUSTFLAGS='-C target-feature=+crt-static' \
+		cargo build --locked --package cloister-agent --profile agent --target $(agent_target)
+	mkdir -p $(guest)
+	guest-image/build-kernel --out $(guest)/vmlinux
+	guest-image/build-initramfs $(agent) $(guest)/initramfs.cpio
+
+# prepare needs the network (Debian packages) and runs outside; there is none in the emulated host.
+run: build
+	tests/demo/prepare
+	ci/with-kvm $(kvm_options) -- tests/demo/run
+
+test: build lint unit kvm-host-test e2e
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets -- -D warnings
+
+# Unit tests, the hostile-guest kit and tiny guests, which any /dev/kvm can run.
+unit: setup
+	cargo nextest run --locked --workspace -E 'not binary(/^e2e_/)'
+
+kvm-host-test: setup
+	ci/test-kvm-host
+
+e2e: build
+	ci/e2e $(kvm_options) -- $(E2E)
+
+bench: build
+	mkdir -p target/bench
+	ci/with-kvm $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY)
+
+clean:
+	cargo clean
+	rm -rf target
