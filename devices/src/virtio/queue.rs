@@ -216,6 +216,12 @@ impl ActiveQueue {
             if !self.enable_notification()? {
                 break;
             }
+            // A guest that changes the index to and fro would keep us here for nothing.
+            budget -= 1;
+            if budget == 0 {
+                let _ = self.notification.write(1);
+                break;
+            }
         }
         if completed {
             self.signal()?;
