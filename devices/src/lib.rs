@@ -17,9 +17,14 @@
 //! When a guest breaks the rules the device stops and says so through its [`virtio::Health`]; the process, the
 //! event loop and the other cells go on.
 
+pub mod console;
 pub mod event_loop;
 pub mod host_io;
+pub mod metrics;
+pub mod output_tail;
 pub mod rate_limit;
+pub mod rng;
+pub mod serial;
 pub mod state;
 pub mod virtio;
 pub mod worker_pool;

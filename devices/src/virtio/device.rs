@@ -172,3 +172,31 @@ pub trait ActiveDevice: MutEventSubscriber + Send {
     /// The state of each queue, in order; `None` where the driver left one out.
     fn queues(&self) -> Vec<Option<virtio_queue::QueueState>>;
 }
+
+/// Answers a read of configuration space that holds `config`: bytes beyond it stay as they are.
+pub fn copy_config(config: &[u8], offset: u32, data: &mut [u8]) {
+    let source = usize::try_from(offset)
+        .ok()
+        .and_then(|offset| config.get(offset..))
+        .unwrap_or_default();
+    let n = source.len().min(data.len());
+    data[..n].copy_from_slice(&source[..n]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::copy_config;
+
+    #[test]
+    fn configuration_ends_where_it_ends() {
+        let read = |offset| {
+            let mut data = [0; 4];
+            copy_config(&[1, 2, 3, 4, 5, 6], offset, &mut data);
+            data
+        };
+        assert_eq!(read(0), [1, 2, 3, 4]);
+        assert_eq!(read(4), [5, 6, 0, 0]);
+        assert_eq!(read(6), [0; 4]);
+        assert_eq!(read(u32::MAX), [0; 4]);
+    }
+}

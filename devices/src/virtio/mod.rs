@@ -15,6 +15,7 @@ mod queue;
 pub use buffers::{Buffers, ChainError, Slices};
 pub use device::{
     ActivateError, ActivationContext, ActiveDevice, DeviceType, RestoreError, SharedMemory, VirtioDevice,
+    copy_config,
 };
 pub use health::Health;
 pub use interrupt::Interrupt;
