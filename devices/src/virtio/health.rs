@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use super::Interrupt;
+use crate::metrics::Counter;
 use crate::rate_limit::RateLimit;
 
 type Observer = Box<dyn Fn(&str, &str) + Send + Sync>;
@@ -21,7 +22,8 @@ type Observer = Box<dyn Fn(&str, &str) + Send + Sync>;
 pub struct Health {
     name: String,
     failed: AtomicBool,
-    complaints: RateLimit,
+    complaints: Counter,
+    log: RateLimit,
     interrupt: OnceLock<Arc<Interrupt>>,
     observer: OnceLock<Observer>,
 }
@@ -32,7 +34,8 @@ impl Health {
         Self {
             name: name.into(),
             failed: AtomicBool::new(false),
-            complaints: RateLimit::new(),
+            complaints: Counter::default(),
+            log: RateLimit::new(),
             interrupt: OnceLock::new(),
             observer: OnceLock::new(),
         }
@@ -55,7 +58,13 @@ impl Health {
 
     /// Logs, rate-limited, that the guest broke a rule whose consequences are its own.
     pub fn complain(&self, what: impl Display) {
-        self.complaints.warn(&self.name, format_args!("{what}"));
+        self.complaints.increment();
+        self.log.warn(&self.name, format_args!("{what}"));
+    }
+
+    /// How often the guest broke a rule, whether that was logged or not.
+    pub fn complaints(&self) -> u64 {
+        self.complaints.get()
     }
 
     /// Stops the device: sets DEVICE_NEEDS_RESET, interrupts the driver, tells the observer.
@@ -64,7 +73,7 @@ impl Health {
             return;
         }
         let why = why.to_string();
-        self.complaints.warn(&self.name, format_args!("stopped: {why}"));
+        self.log.warn(&self.name, format_args!("stopped: {why}"));
         if let Some(interrupt) = self.interrupt.get() {
             interrupt.signal_config();
         }
