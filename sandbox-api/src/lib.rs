@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Pods, containers, images, networks: the host half of every task call, and the `cloister` command.
+//!
+//! The only room of the house that is asynchronous. It never touches guest memory: it gives a cell plain data and file
+//! descriptors, and speaks with the agent inside over vsock.
+
+pub mod files;
+pub mod ids;
+pub mod image;
