@@ -8,3 +8,4 @@
 
 pub mod driver;
 pub mod random;
+pub mod zoo;

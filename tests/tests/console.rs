@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The virtio console, driven well and badly.
 
+#![allow(clippy::unwrap_used)]
+
 use std::io::{PipeReader, PipeWriter, Read, Write};
 use std::time::Duration;
 

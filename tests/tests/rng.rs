@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The entropy device, driven well and badly.
 
+#![allow(clippy::unwrap_used)]
+
 use cloister_devices::rng::{BYTE_BUDGET, MAX_REQUEST, Rng};
 use cloister_tests::driver::{Descriptor, Driver, Machine, Reply};
 

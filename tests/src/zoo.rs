@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One of each device, for tests that treat all of them alike.
+//!
+//! A device added to `cloister-devices` is added here, and so gets the whole of `tests/hostile_transport.rs`.
+
+use std::os::fd::OwnedFd;
+
+use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
+use cloister_devices::rng::Rng;
+use cloister_devices::virtio::VirtioDevice;
+
+use crate::driver::Machine;
+
+/// A kind of device.
+#[derive(Clone, Copy)]
+pub struct Specimen {
+    /// For messages.
+    pub name: &'static str,
+    /// Makes one; a second one made alike can take over the first one's saved state.
+    pub make: fn(&Machine) -> Animal,
+    /// A queue whose chains the device looks at as soon as they arrive.
+    pub busy_queue: u32,
+}
+
+/// A device, and what must live as long as it does: the other ends of its descriptors.
+pub struct Animal {
+    /// The device.
+    pub device: Box<dyn VirtioDevice>,
+    /// Kept open.
+    pub keep: Vec<OwnedFd>,
+}
+
+/// All kinds.
+pub const ALL: &[Specimen] = &[
+    Specimen {
+        name: "rng",
+        make: rng,
+        busy_queue: 0,
+    },
+    Specimen {
+        name: "console",
+        make: console,
+        busy_queue: 1,
+    },
+];
+
+fn rng(_: &Machine) -> Animal {
+    Animal {
+        device: Box::new(Rng::new()),
+        keep: Vec::new(),
+    }
+}
+
+fn console(_: &Machine) -> Animal {
+    let (input, input_end) = std::io::pipe().unwrap();
+    // Never full: floods are part of the tests.
+    let output = std::fs::File::options().write(true).open("/dev/null").unwrap();
+    let device = Console::new(ConsoleConfig {
+        input: Some(input.into()),
+        output: Some(output.into()),
+        size: Some(TerminalSize {
+            columns: 80,
+            rows: 24,
+        }),
+        ..ConsoleConfig::default()
+    })
+    .unwrap();
+    Animal {
+        device: Box::new(device),
+        keep: vec![input_end.into()],
+    }
+}
