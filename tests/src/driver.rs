@@ -23,8 +23,8 @@
 //! Waiting has a bound ([`TIMEOUT`]) only so that a device that hangs fails its test.
 
 use std::cell::Cell;
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cloister_devices::GuestRam;
@@ -400,6 +400,7 @@ pub struct Driver<'m> {
     pub machine: &'m Machine,
     /// Its registers.
     pub transport: MmioTransport,
+    failures: Arc<Mutex<Vec<String>>>,
 }
 
 impl<'m> Driver<'m> {
@@ -407,11 +408,20 @@ impl<'m> Driver<'m> {
     pub fn new(machine: &'m Machine, device: Box<dyn VirtioDevice>) -> Self {
         let name = format!("test {:?}", device.device_type());
         let health = Arc::new(Health::new(name));
+        let failures = Arc::<Mutex<Vec<String>>>::default();
+        let observed = Arc::clone(&failures);
+        health.observe(move |_, why| observed.lock().unwrap().push(why.to_owned()));
         let (ram, event_loop) = (Arc::clone(&machine.ram), Arc::clone(&machine.event_loop));
         Self {
             machine,
             transport: MmioTransport::new(device, ram, event_loop, health).unwrap(),
+            failures,
         }
+    }
+
+    /// Why the device failed, each time that it did.
+    pub fn failures(&self) -> Vec<String> {
+        self.failures.lock().unwrap().clone()
     }
 
     /// Puts `device` behind registers and restores both from what [`MmioTransport::save`] gave.
@@ -653,6 +663,18 @@ impl<'m> Driver<'m> {
             len: used.len,
             buffers,
         })
+    }
+}
+
+impl Drop for Driver<'_> {
+    /// A device may stop because of its guest; it may not panic. That is contained, so the test has to ask.
+    fn drop(&mut self) {
+        // Takes the device off the event loop, and so waits for its last event.
+        self.reset();
+        let panics = self.failures().iter().any(|why| why.contains("panicked"));
+        if panics && !std::thread::panicking() {
+            panic!("{}: {:?}", self.health().name(), self.failures());
+        }
     }
 }
 

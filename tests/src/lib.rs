@@ -7,5 +7,6 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 pub mod driver;
+pub mod game;
 pub mod random;
 pub mod zoo;
