@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Generates the Pod service from `proto/pod.proto` with ttrpc's compiler, which parses protobuf itself: no protoc.
+#![allow(clippy::expect_used)]
 use std::path::PathBuf;
 use std::{env, fs};
 

@@ -65,13 +65,7 @@ pub mod cmdline {
 
 /// Our own Pod service: messages, the `Pod` trait for servers, `PodClient`, `create_pod`.
 pub mod pod {
-    #![allow(
-        missing_docs,
-        warnings,
-        clippy::all,
-        clippy::pedantic,
-        clippy::undocumented_unsafe_blocks
-    )]
+    #![allow(missing_docs, warnings, clippy::all, clippy::pedantic, clippy::unwrap_used)]
     // The generated service names its messages `super::pod::...`.
     mod pod {
         include!(concat!(env!("OUT_DIR"), "/pod.rs"));
@@ -119,13 +113,25 @@ pub fn create_task(
     table
 }
 
-/// Packs a message as `google.protobuf.Any` the way containerd's typeurl does: the bare full name, no host before it.
+/// Package of containerd's event messages, for [`pack`].
+pub const EVENTS_PACKAGE: &str = "containerd.events";
+/// Package of our own messages, for [`pack`].
+pub const AGENT_PACKAGE: &str = "cloister.agent.v1";
+/// Package of the cgroup v2 metrics, for [`pack`].
+pub const METRICS_PACKAGE: &str = "io.containerd.cgroups.v2";
+
+/// Packs a message as `google.protobuf.Any` the way containerd's typeurl does: `package.Name`, no host before it.
+///
+/// The package is given, not looked up: a look-up would parse the descriptors of the whole file when the agent starts.
 ///
 /// # Errors
 /// Only when the message cannot be encoded, which protobuf reserves to messages over 2 GiB.
-pub fn pack<M: protobuf::MessageFull>(message: &M) -> protobuf::Result<protobuf::well_known_types::any::Any> {
+pub fn pack<M: protobuf::Message>(
+    package: &str,
+    message: &M,
+) -> protobuf::Result<protobuf::well_known_types::any::Any> {
     Ok(protobuf::well_known_types::any::Any {
-        type_url: M::descriptor().full_name().to_owned(),
+        type_url: format!("{package}.{}", M::NAME),
         value: message.write_to_bytes()?,
         ..Default::default()
     })
@@ -149,15 +155,24 @@ mod tests {
         assert_eq!(table[TASK_V2].methods.len(), table[TASK_V3].methods.len());
     }
 
+    fn full_name<M: protobuf::MessageFull>() -> String {
+        M::descriptor().full_name().to_owned()
+    }
+
     #[test]
-    fn packed_messages_carry_the_bare_name() {
-        let any = pack(&pod::Ready {
-            version: "1".into(),
-            ..Default::default()
-        })
+    fn packed_messages_carry_their_full_names() {
+        let any = pack(
+            AGENT_PACKAGE,
+            &pod::Ready {
+                version: "1".into(),
+                ..Default::default()
+            },
+        )
         .unwrap();
-        assert_eq!(any.type_url, "cloister.agent.v1.Ready");
-        let exit = pack(&events::TaskExit::default()).unwrap();
-        assert_eq!(exit.type_url, "containerd.events.TaskExit");
+        assert_eq!(any.type_url, full_name::<pod::Ready>());
+        let exit = pack(EVENTS_PACKAGE, &events::TaskExit::default()).unwrap();
+        assert_eq!(exit.type_url, full_name::<events::TaskExit>());
+        let metrics = pack(METRICS_PACKAGE, &task::Metrics::default()).unwrap();
+        assert_eq!(metrics.type_url, full_name::<task::Metrics>());
     }
 }

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What PID 1 does before it serves.
+//!
+//! # Theory of operation
+//!
+//! Start-up time of every pod passes through here, so the order matters:
+//!
+//! 1. load modules, if the kernel needs any to have vsock (never with our own kernel);
+//! 2. listen on vsock, then start dialling the host: the kernel does both without us;
+//! 3. while the host answers: mount what any Linux process expects, bring up the loopback device;
+//! 4. enter the runtime, say "ready" ([`crate::serve`]).
+//!
+//! The initramfs is the kernel's rootfs, which pivot_root(2) refuses to leave. So before anything else is mounted, a bind
+//! mount of it is put on top of itself and becomes the root: containers can then pivot away from it, instead of being
+//! held in by no more than a chroot. No file is copied.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use cloister_protocol::EVENTS_PORT;
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::{cmdline, log as logger, net, power, serve, transport};
+
+/// List of kernel module files to load, one path per line, in order.
+const MODULE_ORDER: &str = "/lib/modules/cloister/order";
+/// Open files a process may have, as container runtimes usually give.
+const MAX_FILES: u64 = 1 << 20;
+
+/// Nanoseconds since the machine started.
+pub fn boottime_ns() -> u64 {
+    let now = clock_gettime(ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    seconds
+        .saturating_mul(1_000_000_000)
+        .saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// What PID 1 mounts: type, target, flags, data.
+const MOUNTS: &[(&str, &str, MountFlags, &str)] = &[
+    ("sysfs", "/sys", NO_ALL, ""),
+    (
+        "cgroup2",
+        "/sys/fs/cgroup",
+        NO_ALL,
+        "nsdelegate,memory_recursiveprot",
+    ),
+    (
+        "devpts",
+        "/dev/pts",
+        NO_SUID_EXEC,
+        "mode=0620,gid=5,ptmxmode=0666",
+    ),
+    ("tmpfs", "/dev/shm", NO_SUID_DEV, "mode=1777"),
+    ("tmpfs", "/run", NO_SUID_DEV, "mode=0755"),
+    ("tmpfs", "/tmp", NO_SUID_DEV, "mode=1777"),
+];
+const NO_SUID_DEV: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+const NO_SUID_EXEC: MountFlags = MountFlags::NOSUID.union(MountFlags::NOEXEC);
+const NO_ALL: MountFlags = NO_SUID_DEV.union(MountFlags::NOEXEC);
+
+fn mount_at(kind: &str, target: &str, flags: MountFlags, data: &str) -> io::Result<()> {
+    let data = std::ffi::CString::new(data)?;
+    let again = || mount(kind, target, kind, flags, Some(data.as_c_str()));
+    match again() {
+        // Most directories are there; making them only when they are not saves the calls.
+        Err(rustix::io::Errno::NOENT) => {
+            fs::create_dir_all(target)?;
+            again()?;
+        }
+        // devtmpfs may have been mounted by the kernel.
+        Err(rustix::io::Errno::BUSY) | Ok(()) => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+/// Puts a mount over the kernel's rootfs, see the module's theory of operation.
+fn leave_rootfs() -> io::Result<()> {
+    const STEP: &str = "/.root";
+    fs::create_dir_all(STEP)?;
+    mount_bind("/", STEP)?;
+    chdir(STEP)?;
+    mount_move(".", "/")?;
+    chroot(".")?;
+    chdir("/")?;
+    fs::remove_dir(STEP)
+}
+
+/// Opens /dev/null for each of the first three descriptors the kernel left closed, so that no later one lands there.
+fn standard_fds() {
+    loop {
+        let fd = open("/dev/null", OFlags::RDWR, Mode::empty()).or_else(|_| {
+            mknodat(
+                CWD,
+                "/dev/null",
+                FileType::CharacterDevice,
+                Mode::from_raw_mode(0o666),
+                rustix::fs::makedev(1, 3),
+            )?;
+            open("/dev/null", OFlags::RDWR, Mode::empty())
+        });
+        match fd {
+            Ok(fd) if std::os::fd::AsRawFd::as_raw_fd(&fd) < 3 => std::mem::forget(fd),
+            _ => break,
+        }
+    }
+}
+
+fn load_modules() {
+    let Ok(order) = fs::read_to_string(MODULE_ORDER) else {
+        return;
+    };
+    for path in order
+        .lines()
+        .map(str::trim)
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+    {
+        let path = Path::new("/lib/modules/cloister").join(path);
+        // MODULE_INIT_COMPRESSED_FILE
+        let flags = if path.extension().is_some_and(|e| e == "ko") {
+            0
+        } else {
+            4
+        };
+        let loaded =
+            fs::File::open(&path).and_then(|file| Ok(rustix::system::finit_module(&file, c"", flags)?));
+        match loaded {
+            Ok(()) => {}
+            Err(e) if e.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(e) => log::error!("kernel module {} was not loaded: {e}", path.display()),
+        }
+    }
+}
+
+/// Gives every controller to the cgroups below the root.
+fn delegate_controllers() -> io::Result<()> {
+    let available = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
+    let wanted: String = available
+        .split_ascii_whitespace()
+        .map(|c| format!("+{c} "))
+        .collect();
+    fs::write("/sys/fs/cgroup/cgroup.subtree_control", wanted.trim_end())
+}
+
+fn warn(what: &str, result: io::Result<()>) {
+    if let Err(error) = result {
+        log::error!("{what}: {error}");
+    }
+}
+
+/// Life of PID 1; returns only by panicking the kernel.
+pub fn main(started: u64) -> i32 {
+    standard_fds();
+    let root = leave_rootfs();
+    let dev = mount_at("devtmpfs", "/dev", MountFlags::NOSUID, "mode=0755");
+    let proc = mount_at("proc", "/proc", NO_ALL, "");
+    let options = cmdline::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    logger::to_kernel(options.log);
+    warn("root was not moved off rootfs", root);
+    warn("/dev was not mounted", dev);
+    warn("/proc was not mounted", proc);
+
+    load_modules();
+    let listener = match transport::listen_vsock() {
+        Ok(listener) => listener,
+        Err(error) => fatal(&format!(
+            "vsock: cannot listen (has the VM a vsock device?): {error}"
+        )),
+    };
+    let dial = options.ready.then(|| transport::dial_vsock(EVENTS_PORT));
+
+    // The host is at it now; use the time.
+    for (kind, target, flags, data) in MOUNTS {
+        warn(target, mount_at(kind, target, *flags, data));
+    }
+    warn("cgroup controllers were not delegated", delegate_controllers());
+    let limit = Rlimit {
+        current: Some(MAX_FILES),
+        maximum: Some(MAX_FILES),
+    };
+    warn(
+        "open file limit",
+        setrlimit(Resource::Nofile, limit).map_err(io::Error::from),
+    );
+    warn("loopback device", net::loopback_up());
+    run(listener, dial, started)
+}
+
+fn run(listener: OwnedFd, dial: Option<io::Result<transport::Dial>>, started: u64) -> i32 {
+    match serve::in_vm(listener, dial, started) {
+        Ok(()) => fatal("the server ended"),
+        Err(error) => fatal(&format!("cannot serve: {error}")),
+    }
+}
+
+/// Says why and restarts the machine, which the VMM reports.
+fn fatal(text: &str) -> ! {
+    log::error!("{text}");
+    power::down(true)
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Events to the host: "ready" first, then containerd's task events.
+//!
+//! One task owns the connection and sends one event at a time, in order. When the connection breaks (the daemon was
+//! restarted) it dials again, says "ready" again and goes on. A host that does not listen costs a bounded queue; what
+//! does not fit is dropped and counted in the log.
+
+use std::time::{Duration, SystemTime};
+
+use cloister_protocol::events::{Envelope, EventsClient, ForwardRequest};
+use cloister_protocol::protobuf::well_known_types::any::Any;
+use cloister_protocol::protobuf::well_known_types::timestamp::Timestamp;
+use cloister_protocol::protobuf::{Message, MessageField};
+use cloister_protocol::ttrpc::asynchronous::transport::Socket;
+use cloister_protocol::ttrpc::{asynchronous::Client, context};
+use cloister_protocol::{
+    AGENT_PACKAGE, EVENT_NAMESPACE, EVENTS_PACKAGE, EVENTS_PORT, READY_TOPIC, pack, pod,
+};
+use tokio::sync::mpsc;
+
+use crate::boot::boottime_ns;
+use crate::transport::{Conn, Dial, Host};
+
+/// Events that may wait for the host.
+const QUEUE: usize = 1024;
+/// Pause between attempts to reach the host.
+const RETRY: Duration = Duration::from_millis(500);
+/// How long the host may take for one event, in nanoseconds.
+const TIMEOUT: i64 = 10_000_000_000;
+
+/// Queue to the host. Clones share it.
+#[derive(Clone)]
+pub struct Publisher(Option<mpsc::Sender<Envelope>>);
+
+/// A time as protobuf has it; before 1970 counts as 1970.
+pub fn timestamp(at: SystemTime) -> MessageField<Timestamp> {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    MessageField::some(Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or(0),
+        ..Default::default()
+    })
+}
+
+fn envelope(topic: &str, event: Any) -> Envelope {
+    Envelope {
+        timestamp: timestamp(SystemTime::now()),
+        namespace: EVENT_NAMESPACE.to_owned(),
+        topic: topic.to_owned(),
+        event: MessageField::some(event),
+        ..Default::default()
+    }
+}
+
+impl Publisher {
+    /// A publisher that sends nothing.
+    pub fn none() -> Self {
+        Self(None)
+    }
+
+    /// Starts to send. `dial` is the connection already begun, if one is.
+    pub fn start(host: Host, dial: Option<Dial>, started: u64) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        tokio::spawn(send_all(host, dial, receiver, started));
+        Self(Some(sender))
+    }
+
+    /// Queues one of containerd's events.
+    pub fn publish<M: Message>(&self, topic: &str, event: &M) {
+        let Some(queue) = &self.0 else { return };
+        match pack(EVENTS_PACKAGE, event) {
+            Ok(event) => {
+                if queue.try_send(envelope(topic, event)).is_err() {
+                    log::error!("event {topic} was dropped: the host takes none");
+                }
+            }
+            Err(error) => log::error!("event {topic} cannot be encoded: {error}"),
+        }
+    }
+}
+
+fn ready(started: u64) -> pod::Ready {
+    pod::Ready {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        protocol: cloister_protocol::PROTOCOL_VERSION,
+        kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
+        main_ns: started,
+        ready_ns: boottime_ns(),
+        ..Default::default()
+    }
+}
+
+async fn connect(host: &Host, dial: Option<Dial>) -> Conn {
+    let mut failed = false;
+    if let Some(dial) = dial {
+        match dial.finish().await {
+            Ok(conn) => return conn,
+            Err(error) => {
+                log::warn!("the host does not take events yet (port {EVENTS_PORT}): {error}");
+                failed = true;
+            }
+        }
+    }
+    loop {
+        match host.connect(EVENTS_PORT).await {
+            Ok(conn) => return conn,
+            Err(error) if !failed => {
+                log::warn!("the host does not take events (port {EVENTS_PORT}): {error}");
+                failed = true;
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+async fn send_all(host: Host, mut dial: Option<Dial>, mut queue: mpsc::Receiver<Envelope>, started: u64) {
+    // An event the host has not confirmed.
+    let mut pending: Option<Envelope> = None;
+    loop {
+        let conn = connect(&host, dial.take()).await;
+        let client = EventsClient::new(Client::new(Socket::new(conn)));
+        let Ok(event) = pack(AGENT_PACKAGE, &ready(started)) else {
+            return;
+        };
+        if forward(&client, envelope(READY_TOPIC, event)).await {
+            loop {
+                let next = match pending.take() {
+                    Some(event) => event,
+                    None => match queue.recv().await {
+                        Some(event) => event,
+                        None => return,
+                    },
+                };
+                if !forward(&client, next.clone()).await {
+                    pending = Some(next);
+                    break;
+                }
+            }
+        }
+        tokio::time::sleep(RETRY).await;
+    }
+}
+
+/// Sends one event; false when the connection is no good. An event the host refuses is gone: it would refuse it again.
+async fn forward(client: &EventsClient, event: Envelope) -> bool {
+    use cloister_protocol::ttrpc::Error;
+    let topic = event.topic.clone();
+    let request = ForwardRequest {
+        envelope: MessageField::some(event),
+        ..Default::default()
+    };
+    match client.forward(context::with_timeout(TIMEOUT), &request).await {
+        Ok(_) => true,
+        Err(Error::RpcStatus(status)) => {
+            log::warn!("the host refuses event {topic}: {}", status.message());
+            true
+        }
+        Err(error) => {
+            log::warn!("event {topic} was not sent: {error}");
+            false
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_kept_to_the_nanosecond() {
+        let at = SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 123_456_789);
+        let stamp = timestamp(at);
+        assert_eq!((stamp.seconds, stamp.nanos), (1_700_000_000, 123_456_789));
+        let before = timestamp(SystemTime::UNIX_EPOCH - Duration::from_secs(1));
+        assert_eq!((before.seconds, before.nanos), (0, 0));
+    }
+}

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The helper: a short-lived child of PID 1 in which libcontainer creates one container, or one process in it.
+//!
+//! ```text
+//! cloister-agent --helper FD create STATE ID BUNDLE CONSOLE
+//! cloister-agent --helper FD exec   STATE ID PROCESS CONSOLE
+//! ```
+//!
+//! FD is the control pipe (see [`crate::spawn`]), STATE libcontainer's state directory, BUNDLE a directory with
+//! `config.json`, PROCESS a file with an OCI process, CONSOLE a unix socket that takes the terminal, or `-`. The stdio of
+//! the helper becomes that of the container. The process made is an orphan when the helper exits.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::path::PathBuf;
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::syscall::syscall::SyscallType;
+
+use crate::executor::AgentExecutor;
+use crate::{error, log as logger};
+
+/// First argument of a helper.
+pub const COMMAND: &str = "--helper";
+
+/// Longest line on the control pipe: what the kernel writes at once.
+const MAX_LINE: usize = 4096;
+
+/// Writes one line to the control pipe.
+pub fn say(mut control: &File, kind: char, text: &str) {
+    let mut text = text.replace('\n', " ");
+    logger::truncate(&mut text, MAX_LINE - 2);
+    // With PID 1 gone there is nobody to tell.
+    let _ = control.write_all(format!("{kind}{text}\n").as_bytes());
+}
+
+/// Life of a helper; the exit status says nothing the control pipe does not.
+pub fn main(args: &[OsString]) -> i32 {
+    let text = |i: usize| args.get(i).and_then(|a| a.to_str()).unwrap_or_default();
+    let Ok(fd) = text(2).parse::<i32>() else { return 2 };
+    if fd < 3 {
+        return 2;
+    }
+    // SAFETY: PID 1 passed us this descriptor for that, and nothing else here uses it.
+    let control = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    let Ok(for_log) = control.try_clone() else {
+        return 2;
+    };
+    logger::to_control(for_log, log::LevelFilter::Warn);
+    match run(text(3), text(4), text(5), text(6), text(7), &control) {
+        Ok(pid) => {
+            say(&control, 'P', &pid.to_string());
+            0
+        }
+        Err(text) => {
+            say(&control, 'E', &text);
+            1
+        }
+    }
+}
+
+fn run(
+    command: &str,
+    state: &str,
+    id: &str,
+    path: &str,
+    console: &str,
+    control: &File,
+) -> Result<i32, String> {
+    let explain = |e: libcontainer::error::LibcontainerError| error::chain(&e);
+    let console = (console != "-").then(|| PathBuf::from(console));
+    let executor = AgentExecutor::new(
+        control.try_clone().map_err(|e| e.to_string())?,
+        command == "create",
+    );
+    let builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())
+        .with_root_path(state)
+        .and_then(ContainerBuilder::validate_id)
+        .map_err(explain)?
+        .with_console_socket(console)
+        .with_executor(executor);
+    let pid = match command {
+        "create" => {
+            let container = builder
+                .as_init(path)
+                .with_systemd(false)
+                .with_detach(true)
+                .build()
+                .map_err(explain)?;
+            container.pid().ok_or("the container has no process")?
+        }
+        "exec" => builder
+            .as_tenant()
+            .with_detach(true)
+            .with_process(Some(path))
+            .build()
+            .map_err(explain)?,
+        _ => return Err(format!("unknown helper command {command:?}")),
+    };
+    Ok(pid.as_raw())
+}
