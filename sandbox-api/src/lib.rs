@@ -4,6 +4,10 @@
 //! The only room of the house that is asynchronous. It never touches guest memory: it gives a cell plain data and file
 //! descriptors, and speaks with the agent inside over vsock.
 
+pub mod clock;
 pub mod files;
 pub mod ids;
 pub mod image;
+pub mod net;
+pub mod pod;
+pub mod runtime;

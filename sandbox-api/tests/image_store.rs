@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The image store with good, damaged and hostile images. Runs as root, as the store does.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pulls from Debian's docker-registry on loopback (`ci/setup` installs it).
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod common;
 

@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Pods: their records, their VMs, their containers.
+
+pub mod log;
+pub mod state;

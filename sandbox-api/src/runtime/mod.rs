@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+//! From an image and the user's wishes to an OCI bundle: root file system, user, specification.
+
+pub mod overlay;
+pub mod spec;
+pub mod user;

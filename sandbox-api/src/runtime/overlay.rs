@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Mounts that exist only as a file descriptor.
+//!
+//! A container's root file system is an overlay of the image's layers and the pod's own upper directory. It is mounted
+//! with `fsopen`/`fsmount` and never attached to a mount namespace: nobody on the host sees it, nothing must be
+//! unmounted after a crash, and what goes to the virtio-fs device is the descriptor. Layers are named by
+//! `/proc/self/fd/N`, so no path of the store appears in the options and none needs escaping.
+//!
+//! `fsconfig` takes strings of 255 bytes at most. For an image with more layers than fit, a short-lived thread with a
+//! mount namespace of its own uses mount(2), whose options may fill a page, and takes the mount out as a descriptor.
+
+use rustix::fs::CWD;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, OpenTreeFlags};
+use rustix::thread::UnshareFlags;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// Most bytes of a string that fsconfig(2) takes.
+const FSCONFIG_MAX: usize = 255;
+
+/// A mount could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot mount {what}{hint}")]
+pub struct Error {
+    what: String,
+    hint: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+impl Error {
+    fn new(what: impl Into<String>, source: impl Into<io::Error>) -> Self {
+        let source = source.into();
+        let hint = match source.raw_os_error() {
+            Some(libc::EINVAL | libc::EOPNOTSUPP) => {
+                " (an overlay's upper directory must be on ext4, xfs, btrfs or tmpfs, not on another overlay: choose a folder with --root)"
+            }
+            Some(libc::ENODEV) => " (this kernel has no overlayfs: modprobe overlay)",
+            Some(libc::EPERM) => " (root is needed)",
+            _ => "",
+        };
+        Self {
+            what: what.into(),
+            hint,
+            source,
+        }
+    }
+}
+
+/// Where an overlay's writes go: two empty directories of one file system.
+#[derive(Debug)]
+pub struct Upper {
+    /// Takes the changes.
+    pub upper: OwnedFd,
+    /// The overlay's own.
+    pub work: OwnedFd,
+}
+
+/// Mounts `layers` (lowest first) under `upper`.
+///
+/// # Errors
+/// No layer, no rights, or a file system below that cannot carry an overlay.
+pub fn mount(layers: &[OwnedFd], upper: &Upper) -> Result<OwnedFd, Error> {
+    let lower: Vec<String> = layers.iter().rev().map(|layer| fd_path(layer.as_fd())).collect();
+    if lower.is_empty() {
+        return Err(Error::new(
+            "an overlay of no layers",
+            io::Error::from(io::ErrorKind::InvalidInput),
+        ));
+    }
+    mount_strings(
+        &lower.join(":"),
+        Some((&fd_path(upper.upper.as_fd()), &fd_path(upper.work.as_fd()))),
+        &[],
+    )
+}
+
+/// Mounts an overlay as containerd's snapshotter describes it: `lowerdir=`, `upperdir=`, `workdir=` and flags.
+///
+/// # Errors
+/// As [`mount`]; also options without a lowerdir.
+pub fn mount_options(options: &[String]) -> Result<OwnedFd, Error> {
+    let find = |key: &str| options.iter().find_map(|option| option.strip_prefix(key));
+    let missing = || {
+        Error::new(
+            "an overlay without lowerdir=",
+            io::Error::from(io::ErrorKind::InvalidInput),
+        )
+    };
+    let lower = find("lowerdir=").ok_or_else(missing)?;
+    let upper = find("upperdir=").zip(find("workdir="));
+    let others: Vec<&str> = options
+        .iter()
+        .map(String::as_str)
+        .filter(|option| {
+            !["lowerdir=", "upperdir=", "workdir="]
+                .iter()
+                .any(|key| option.starts_with(key))
+        })
+        .filter(|option| !matches!(*option, "rw" | "ro" | "rbind" | "bind"))
+        .collect();
+    mount_strings(lower, upper, &others)
+}
+
+fn mount_strings(lower: &str, upper: Option<(&str, &str)>, others: &[&str]) -> Result<OwnedFd, Error> {
+    let fits = lower.len() <= FSCONFIG_MAX
+        && upper.is_none_or(|(upper, work)| upper.len() <= FSCONFIG_MAX && work.len() <= FSCONFIG_MAX);
+    if fits {
+        let mount = || {
+            let fs = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+            rustix::mount::fsconfig_set_string(&fs, "source", "cloister")?;
+            rustix::mount::fsconfig_set_string(&fs, "lowerdir", lower)?;
+            if let Some((upper, work)) = upper {
+                rustix::mount::fsconfig_set_string(&fs, "upperdir", upper)?;
+                rustix::mount::fsconfig_set_string(&fs, "workdir", work)?;
+            }
+            for option in others {
+                match option.split_once('=') {
+                    Some((key, value)) => rustix::mount::fsconfig_set_string(&fs, key, value)?,
+                    None => rustix::mount::fsconfig_set_flag(&fs, *option)?,
+                }
+            }
+            rustix::mount::fsconfig_create(&fs)?;
+            let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
+            rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+        };
+        return mount().map_err(|e: rustix::io::Errno| Error::new("the container's root file system", e));
+    }
+    let mut data = format!("lowerdir={lower}");
+    if let Some((upper, work)) = upper {
+        data.push_str(&format!(",upperdir={upper},workdir={work}"));
+    }
+    for option in others {
+        data.push(',');
+        data.push_str(option);
+    }
+    if data.len() >= 4096 {
+        return Err(Error::new(
+            "an overlay of so many layers",
+            io::Error::from(io::ErrorKind::ArgumentListTooLong),
+        ));
+    }
+    let thread = std::thread::scope(|scope| {
+        let spawned = std::thread::Builder::new()
+            .name("overlay".into())
+            .spawn_scoped(scope, || in_own_namespace(&data));
+        spawned.and_then(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("the mounting thread died")))
+        })
+    });
+    thread.map_err(|e| Error::new("the container's root file system", e))
+}
+
+/// Runs on a thread of its own, which ends with its mount namespace.
+fn in_own_namespace(data: &str) -> io::Result<OwnedFd> {
+    // SAFETY: NEWNS and FS touch neither the file descriptor table nor anything a Rust library caches per thread; the
+    // thread does nothing else and ends.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }?;
+    let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private)?;
+    // Any directory will do: the mount over it is seen by this thread only. One whose path the options do not use.
+    let target = "/sys";
+    let data = std::ffi::CString::new(data)?;
+    rustix::mount::mount(
+        "cloister",
+        target,
+        "overlay",
+        MountFlags::NODEV | MountFlags::NOSUID,
+        data.as_c_str(),
+    )?;
+    Ok(rustix::mount::open_tree(
+        CWD,
+        target,
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
+    )?)
+}
+
+/// A copy of the mount tree at an opened directory or file, as a descriptor that the host's mount namespace does not
+/// know. Later mounts on the host do not show in it.
+///
+/// # Errors
+/// No rights.
+pub fn clone_tree(opened: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    Ok(rustix::mount::open_tree(opened, "", flags)?)
+}
+
+fn fd_path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+/// Makes a pod's upper and work directories below `dir`; the upper one looks like the root of the lowest layer.
+///
+/// # Errors
+/// The folder cannot be written.
+pub fn make_upper(dir: &Path, like: Option<BorrowedFd<'_>>) -> io::Result<Upper> {
+    use rustix::fs::{Mode, OFlags};
+    let open = |name: &str| -> io::Result<OwnedFd> {
+        let path = dir.join(name);
+        match rustix::fs::mkdirat(CWD, &path, Mode::RWXU) {
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(CWD, &path, flags, Mode::empty())?)
+    };
+    let upper = open("upper")?;
+    let work = open("work")?;
+    // The root of an overlay has the attributes of the upper directory, not of the layers.
+    let (owner, mode) = match like {
+        Some(layer) => {
+            let stat = rustix::fs::fstat(layer)?;
+            ((stat.st_uid, stat.st_gid), stat.st_mode & 0o7777)
+        }
+        None => ((0, 0), 0o755),
+    };
+    let ids = (
+        rustix::fs::Uid::from_raw(owner.0),
+        rustix::fs::Gid::from_raw(owner.1),
+    );
+    rustix::fs::fchown(&upper, Some(ids.0), Some(ids.1))?;
+    rustix::fs::fchmod(&upper, Mode::from_raw_mode(mode))?;
+    Ok(Upper { upper, work })
+}
