@@ -83,6 +83,32 @@ pub fn getrandom(slice: &VolatileSlice<'_>) -> io::Result<usize> {
     retry(|| unsafe { libc::getrandom(guard.as_ptr().cast(), slice.len(), 0) })
 }
 
+fn message(iovecs: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: msghdr is plain data, for which all zeroes (null pointers, zero lengths) is a valid value.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = iovecs.as_mut_ptr();
+    message.msg_iovlen = iovecs.len();
+    message
+}
+
+/// sendmsg(2): sends `slices` on a socket, as much as it takes without waiting. EPIPE comes as an error only, never as
+/// a signal.
+pub fn send(socket: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let mut iovecs = iovecs(slices);
+    let message = message(&mut iovecs);
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: as for writev; `message` refers to `iovecs`, and both outlive the call.
+    retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })
+}
+
+/// recvmsg(2): fills `slices` from a socket without waiting; 0 is the end of the stream.
+pub fn receive(socket: BorrowedFd<'_>, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let mut iovecs = iovecs(slices);
+    let mut message = message(&mut iovecs);
+    // SAFETY: as for readv; `message` refers to `iovecs`, and both outlive the call.
+    retry(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -27,6 +27,7 @@ pub mod rng;
 pub mod serial;
 pub mod state;
 pub mod virtio;
+pub mod vsock;
 pub mod worker_pool;
 
 /// The guest's RAM as devices see it: mapped regions that are only touched through volatile accesses.

@@ -10,6 +10,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
 
 use super::Chain;
+use crate::GuestRam;
 use crate::host_io::MAX_SLICES;
 
 /// Why a chain cannot be used. It is the driver's fault; the chain goes back with length 0.
@@ -57,6 +58,11 @@ impl<'a> Slices<'a> {
         // A chain holds less than 4 GiB: no overflow on a 64-bit host.
         self.len = self.len.saturating_add(slice.len());
         self.parts.push(slice);
+    }
+
+    /// Appends `other`.
+    pub fn append(&mut self, other: Slices<'a>) {
+        other.parts.into_iter().for_each(|part| self.push(part));
     }
 
     /// Length in bytes.
@@ -134,6 +140,13 @@ impl<'a> Slices<'a> {
     }
 }
 
+impl<'a> From<Vec<VolatileSlice<'a>>> for Slices<'a> {
+    fn from(parts: Vec<VolatileSlice<'a>>) -> Self {
+        let len = parts.iter().map(VolatileSlice::len).sum();
+        Self { parts, len }
+    }
+}
+
 /// A chain's buffers.
 #[derive(Clone, Debug, Default)]
 pub struct Buffers<'a> {
@@ -146,6 +159,11 @@ pub struct Buffers<'a> {
 impl<'a> Buffers<'a> {
     /// Walks `chain` and checks it.
     pub fn of(chain: &'a Chain) -> Result<Self, ChainError> {
+        Self::in_ram(chain.memory(), chain)
+    }
+
+    /// As [`Buffers::of`], for a caller that does not keep the chain. `ram` is what the chain's queue lives in.
+    pub fn in_ram(ram: &'a GuestRam, chain: &Chain) -> Result<Self, ChainError> {
         let head = chain.head_index();
         let mut buffers = Self::default();
         let mut last: Option<Descriptor> = None;
@@ -171,8 +189,7 @@ impl<'a> Buffers<'a> {
                 (&mut buffers.readable, Permissions::Read)
             };
             let len = usize::try_from(descriptor.len()).map_err(|_| outside)?;
-            let slices = chain
-                .memory()
+            let slices = ram
                 .get_slices(descriptor.addr(), len, access)
                 .map_err(|_| outside)?;
             for slice in slices {

@@ -155,14 +155,18 @@ impl ActiveQueue {
 
     /// Interrupts the driver if it wants to hear of what was completed.
     pub fn signal(&mut self) -> Result<(), QueueError> {
-        if self
-            .queue
-            .needs_notification(&*self.ram)
-            .map_err(QueueError::Ring)?
-        {
+        if self.wants_signal()? {
             self.interrupt.signal_used();
         }
         Ok(())
+    }
+
+    /// Whether the driver wants to hear of what was completed since this was asked last. For devices that interrupt
+    /// once for several queues.
+    pub fn wants_signal(&mut self) -> Result<bool, QueueError> {
+        self.queue
+            .needs_notification(&*self.ram)
+            .map_err(QueueError::Ring)
     }
 
     /// Asks the driver for no notifications while the queue is being looked at anyway.
