@@ -1,0 +1,935 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A cell: one virtual machine, from its configuration to its end.
+//!
+//! ```text
+//!  create() ──▶ Created ──start()──▶ Running ──pause()──▶ Paused
+//!                  │                  │   ▲                 │ │
+//!                  │                  │   └────resume()─────┘ │
+//!                  │                  │                       │   stop(), drop, or the end of the guest
+//!                  └──────────────────┴───────────┬───────────┘
+//!                                                 ▼
+//!                                          Stopped(reason)      final; waiters are told at once, and the housekeeper
+//!                                                               frees memory, descriptors and devices shortly after
+//! ```
+//!
+//! Calls that do not fit the state answer a [`LifecycleError`] and change nothing. A cell can end at any moment by its
+//! guest's doing, so every call must expect `Stopped`. Saving needs `Created` or `Paused`.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use cloister_boot::x86_64::cpuid::{self, CpuidConfig};
+use cloister_boot::x86_64::layout::{IOAPIC, Layout, POWER_PORT, VIRTIO_MMIO_FIRST_GSI};
+use cloister_boot::x86_64::{self as boot, BootRequest, MmioDevice};
+use cloister_devices::GuestRam;
+use cloister_devices::output_tail::OutputTail;
+use cloister_devices::rate_limit::RateLimit;
+use cloister_devices::serial::{COM1_GSI, COM1_PORT, PORT_COUNT, Serial};
+use cloister_devices::state::SavedState;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{Cap, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::bus::Bus;
+use crate::config::{Boot, CellConfig, SerialConfig};
+use crate::device_set::{self, DeviceHandle, OnFailure, Placed, Surroundings};
+use crate::error::{CreateError, LifecycleError};
+use crate::host::{CellHost, HostInner, Task};
+use crate::memory::Memory;
+use crate::stats::{self, CellStats, KvmStat};
+use crate::stop::StopReason;
+use crate::vcpu::{VcpuControl, VcpuThread, lock_fd};
+use crate::x86_64::interrupt_chip::{Chip, KERNEL_PINS};
+use crate::x86_64::ioapic::{Asserted, REGISTERS_SIZE};
+use crate::x86_64::ports::{KEYBOARD_COMMAND, KeyboardReset, POWER_PORTS, PowerPorts, SerialPorts};
+use crate::x86_64::vcpu_state;
+
+/// Stack of a vCPU's thread in bytes: register accesses need little.
+const VCPU_STACK: usize = 256 << 10;
+
+/// Where a cell stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CellState {
+    /// Made, never run.
+    Created,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still and can go on.
+    Paused,
+    /// It has ended for good.
+    Stopped(StopReason),
+}
+
+impl std::fmt::Display for CellState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Created => write!(f, "created"),
+            Self::Running => write!(f, "running"),
+            Self::Paused => write!(f, "paused"),
+            Self::Stopped(reason) => write!(f, "stopped ({reason})"),
+        }
+    }
+}
+
+/// A saved cell without its RAM: versioned states of all parts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SavedCell {
+    vcpus: Vec<SavedState>,
+    chip: SavedState,
+    devices: Vec<SavedState>,
+    serial: Option<SavedState>,
+}
+
+/// What a cell's vCPU threads are to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Wanted {
+    Run = 0,
+    Pause = 1,
+    Stop = 2,
+}
+
+struct Inner {
+    state: CellState,
+    /// Why the cell is stopping, from the first cause on.
+    stopping: Option<StopReason>,
+    threads: usize,
+    parked: usize,
+    machine: Option<Box<Machine>>,
+    taken_down: bool,
+}
+
+/// What a cell's handle, its threads and the housekeeper share.
+pub(crate) struct Shared {
+    name: String,
+    housekeeper: Sender<Task>,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    /// Mirrors what `inner` says, for a look without a lock before each KVM_RUN. Written under the lock.
+    wanted: AtomicU8,
+    /// Readable once the cell has stopped.
+    stopped: EventFd,
+    vcpus: Vec<VcpuControl>,
+    tail: OutputTail,
+    complaints: RateLimit,
+    stop_on_device_failure: bool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing panics half-way through a change of state.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn vcpu_count(&self) -> usize {
+        self.vcpus.len()
+    }
+
+    pub(crate) fn vcpu(&self, index: u8) -> &VcpuControl {
+        &self.vcpus[usize::from(index)]
+    }
+
+    pub(crate) fn access_count(&self, vcpu: usize) -> u64 {
+        self.vcpus.get(vcpu).map_or(0, VcpuControl::access_count)
+    }
+
+    pub(crate) fn tail(&self) -> &OutputTail {
+        &self.tail
+    }
+
+    pub(crate) fn complain(&self, what: std::fmt::Arguments<'_>) {
+        self.complaints.warn(&self.name, what);
+    }
+
+    pub(crate) fn wanted(&self) -> Wanted {
+        match self.wanted.load(Ordering::SeqCst) {
+            0 => Wanted::Run,
+            1 => Wanted::Pause,
+            _ => Wanted::Stop,
+        }
+    }
+
+    fn set_wanted(&self, wanted: Wanted) {
+        self.wanted.store(wanted as u8, Ordering::SeqCst);
+    }
+
+    fn kick_all(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.kick.kick();
+        }
+    }
+
+    /// Ends the cell for `reason`, unless it is ending already. Never waits: can be called from anywhere.
+    pub(crate) fn stop(&self, reason: StopReason) {
+        let mut inner = self.lock();
+        if inner.stopping.is_some() {
+            return;
+        }
+        inner.stopping = Some(reason);
+        self.set_wanted(Wanted::Stop);
+        let idle = inner.threads == 0;
+        self.changed.notify_all();
+        if idle {
+            self.finish(&mut inner);
+        }
+        drop(inner);
+        self.kick_all();
+    }
+
+    /// The last vCPU thread is gone, or there was none: the cell has stopped.
+    fn finish(&self, inner: &mut Inner) {
+        let reason = inner.stopping.clone().unwrap_or(StopReason::Requested);
+        log::info!("cell {}: {reason}", self.name);
+        inner.state = CellState::Stopped(reason);
+        // The counter of a fresh eventfd cannot be full.
+        let _ = self.stopped.write(1);
+        self.changed.notify_all();
+    }
+
+    /// A vCPU thread ends.
+    pub(crate) fn vcpu_ended(shared: &Arc<Self>) {
+        let mut inner = shared.lock();
+        inner.threads = inner.threads.saturating_sub(1);
+        if inner.threads > 0 {
+            return;
+        }
+        shared.finish(&mut inner);
+        let machine = inner.machine.take();
+        drop(inner);
+        shared.hand_over(machine);
+    }
+
+    /// Gives a stopped cell's machine to the housekeeper.
+    fn hand_over(self: &Arc<Self>, machine: Option<Box<Machine>>) {
+        if let Some(machine) = machine {
+            // The housekeeper lives as long as anybody can send to it.
+            let _ = self.housekeeper.send(Task::TakeDown(Arc::clone(self), machine));
+        }
+    }
+
+    /// Called by a vCPU thread that is to pause: returns when it is to run or to stop.
+    pub(crate) fn park(&self) {
+        let mut inner = self.lock();
+        inner.parked += 1;
+        self.changed.notify_all();
+        while self.wanted() == Wanted::Pause {
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        inner.parked -= 1;
+        self.changed.notify_all();
+    }
+
+    fn device_failed(&self, device: &str, why: &str) {
+        if self.stop_on_device_failure {
+            self.stop(StopReason::DeviceFailed {
+                device: device.to_owned(),
+                why: why.to_owned(),
+            });
+        }
+    }
+
+    /// Whether taking it down may wait for a device that does not answer.
+    pub(crate) fn may_block(&self) -> bool {
+        matches!(self.lock().stopping, Some(StopReason::DeviceFailed { .. }))
+    }
+
+    pub(crate) fn vcpu_stuck(&self, vcpu: usize, elapsed: Duration) {
+        self.stop(StopReason::DeviceFailed {
+            device: format!("{} vCPU {vcpu}", self.name),
+            why: format!(
+                "its access to a device has not returned for {} ms",
+                elapsed.as_millis()
+            ),
+        });
+    }
+}
+
+/// All that a cell holds of the host's: gone when it has been taken down.
+pub(crate) struct Machine {
+    threads: Vec<JoinHandle<()>>,
+    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    devices: Vec<Placed>,
+    ports: Arc<Bus>,
+    registers: Arc<Bus>,
+    serial: Option<Arc<SerialPorts>>,
+    chip: Chip,
+    vm: Arc<VmFd>,
+    memory: Memory,
+}
+
+impl Machine {
+    /// Frees everything, in an order that leaves nobody with a dangling view: threads, devices, VM, memory.
+    pub(crate) fn take_down(self, cell: &Shared) {
+        let Self {
+            threads,
+            vcpus,
+            devices,
+            ports,
+            registers,
+            serial,
+            chip,
+            vm,
+            memory,
+        } = self;
+        for thread in threads {
+            // Panics are contained in the thread.
+            let _ = thread.join();
+        }
+        drop((ports, registers, serial, devices));
+        drop(vcpus);
+        drop((chip, vm));
+        drop(memory);
+        cell.lock().taken_down = true;
+        cell.changed.notify_all();
+    }
+
+    fn addresses(devices: &[Placed]) -> Vec<MmioDevice> {
+        devices.iter().map(|device| device.address).collect()
+    }
+}
+
+/// A virtual machine. Dropping it stops it.
+pub struct Cell {
+    shared: Arc<Shared>,
+    // Keeps the housekeeper and the event loops alive as long as the cell.
+    host: Arc<HostInner>,
+    /// Serialises start, pause, resume and save.
+    lifecycle: Mutex<()>,
+    handles: Vec<DeviceHandle>,
+    ram: std::sync::Weak<GuestRam>,
+}
+
+impl Cell {
+    /// Makes the VM, its memory and devices, and loads what it is to run. No guest instruction runs yet.
+    pub fn create(config: CellConfig, host: &CellHost) -> Result<Self, CreateError> {
+        let host = &host.inner;
+        let mut layout = config
+            .validate(host.max_vcpus)
+            .map_err(|source| CreateError::Config {
+                name: config.name.clone(),
+                source,
+            })?;
+        let shared = Arc::new(new_shared(&config, host)?);
+        let machine = build(config, &mut layout, host, &shared)?;
+        let handles = machine
+            .devices
+            .iter()
+            .map(|device| device.handle.clone())
+            .collect();
+        let ram = Arc::downgrade(machine.memory.ram());
+        shared.lock().machine = Some(Box::new(machine));
+        Ok(Self {
+            shared,
+            host: Arc::clone(host),
+            lifecycle: Mutex::new(()),
+            handles,
+            ram,
+        })
+    }
+
+    /// The cell's name.
+    pub fn name(&self) -> &str {
+        &self.shared.name
+    }
+
+    /// Where it stands now.
+    pub fn state(&self) -> CellState {
+        self.shared.lock().state.clone()
+    }
+
+    /// The ways to the devices, in the order of the configuration.
+    pub fn devices(&self) -> &[DeviceHandle] {
+        &self.handles
+    }
+
+    /// The RAM, while the cell has it. Holding the answer keeps the memory.
+    pub fn ram(&self) -> Option<Arc<GuestRam>> {
+        self.ram.upgrade()
+    }
+
+    /// Another descriptor of the memory file, while the cell has it.
+    pub fn memory_file(&self) -> Option<OwnedFd> {
+        let inner = self.shared.lock();
+        inner
+            .machine
+            .as_ref()
+            .and_then(|machine| machine.memory.file().try_clone_to_owned().ok())
+    }
+
+    /// The guest's latest console output.
+    pub fn console_tail(&self) -> &OutputTail {
+        &self.shared.tail
+    }
+
+    /// Types `input` at the serial port; answers how many bytes it took.
+    pub fn serial_input(&self, input: &[u8]) -> usize {
+        let serial = self
+            .shared
+            .lock()
+            .machine
+            .as_ref()
+            .and_then(|machine| machine.serial.clone());
+        serial
+            .and_then(|serial| serial.with(|serial| serial.enqueue(input)))
+            .unwrap_or(0)
+    }
+
+    /// Becomes readable when the cell has stopped, and stays so. For poll and its kin; do not read it.
+    pub fn stopped_event(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor lives as long as `self`.
+        unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.shared.stopped)) }
+    }
+
+    fn lifecycle(&self) -> MutexGuard<'_, ()> {
+        self.lifecycle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wrong_state(action: &'static str, state: &CellState) -> LifecycleError {
+        LifecycleError::State {
+            action,
+            state: state.to_string(),
+        }
+    }
+
+    /// Created → Running.
+    pub fn start(&self) -> Result<(), LifecycleError> {
+        let _one = self.lifecycle();
+        let mut inner = self.shared.lock();
+        if inner.state != CellState::Created {
+            return Err(Self::wrong_state("start", &inner.state));
+        }
+        let Some(machine) = inner.machine.as_ref() else {
+            return Err(Self::wrong_state("start", &inner.state));
+        };
+        let mut threads = Vec::new();
+        let mut failure = None;
+        for (index, fd) in (0u8..).zip(&machine.vcpus) {
+            let vcpu = VcpuThread {
+                index,
+                fd: Arc::clone(fd),
+                shared: Arc::clone(&self.shared),
+                ports: Arc::clone(&machine.ports),
+                registers: Arc::clone(&machine.registers),
+                chip: machine.chip.clone(),
+            };
+            let short: String = self.shared.name.chars().take(8).collect();
+            let spawned = std::thread::Builder::new()
+                .name(format!("{short}:vcpu{index}"))
+                .stack_size(VCPU_STACK)
+                .spawn(move || vcpu.run());
+            match spawned {
+                Ok(thread) => threads.push(thread),
+                Err(source) => {
+                    failure = Some(LifecycleError::Thread { vcpu: index, source });
+                    break;
+                }
+            }
+        }
+        inner.threads = threads.len();
+        if let Some(machine) = inner.machine.as_mut() {
+            machine.threads = threads;
+        }
+        inner.state = CellState::Running;
+        // Under the lock: the last thread's report of its end must come after it.
+        let _ = self
+            .shared
+            .housekeeper
+            .send(Task::Watch(Arc::clone(&self.shared)));
+        drop(inner);
+        match failure {
+            None => Ok(()),
+            Some(failure) => {
+                // Those that started end again; with none the cell ends here.
+                self.stop();
+                Err(failure)
+            }
+        }
+    }
+
+    /// Running → Paused. Returns when no vCPU runs any more.
+    pub fn pause(&self) -> Result<(), LifecycleError> {
+        let _one = self.lifecycle();
+        self.pause_locked()
+    }
+
+    fn pause_locked(&self) -> Result<(), LifecycleError> {
+        let mut inner = self.shared.lock();
+        if inner.state != CellState::Running || inner.stopping.is_some() {
+            return Err(Self::wrong_state("pause", &inner.state));
+        }
+        self.shared.set_wanted(Wanted::Pause);
+        drop(inner);
+        self.shared.kick_all();
+        inner = self.shared.lock();
+        while inner.stopping.is_none() && inner.parked < inner.threads {
+            inner = self
+                .shared
+                .changed
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        if inner.stopping.is_some() {
+            return Err(Self::wrong_state("pause", &inner.state));
+        }
+        inner.state = CellState::Paused;
+        Ok(())
+    }
+
+    /// Paused → Running.
+    pub fn resume(&self) -> Result<(), LifecycleError> {
+        let _one = self.lifecycle();
+        self.resume_locked()
+    }
+
+    fn resume_locked(&self) -> Result<(), LifecycleError> {
+        let mut inner = self.shared.lock();
+        if inner.state != CellState::Paused || inner.stopping.is_some() {
+            return Err(Self::wrong_state("resume", &inner.state));
+        }
+        inner.state = CellState::Running;
+        self.shared.set_wanted(Wanted::Run);
+        self.shared.changed.notify_all();
+        // A later pause must not count a thread that has not woken from this one.
+        while inner.stopping.is_none() && inner.parked > 0 {
+            inner = self
+                .shared
+                .changed
+                .wait(inner)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+
+    /// Any state → Stopped. Does not wait; a cell that has stopped keeps its first reason.
+    pub fn stop(&self) {
+        self.shared.stop(StopReason::Requested);
+        let mut inner = self.shared.lock();
+        // Without vCPU threads nobody else hands the machine over.
+        let machine = if inner.threads == 0 {
+            inner.machine.take()
+        } else {
+            None
+        };
+        drop(inner);
+        self.shared.hand_over(machine);
+    }
+
+    /// Waits until the cell has stopped, or `timeout` has passed.
+    pub fn wait(&self, timeout: Option<Duration>) -> Option<StopReason> {
+        self.wait_for(timeout, |inner| match &inner.state {
+            CellState::Stopped(reason) => Some(reason.clone()),
+            _ => None,
+        })
+    }
+
+    /// Waits until the stopped cell's threads, descriptors and memory are gone, too.
+    pub fn wait_taken_down(&self, timeout: Option<Duration>) -> bool {
+        self.wait_for(timeout, |inner| inner.taken_down.then_some(()))
+            .is_some()
+    }
+
+    fn wait_for<T>(&self, timeout: Option<Duration>, found: impl Fn(&Inner) -> Option<T>) -> Option<T> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut inner = self.shared.lock();
+        loop {
+            if let Some(result) = found(&inner) {
+                return Some(result);
+            }
+            inner = match deadline {
+                None => self
+                    .shared
+                    .changed
+                    .wait(inner)
+                    .unwrap_or_else(PoisonError::into_inner),
+                Some(deadline) => {
+                    let left = deadline.checked_duration_since(Instant::now())?;
+                    self.shared
+                        .changed
+                        .wait_timeout(inner, left)
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .0
+                }
+            };
+        }
+    }
+
+    /// Exits that reached this program.
+    pub fn stats(&self) -> CellStats {
+        let mut stats = CellStats::default();
+        for vcpu in &self.shared.vcpus {
+            stats.add(&vcpu.exits);
+        }
+        stats
+    }
+
+    /// KVM's own statistics of each vCPU, `exits` among them. A running cell is paused for the moment.
+    pub fn kvm_stats(&self) -> Result<Vec<Vec<KvmStat>>, LifecycleError> {
+        let _one = self.lifecycle();
+        let running = self.state() == CellState::Running;
+        if running {
+            self.pause_locked()?;
+        }
+        let vcpus = self
+            .shared
+            .lock()
+            .machine
+            .as_ref()
+            .map(|machine| machine.vcpus.clone());
+        let result = match vcpus {
+            Some(vcpus) => vcpus
+                .iter()
+                .map(|fd| stats::read_kvm_stats(&*lock_fd(fd)).map_err(LifecycleError::Stats))
+                .collect(),
+            None => Err(Self::wrong_state("read the statistics of", &self.state())),
+        };
+        if running {
+            self.resume_locked()?;
+        }
+        result
+    }
+
+    /// The state of vCPUs, interrupt chip and devices. The RAM is in [`Cell::memory_file`].
+    pub fn save(&self) -> Result<SavedCell, LifecycleError> {
+        let _one = self.lifecycle();
+        // Not under the lock: a device that fails meanwhile needs it to say so.
+        let (vcpus, pages, serial, chip, vm) = {
+            let inner = self.shared.lock();
+            let savable = matches!(inner.state, CellState::Created | CellState::Paused);
+            match inner.machine.as_ref() {
+                Some(machine) if savable && inner.stopping.is_none() => {
+                    let pages = machine.devices.iter().map(|device| Arc::clone(&device.transport));
+                    let (chip, vm) = (machine.chip.clone(), Arc::clone(&machine.vm));
+                    (
+                        machine.vcpus.clone(),
+                        pages.collect::<Vec<_>>(),
+                        machine.serial.clone(),
+                        chip,
+                        vm,
+                    )
+                }
+                _ => return Err(Self::wrong_state("save", &inner.state)),
+            }
+        };
+        // Devices first: one that completes its last request now may still interrupt a vCPU.
+        let devices = pages
+            .iter()
+            .map(|page| page.lock().save())
+            .collect::<Result<_, _>>()?;
+        let vcpus = vcpus
+            .iter()
+            .map(|fd| vcpu_state::save(&lock_fd(fd), &self.host.msr_indices))
+            .collect::<Result<_, _>>()?;
+        let serial = serial.and_then(|serial| serial.with(|s| s.save())).transpose()?;
+        Ok(SavedCell {
+            vcpus,
+            chip: chip.save(&vm)?,
+            devices,
+            serial,
+        })
+    }
+}
+
+impl Drop for Cell {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn new_shared(config: &CellConfig, host: &HostInner) -> Result<Shared, CreateError> {
+    Ok(Shared {
+        name: config.name.clone(),
+        housekeeper: host.housekeeper(),
+        inner: Mutex::new(Inner {
+            state: CellState::Created,
+            stopping: None,
+            threads: 0,
+            parked: 0,
+            machine: None,
+            taken_down: false,
+        }),
+        changed: Condvar::new(),
+        wanted: AtomicU8::new(Wanted::Run as u8),
+        stopped: EventFd::new(EFD_NONBLOCK).map_err(|source| CreateError::Io {
+            what: "cannot create an eventfd",
+            source,
+        })?,
+        vcpus: (0..config.vcpus).map(|_| VcpuControl::default()).collect(),
+        tail: OutputTail::new(),
+        complaints: RateLimit::new(),
+        stop_on_device_failure: config.stop_on_device_failure,
+    })
+}
+
+/// Makes all that a cell consists of.
+fn build(
+    config: CellConfig,
+    layout: &mut Layout,
+    host: &HostInner,
+    shared: &Arc<Shared>,
+) -> Result<Machine, CreateError> {
+    let (memory_file, boot) = match config.boot {
+        Boot::Restore { saved, memory } => (Some(memory), Source::Saved(saved)),
+        Boot::Kernel(kernel) => (None, Source::Kernel(kernel)),
+    };
+    let memory = Memory::new(layout, config.huge_pages, config.overcommit, memory_file)?;
+    let on_failure = || -> OnFailure {
+        let cell = Arc::downgrade(shared);
+        Box::new(move |device, why| {
+            if let Some(cell) = cell.upgrade() {
+                cell.device_failed(device, why);
+            }
+        })
+    };
+    let devices = device_set::make(
+        config.devices,
+        &Surroundings {
+            cell: &config.name,
+            ram: memory.ram(),
+            event_loop: host.event_loop(),
+            tail: &shared.tail,
+            on_failure: &on_failure,
+        },
+    )?;
+    let addresses = Machine::addresses(&devices);
+    let first_gsi = u8::try_from(VIRTIO_MMIO_FIRST_GSI).unwrap_or(0);
+    let pins = first_gsi.saturating_add(u8::try_from(devices.len()).unwrap_or(u8::MAX));
+
+    let vm = Arc::new(create_vm(host)?);
+    set_memory(&vm, &memory)?;
+    let chip = Chip::create(&vm, config.interrupt_chip, pins)?;
+    let serial = make_serial(config.serial, shared, &boot)?;
+    let (ports, registers) = make_buses(shared, &devices, serial.as_ref(), &chip)?;
+    for device in &devices {
+        device.connect(&vm)?;
+    }
+    if let Some(serial) = &serial {
+        let connected = serial.with(|serial| vm.register_irqfd(serial.interrupt(), COM1_GSI));
+        connected.unwrap_or(Ok(())).map_err(|source| CreateError::Kvm {
+            what: "KVM_IRQFD",
+            source,
+        })?;
+    }
+
+    let vcpus = create_vcpus(&vm, host, config.vcpus)?;
+    match boot {
+        Source::Kernel(kernel) => {
+            let request = BootRequest {
+                kernel: &kernel.kernel,
+                initrd: kernel.initrd.as_ref(),
+                command_line: &kernel.command_line,
+                description: kernel.description,
+                vcpus: config.vcpus,
+                ioapic_pins: if matches!(chip, Chip::Kernel) {
+                    KERNEL_PINS
+                } else {
+                    pins
+                },
+                devices: &addresses,
+            };
+            let loaded = boot::load(memory.ram().as_ref(), layout, &request)?;
+            for (index, fd) in vcpus.iter().enumerate() {
+                vcpu_state::prepare_boot(&lock_fd(fd), (index == 0).then_some(&loaded.entry))?;
+            }
+        }
+        Source::Saved(saved) => restore(&saved, &vm, &chip, &vcpus, &devices)?,
+    }
+    Ok(Machine {
+        threads: Vec::new(),
+        vcpus,
+        devices,
+        ports,
+        registers,
+        serial,
+        chip,
+        vm,
+        memory,
+    })
+}
+
+enum Source {
+    Kernel(crate::config::KernelBoot),
+    Saved(Box<SavedCell>),
+}
+
+fn create_vm(host: &HostInner) -> Result<VmFd, CreateError> {
+    loop {
+        match host.kvm.create_vm() {
+            // A signal to this thread: the call has no side effects yet.
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => {
+                return result.map_err(|source| CreateError::Kvm {
+                    what: "KVM_CREATE_VM",
+                    source,
+                });
+            }
+        }
+    }
+}
+
+fn set_memory(vm: &VmFd, memory: &Memory) -> Result<(), CreateError> {
+    for (slot, range) in (0u32..).zip(memory.slots()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: range.guest,
+            memory_size: range.size,
+            userspace_addr: range.host,
+        };
+        // SAFETY: the range is one whole mapping of guest RAM, which `Machine` drops after the VM.
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| CreateError::Kvm {
+            what: "KVM_SET_USER_MEMORY_REGION",
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+fn make_serial(
+    config: Option<SerialConfig>,
+    shared: &Shared,
+    source: &Source,
+) -> Result<Option<Arc<SerialPorts>>, CreateError> {
+    let Some(config) = config else { return Ok(None) };
+    let sink = config
+        .output
+        .map(|output| Box::new(std::fs::File::from(output)) as Box<dyn std::io::Write + Send>);
+    let mut serial = Serial::new(shared.tail.clone(), sink).map_err(|source| CreateError::Io {
+        what: "cannot create the serial port",
+        source,
+    })?;
+    if let Source::Saved(saved) = source
+        && let Some(state) = &saved.serial
+    {
+        serial = serial.restore(state)?;
+    }
+    Ok(Some(Arc::new(SerialPorts(Mutex::new(Some(serial))))))
+}
+
+/// I/O ports and device registers.
+fn make_buses(
+    shared: &Arc<Shared>,
+    devices: &[Placed],
+    serial: Option<&Arc<SerialPorts>>,
+    chip: &Chip,
+) -> Result<(Arc<Bus>, Arc<Bus>), CreateError> {
+    let on_stop = || {
+        let cell = Arc::downgrade(shared);
+        Box::new(move |reason| {
+            if let Some(cell) = cell.upgrade() {
+                cell.stop(reason);
+            }
+        })
+    };
+    let mut ports = Bus::new();
+    ports.insert(
+        u64::from(POWER_PORT),
+        POWER_PORTS,
+        Arc::new(PowerPorts(on_stop())),
+    )?;
+    ports.insert(u64::from(KEYBOARD_COMMAND), 1, Arc::new(KeyboardReset(on_stop())))?;
+    if let Some(serial) = serial {
+        ports.insert(
+            u64::from(COM1_PORT),
+            u64::from(PORT_COUNT),
+            Arc::clone(serial) as _,
+        )?;
+    }
+    let mut registers = Bus::new();
+    for device in devices {
+        registers.insert(
+            device.address.base,
+            device.address.size,
+            Arc::clone(&device.transport) as _,
+        )?;
+    }
+    if let Chip::Split(ioapic) = chip {
+        let first = usize::try_from(VIRTIO_MMIO_FIRST_GSI).unwrap_or(0);
+        let mut asserted: Vec<Option<Asserted>> = (0..first).map(|_| None).collect();
+        for device in devices {
+            let page = Arc::downgrade(&device.transport);
+            asserted.push(Some(Box::new(move || {
+                page.upgrade().is_some_and(|page| Placed::asserted(&page))
+            })));
+        }
+        ioapic.set_asserted(asserted);
+        registers.insert(IOAPIC, REGISTERS_SIZE, Arc::clone(ioapic) as _)?;
+    }
+    Ok((Arc::new(ports), Arc::new(registers)))
+}
+
+fn create_vcpus(vm: &VmFd, host: &HostInner, count: u8) -> Result<Vec<Arc<Mutex<VcpuFd>>>, CreateError> {
+    let mut vcpus = Vec::new();
+    let mut filtered = None;
+    for index in 0..count {
+        let fd = vm
+            .create_vcpu(u64::from(index))
+            .map_err(|source| CreateError::Kvm {
+                what: "KVM_CREATE_VCPU",
+                source,
+            })?;
+        let leaves = match &filtered {
+            Some(leaves) => leaves,
+            None => {
+                let config = CpuidConfig {
+                    vcpus: count,
+                    tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
+                    tsc_khz: fd.get_tsc_khz().ok(),
+                };
+                filtered.insert(cpuid::filter(&host.cpuid, &config)?)
+            }
+        };
+        vcpu_state::set_cpuid(&fd, &cpuid::for_vcpu(leaves, index))?;
+        vcpus.push(Arc::new(Mutex::new(fd)));
+    }
+    Ok(vcpus)
+}
+
+fn restore(
+    saved: &SavedCell,
+    vm: &VmFd,
+    chip: &Chip,
+    vcpus: &[Arc<Mutex<VcpuFd>>],
+    devices: &[Placed],
+) -> Result<(), CreateError> {
+    let mismatch = |what, found: usize, expected: usize| {
+        CreateError::State(cloister_devices::state::StateError::Invalid {
+            what,
+            why: format!("{found} are saved, the configuration has {expected}"),
+        })
+    };
+    if saved.vcpus.len() != vcpus.len() {
+        return Err(mismatch("vCPUs", saved.vcpus.len(), vcpus.len()));
+    }
+    if saved.devices.len() != devices.len() {
+        return Err(mismatch("devices", saved.devices.len(), devices.len()));
+    }
+    for (fd, state) in vcpus.iter().zip(&saved.vcpus) {
+        vcpu_state::restore(&lock_fd(fd), state)?;
+    }
+    chip.restore(vm, &saved.chip)?;
+    // Last: a restored device may interrupt at once, by the routes that are there now.
+    for (device, state) in devices.iter().zip(&saved.devices) {
+        let restored = device.transport.lock().restore(state);
+        restored.map_err(|source| CreateError::RestoreDevice {
+            device: device.name.clone(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+impl AsFd for Cell {
+    /// The event of [`Cell::stopped_event`].
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stopped_event()
+    }
+}

@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a cell is to be: plain data and open files, checked before anything is made.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use cloister_boot::x86_64::layout::{self, Layout};
+use cloister_boot::x86_64::{Description, cpuid::MAX_VCPUS};
+use cloister_devices::console::TerminalSize;
+use cloister_devices::virtio::VirtioDevice;
+
+use crate::cell::SavedCell;
+use crate::x86_64::interrupt_chip::KERNEL_PINS;
+use crate::x86_64::ioapic::MAX_PINS;
+
+/// Longest name of a cell in bytes.
+pub const MAX_NAME: usize = 64;
+
+/// What every kernel of ours is told, whatever else: how to end (see `stop`), and not to look for what is not there.
+pub const BASE_COMMAND_LINE: &str =
+    "quiet reboot=t panic=-1 no_timer_check tsc=reliable nokaslr cryptomgr.notests random.trust_cpu=on";
+
+/// One virtual machine.
+#[derive(Debug)]
+pub struct CellConfig {
+    /// Name in messages and thread names.
+    pub name: String,
+    /// Number of vCPUs, 1 to 32.
+    pub vcpus: u8,
+    /// RAM in MiB.
+    pub memory_mib: u64,
+    /// Pages that back the RAM.
+    pub huge_pages: HugePages,
+    /// Allow more RAM than the host has.
+    pub overcommit: bool,
+    /// Which interrupt chip.
+    pub interrupt_chip: InterruptChip,
+    /// What to run.
+    pub boot: Boot,
+    /// The serial port, if there is to be one.
+    pub serial: Option<SerialConfig>,
+    /// Virtio devices, in the order of their register pages and interrupts.
+    pub devices: Vec<DeviceConfig>,
+    /// Whether a failed device stops the cell. Otherwise its driver sees DEVICE_NEEDS_RESET and the cell goes on.
+    pub stop_on_device_failure: bool,
+}
+
+/// Pages that back guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum HugePages {
+    /// Ordinary pages.
+    #[default]
+    No,
+    /// Transparent huge pages where the host's settings for shared memory give them.
+    Transparent,
+    /// Reserved huge pages of 2 MiB (hugetlbfs): all of the RAM, or an error.
+    Reserved,
+}
+
+/// Which interrupt chip a cell has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum InterruptChip {
+    /// Split where KVM has it, KVM's full one otherwise.
+    #[default]
+    Auto,
+    /// Split, or an error.
+    Split,
+    /// KVM's full one.
+    Kernel,
+}
+
+/// What a cell starts with.
+#[derive(Debug)]
+pub enum Boot {
+    /// A kernel.
+    Kernel(KernelBoot),
+    /// What `Cell::save` gave, with the RAM that belongs to it.
+    Restore {
+        /// Registers, interrupt chip and devices.
+        saved: Box<SavedCell>,
+        /// The memory file of the saved cell.
+        memory: OwnedFd,
+    },
+}
+
+/// A kernel and what it is told.
+#[derive(Debug)]
+pub struct KernelBoot {
+    /// The kernel image, a regular file. Read by position, so that cells can share one open file.
+    pub kernel: File,
+    /// The initial RAM disk.
+    pub initrd: Option<File>,
+    /// The command line; devices are added to it where `description` says so.
+    pub command_line: String,
+    /// How the kernel finds processors and devices.
+    pub description: Description,
+}
+
+/// The serial port.
+#[derive(Debug, Default)]
+pub struct SerialConfig {
+    /// Where its output goes; better not something that blocks. The last 16 KiB are kept in any case.
+    pub output: Option<OwnedFd>,
+}
+
+/// A virtio device.
+pub enum DeviceConfig {
+    /// Entropy.
+    Rng,
+    /// A console (hvc0).
+    Console {
+        /// Where input comes from. Set to O_NONBLOCK.
+        input: Option<OwnedFd>,
+        /// Where output goes. Set to O_NONBLOCK.
+        output: Option<OwnedFd>,
+        /// The terminal's size, if it is one.
+        size: Option<TerminalSize>,
+    },
+    /// Any other device, made by the caller.
+    Custom {
+        /// Name in messages.
+        name: String,
+        /// The device.
+        device: Box<dyn VirtioDevice>,
+    },
+}
+
+impl DeviceConfig {
+    /// The device's name in messages.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Rng => "rng",
+            Self::Console { .. } => "console",
+            Self::Custom { name, .. } => name,
+        }
+    }
+}
+
+impl std::fmt::Debug for DeviceConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// Why a configuration is refused.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Number of vCPUs.
+    #[error("{vcpus} vCPUs is not between 1 and {max}")]
+    Vcpus {
+        /// Asked for.
+        vcpus: u8,
+        /// The most that this program and this host's KVM allow.
+        max: u8,
+    },
+    /// Memory size or windows.
+    #[error(transparent)]
+    Layout(#[from] layout::Error),
+    /// Empty, too long, or with characters that are not printable.
+    #[error("a cell's name has 1 to {MAX_NAME} printable ASCII characters without blanks")]
+    Name,
+    /// More devices than interrupts.
+    #[error("{found} virtio devices, at most {max} have interrupts")]
+    TooManyDevices {
+        /// Asked for.
+        found: usize,
+        /// The most.
+        max: usize,
+    },
+}
+
+impl CellConfig {
+    /// A cell that boots `boot` with nothing but a serial port; fill in the rest.
+    pub fn new(name: impl Into<String>, boot: Boot) -> Self {
+        Self {
+            name: name.into(),
+            vcpus: 1,
+            memory_mib: 256,
+            huge_pages: HugePages::No,
+            overcommit: false,
+            interrupt_chip: InterruptChip::Auto,
+            boot,
+            serial: Some(SerialConfig::default()),
+            devices: Vec::new(),
+            stop_on_device_failure: true,
+        }
+    }
+
+    /// Checks all that can be checked without making anything, and answers the RAM's layout. `host_vcpus` is KVM's
+    /// limit.
+    pub(crate) fn validate(&self, host_vcpus: usize) -> Result<Layout, ConfigError> {
+        let max = u8::try_from(host_vcpus).unwrap_or(u8::MAX).min(MAX_VCPUS);
+        if !(1..=max).contains(&self.vcpus) {
+            return Err(ConfigError::Vcpus {
+                vcpus: self.vcpus,
+                max,
+            });
+        }
+        let printable = self.name.bytes().all(|b| b.is_ascii_graphic());
+        if !printable || self.name.is_empty() || self.name.len() > MAX_NAME {
+            return Err(ConfigError::Name);
+        }
+        let pins = if self.interrupt_chip == InterruptChip::Kernel {
+            KERNEL_PINS
+        } else {
+            MAX_PINS
+        };
+        let first = usize::try_from(layout::VIRTIO_MMIO_FIRST_GSI).unwrap_or(0);
+        let max = usize::from(pins) - first;
+        if self.devices.len() > max {
+            return Err(ConfigError::TooManyDevices {
+                found: self.devices.len(),
+                max,
+            });
+        }
+        Ok(Layout::new(self.memory_mib)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> CellConfig {
+        let boot = KernelBoot {
+            kernel: File::open("/dev/null").unwrap(),
+            initrd: None,
+            command_line: String::new(),
+            description: Description::MpTable,
+        };
+        CellConfig::new("c", Boot::Kernel(boot))
+    }
+
+    #[test]
+    fn vcpus_names_sizes_and_devices_are_bounded() {
+        assert!(config().validate(8).is_ok());
+        for (vcpus, host, max) in [(0, 8, 8), (9, 8, 8), (33, 1000, 32), (255, 255, 32)] {
+            let error = CellConfig { vcpus, ..config() }.validate(host).unwrap_err();
+            assert_eq!(error, ConfigError::Vcpus { vcpus, max });
+        }
+        for name in ["", "a b", "caf\u{e9}", "a\n", &"x".repeat(65)] {
+            let error = CellConfig {
+                name: name.to_owned(),
+                ..config()
+            }
+            .validate(8)
+            .unwrap_err();
+            assert_eq!(error, ConfigError::Name, "{name:?}");
+        }
+        for memory_mib in [0, u64::MAX, (1 << 44) + 1] {
+            let error = CellConfig {
+                memory_mib,
+                ..config()
+            }
+            .validate(8)
+            .unwrap_err();
+            assert!(matches!(error, ConfigError::Layout(_)));
+        }
+        let devices = (0..28).map(|_| DeviceConfig::Rng).collect();
+        let error = CellConfig { devices, ..config() }.validate(8).unwrap_err();
+        assert_eq!(error, ConfigError::TooManyDevices { found: 28, max: 27 });
+    }
+}

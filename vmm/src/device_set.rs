@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Making a cell's virtio devices and connecting them to KVM.
+//!
+//! Each device gets a register page, a GSI, an irqfd for its interrupt, and one ioeventfd per queue on the page's
+//! QueueNotify register (virtio 1.3, 4.2.2, offset 0x50) that matches the queue's number: neither interrupts nor
+//! notifications pass through a vCPU thread.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cloister_boot::x86_64::MmioDevice;
+use cloister_boot::x86_64::layout::{VIRTIO_MMIO_BASE, VIRTIO_MMIO_FIRST_GSI, VIRTIO_MMIO_SIZE};
+use cloister_devices::GuestRam;
+use cloister_devices::console::{Console, ConsoleConfig, ConsoleHandle};
+use cloister_devices::event_loop::EventLoop;
+use cloister_devices::output_tail::OutputTail;
+use cloister_devices::rng::Rng;
+use cloister_devices::virtio::{Health, MmioTransport, VirtioDevice};
+use kvm_ioctls::{IoEventAddress, VmFd};
+
+use crate::bus::BusDevice;
+use crate::config::DeviceConfig;
+use crate::error::CreateError;
+
+/// QueueNotify.
+const QUEUE_NOTIFY: u64 = 0x50;
+/// InterruptStatus.
+const INTERRUPT_STATUS: u64 = 0x60;
+
+/// The control side of a device, for the host's use while the cell runs. By position as in the configuration.
+#[derive(Clone)]
+#[non_exhaustive]
+pub enum DeviceHandle {
+    /// A console.
+    Console(ConsoleHandle),
+    /// A device without one.
+    None,
+}
+
+/// Told when a device fails: its name and why.
+pub(crate) type OnFailure = Box<dyn Fn(&str, &str) + Send + Sync>;
+
+/// A virtio device in its place.
+pub(crate) struct Placed {
+    pub(crate) name: String,
+    pub(crate) address: MmioDevice,
+    pub(crate) transport: Arc<RegisterPage>,
+    pub(crate) handle: DeviceHandle,
+}
+
+/// A device's register page on the bus.
+pub(crate) struct RegisterPage(Mutex<MmioTransport>);
+
+impl RegisterPage {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, MmioTransport> {
+        // A device that panicked on a vCPU thread has stopped its cell; what follows only takes it down.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BusDevice for RegisterPage {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.lock().read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.lock().write(offset, data);
+    }
+}
+
+impl Placed {
+    /// Whether the device has an interrupt reason that the driver has not acknowledged.
+    pub(crate) fn asserted(page: &RegisterPage) -> bool {
+        let mut status = [0; 4];
+        page.lock().read(INTERRUPT_STATUS, &mut status);
+        status != [0; 4]
+    }
+
+    /// Registers interrupt and notifications with KVM.
+    pub(crate) fn connect(&self, vm: &VmFd) -> Result<(), CreateError> {
+        let kvm = |what| move |source| CreateError::Kvm { what, source };
+        let transport = self.transport.lock();
+        vm.register_irqfd(transport.interrupt().line(), self.address.gsi)
+            .map_err(kvm("KVM_IRQFD"))?;
+        let address = IoEventAddress::Mmio(self.address.base + QUEUE_NOTIFY);
+        for (queue, notification) in (0u32..).zip(transport.notifications()) {
+            vm.register_ioevent(notification, &address, queue)
+                .map_err(kvm("KVM_IOEVENTFD"))?;
+        }
+        Ok(())
+    }
+}
+
+/// What devices are made with.
+pub(crate) struct Surroundings<'a> {
+    pub(crate) cell: &'a str,
+    pub(crate) ram: &'a Arc<GuestRam>,
+    pub(crate) event_loop: &'a Arc<EventLoop>,
+    pub(crate) tail: &'a OutputTail,
+    /// Told when a device fails: its name and why.
+    pub(crate) on_failure: &'a dyn Fn() -> OnFailure,
+}
+
+/// Makes `configs` in order.
+pub(crate) fn make(configs: Vec<DeviceConfig>, around: &Surroundings) -> Result<Vec<Placed>, CreateError> {
+    let mut placed = Vec::new();
+    let places = (VIRTIO_MMIO_BASE..).step_by(usize::try_from(VIRTIO_MMIO_SIZE).unwrap_or(1));
+    for ((config, base), gsi) in configs.into_iter().zip(places).zip(VIRTIO_MMIO_FIRST_GSI..) {
+        let name = config.name().to_owned();
+        let (device, handle) = make_one(config, around).map_err(|source| CreateError::Device {
+            device: name.clone(),
+            source,
+        })?;
+        let health = Arc::new(Health::new(format!("{} {name}", around.cell)));
+        health.observe((around.on_failure)());
+        let ram = Arc::clone(around.ram);
+        let transport =
+            MmioTransport::new(device, ram, Arc::clone(around.event_loop), health).map_err(|source| {
+                CreateError::Transport {
+                    device: name.clone(),
+                    source,
+                }
+            })?;
+        placed.push(Placed {
+            name,
+            address: MmioDevice {
+                base,
+                size: VIRTIO_MMIO_SIZE,
+                gsi,
+            },
+            transport: Arc::new(RegisterPage(Mutex::new(transport))),
+            handle,
+        });
+    }
+    Ok(placed)
+}
+
+type Made = (Box<dyn VirtioDevice>, DeviceHandle);
+
+fn make_one(
+    config: DeviceConfig,
+    around: &Surroundings,
+) -> Result<Made, Box<dyn std::error::Error + Send + Sync>> {
+    Ok(match config {
+        DeviceConfig::Rng => (Box::new(Rng::new()), DeviceHandle::None),
+        DeviceConfig::Console { input, output, size } => {
+            let console = Console::new(ConsoleConfig {
+                input,
+                output,
+                size,
+                tail: around.tail.clone(),
+            })?;
+            let handle = DeviceHandle::Console(console.handle());
+            (Box::new(console), handle)
+        }
+        DeviceConfig::Custom { device, .. } => (device, DeviceHandle::None),
+    })
+}

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Guest RAM: one sealed memfd, mapped once per range and given to KVM as one slot per range.
+//!
+//! Sealed against growing, shrinking and further seals before anybody else can hold the descriptor, so that no access
+//! to it can ever fault because of its size. Nothing is touched at creation: pages come when the guest first uses
+//! them.
+
+use cloister_boot::x86_64::layout::Layout;
+use cloister_devices::GuestRam;
+use rustix::fs::{MemfdFlags, SealFlags};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
+
+use crate::config::HugePages;
+
+/// Bytes of one huge page on x86_64.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// Why guest memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// More than the host has.
+    #[error(
+        "{mib} MiB of guest memory asked for, the host has {host_mib} MiB; ask for less, or allow overcommit"
+    )]
+    MoreThanHost {
+        /// Asked for, in MiB.
+        mib: u64,
+        /// RAM and swap of the host, in MiB.
+        host_mib: u64,
+    },
+    /// Huge pages only come whole.
+    #[error("{mib} MiB of guest memory is not a multiple of the 2 MiB huge pages asked for")]
+    HugePageMultiple {
+        /// Asked for, in MiB.
+        mib: u64,
+    },
+    /// The memfd could not be made.
+    #[error("cannot create a memory file of {mib} MiB")]
+    Create {
+        /// Asked for, in MiB.
+        mib: u64,
+        /// The host's answer.
+        source: std::io::Error,
+    },
+    /// A given memory file does not fit.
+    #[error("the memory file given has {found} bytes, {expected} are needed")]
+    WrongFile {
+        /// Its size in bytes.
+        found: u64,
+        /// Needed, in bytes.
+        expected: u64,
+    },
+    /// It could not be mapped.
+    #[error("cannot map {mib} MiB of guest memory{}", if *.huge { " with huge pages; reserve more of them in /proc/sys/vm/nr_hugepages" } else { "" })]
+    Map {
+        /// Asked for, in MiB.
+        mib: u64,
+        /// Whether reserved huge pages were asked for.
+        huge: bool,
+        /// The cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// The RAM of one cell.
+#[derive(Debug)]
+pub struct Memory {
+    ram: Arc<GuestRam>,
+    file: Arc<File>,
+}
+
+/// One range to become a KVM memory slot.
+#[derive(Debug, Clone, Copy)]
+pub struct SlotRange {
+    /// Guest-physical address.
+    pub guest: u64,
+    /// Bytes.
+    pub size: u64,
+    /// Address in this process.
+    pub host: u64,
+}
+
+impl Memory {
+    /// Makes RAM for `layout`, from `file` when one is given (the RAM of a saved cell).
+    pub fn new(
+        layout: &Layout,
+        huge_pages: HugePages,
+        overcommit: bool,
+        file: Option<OwnedFd>,
+    ) -> Result<Self, Error> {
+        let size = layout.ram_size();
+        let mib = size >> 20;
+        let host_mib = host_memory_mib();
+        if !overcommit && mib > host_mib {
+            return Err(Error::MoreThanHost { mib, host_mib });
+        }
+        if huge_pages == HugePages::Reserved && !size.is_multiple_of(HUGE_PAGE) {
+            return Err(Error::HugePageMultiple { mib });
+        }
+        let file = match file {
+            Some(file) => check_file(File::from(file), size)?,
+            None => create_file(size, huge_pages).map_err(|source| Error::Create { mib, source })?,
+        };
+        let file = Arc::new(file);
+        let huge = huge_pages == HugePages::Reserved;
+        let map_error = |source: Box<dyn std::error::Error + Send + Sync>| Error::Map { mib, huge, source };
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for (guest, len) in layout.ram() {
+            let region = map(&file, offset, len, huge).map_err(|e| map_error(Box::new(e)))?;
+            if huge_pages == HugePages::Transparent {
+                advise_huge(&region);
+            }
+            let region = GuestRegionMmap::new(region, GuestAddress(guest))
+                .ok_or_else(|| map_error("a range wraps around".into()))?;
+            regions.push(region);
+            offset += len;
+        }
+        let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(Box::new(e)))?;
+        Ok(Self {
+            ram: Arc::new(ram),
+            file,
+        })
+    }
+
+    /// The RAM as devices and the boot loader see it.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// The memory file: another mapping of the same RAM can be made from it.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// The ranges for KVM's memory slots.
+    pub fn slots(&self) -> Vec<SlotRange> {
+        self.ram
+            .iter()
+            .map(|region| SlotRange {
+                guest: region.start_addr().0,
+                size: region.len(),
+                host: region.as_ptr().addr() as u64,
+            })
+            .collect()
+    }
+}
+
+fn create_file(size: u64, huge_pages: HugePages) -> std::io::Result<File> {
+    let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    if huge_pages == HugePages::Reserved {
+        flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+    }
+    let file = File::from(rustix::fs::memfd_create("cloister-ram", flags)?);
+    file.set_len(size)?;
+    rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
+}
+
+/// A file that could shrink under us would kill the process with SIGBUS.
+fn check_file(file: File, expected: u64) -> Result<File, Error> {
+    let found = file.metadata().map_or(0, |m| m.len());
+    let sealed = rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    if found != expected || !sealed {
+        return Err(Error::WrongFile { found, expected });
+    }
+    Ok(file)
+}
+
+fn map(
+    file: &Arc<File>,
+    offset: u64,
+    len: u64,
+    huge: bool,
+) -> Result<vm_memory::MmapRegion<()>, vm_memory::mmap::MmapRegionError> {
+    // Reserved huge pages are counted at mmap, so that they cannot run out while the guest runs.
+    let reserve = if huge { 0 } else { libc::MAP_NORESERVE };
+    MmapRegionBuilder::new(usize::try_from(len).unwrap_or(usize::MAX))
+        .with_file_offset(FileOffset::from_arc(Arc::clone(file), offset))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | reserve)
+        .build()
+}
+
+/// Asks for transparent huge pages. Only a wish: the host's shmem_enabled decides.
+fn advise_huge(region: &vm_memory::MmapRegion<()>) {
+    // SAFETY: the range is a whole mapping of ours, and the advice changes no content.
+    let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+    if result != 0 {
+        log::debug!(
+            "no transparent huge pages for guest memory: {}",
+            std::io::Error::last_os_error()
+        );
+    }
+}
+
+/// RAM and swap of the host in MiB.
+fn host_memory_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    (info.totalram.saturating_add(info.totalswap)).saturating_mul(u64::from(info.mem_unit)) >> 20
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    #[test]
+    fn the_file_is_sealed_and_shared_by_both_ranges() {
+        let layout = Layout::new(3400).unwrap();
+        let memory = Memory::new(&layout, HugePages::No, true, None).unwrap();
+        let seals = rustix::fs::fcntl_get_seals(memory.file()).unwrap();
+        assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
+        let slots = memory.slots();
+        assert_eq!(slots.len(), 2);
+        assert_eq!(slots[1].guest, 1 << 32);
+        memory.ram().write_obj(0x1234u32, GuestAddress(1 << 32)).unwrap();
+        let again = Memory::new(
+            &layout,
+            HugePages::No,
+            true,
+            Some(memory.file().try_clone_to_owned().unwrap()),
+        )
+        .unwrap();
+        assert_eq!(
+            again.ram().read_obj::<u32>(GuestAddress(1 << 32)).unwrap(),
+            0x1234
+        );
+    }
+
+    #[test]
+    fn a_file_of_another_size_or_without_seals_is_refused() {
+        let small = Memory::new(&Layout::new(1).unwrap(), HugePages::No, false, None).unwrap();
+        let file = small.file().try_clone_to_owned().unwrap();
+        let error = Memory::new(&Layout::new(2).unwrap(), HugePages::No, false, Some(file)).unwrap_err();
+        assert!(
+            matches!(
+                error,
+                Error::WrongFile {
+                    found: 0x10_0000,
+                    expected: 0x20_0000
+                }
+            ),
+            "{error}"
+        );
+        let loose = File::from(rustix::fs::memfd_create("loose", MemfdFlags::CLOEXEC).unwrap());
+        loose.set_len(1 << 20).unwrap();
+        assert!(Memory::new(&Layout::new(1).unwrap(), HugePages::No, false, Some(loose.into())).is_err());
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused_unless_allowed() {
+        let layout = Layout::new(1024 * 1024).unwrap();
+        let error = Memory::new(&layout, HugePages::No, false, None).unwrap_err();
+        assert!(matches!(error, Error::MoreThanHost { .. }), "{error}");
+    }
+
+    #[test]
+    fn huge_pages_come_whole() {
+        let error = Memory::new(&Layout::new(3).unwrap(), HugePages::Reserved, false, None).unwrap_err();
+        assert!(matches!(error, Error::HugePageMultiple { mib: 3 }), "{error}");
+    }
+}
