@@ -24,6 +24,7 @@ guest := $(CURDIR)/target/guest
 # Room for 8 pods at once, and for a guest of 4 GiB.
 kvm_options ?= --cpus 2 --memory 12288
 
+.NOTPARALLEL:
 .PHONY: setup build guest run test unit e2e kvm-host-test bench lint clean
 
 setup:
@@ -53,13 +54,13 @@ lint: setup
 
 # Unit tests, the hostile-guest kit and tiny guests, which any /dev/kvm can run.
 unit: setup
-	cargo nextest run --locked --workspace -E 'not binary(/^e2e_/)'
+	cargo nextest run --config-file ci/nextest.toml --locked --workspace -E 'not binary(/^e2e_/)'
 
 kvm-host-test: setup
 	ci/test-kvm-host
 
 e2e: build
-	ci/e2e $(kvm_options) -- $(E2E)
+	ci/e2e --timeout 2400 $(kvm_options) -- $(E2E)
 
 bench: build
 	mkdir -p target/bench
