@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // /init of the kernel's own boot test (guest-image/test): asks the running kernel for each feature that containers and the
-// agent need, prints one line for each that is missing, then a verdict, and reboots. What the command line says after
-// `--` chooses the ending: "panic" (through sysrq) or "reboot" (the default).
+// agent need, prints one line for each that is missing, then a verdict, and reboots. The kernel hands parameters that it
+// does not know to init as its environment:
+//   wanted=WORDS    devices that must have been found (see want_devices), cpus=N, modules
+//   ending=panic    panic (through sysrq) instead of the reboot
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -191,7 +193,29 @@ static void want_overlay(void)
 		lack("whiteout in overlay");
 }
 
-// Devices that the loader of the test named; "wanted=blk,vsock" on the command line says which must have been found.
+// Inserts the modules of a kernel that has them, in the order of their list, as the agent does.
+static void insert_modules(void)
+{
+	char path[512], *order = strdup(slurp("/lib/modules/cloister/order"));
+	int count = 0;
+
+	for (char *name = strtok(order, "\n"); name; name = strtok(NULL, "\n"), count++) {
+		int fd;
+
+		snprintf(path, sizeof(path), "/lib/modules/cloister/%s", name);
+		fd = open(path, O_RDONLY | O_CLOEXEC);
+		// A driver may say that this machine lacks its device, as ptp_kvm does without KVM.
+		if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) && errno != ENODEV && errno != EOPNOTSUPP))
+			lack("module %s", name);
+		close(fd);
+	}
+	free(order);
+	printf("test-init: %d modules inserted\n", count);
+	if (!count)
+		lack("modules");
+}
+
+// Devices that the loader of the test named; wanted=blk,net says which must have been found.
 static void want_devices(void)
 {
 	static const struct {
@@ -203,11 +227,11 @@ static void want_devices(void)
 		{ "console", "/sys/class/tty/hvc0/dev" },
 		{ "balloon", "/sys/bus/virtio/drivers/virtio_balloon/uevent" },
 	};
-	char wanted[256] = "";
-	const char *at = strstr(slurp("/proc/cmdline"), "wanted=");
+	const char *wanted = getenv("wanted");
+	const char *at;
 
-	if (at)
-		sscanf(at, "wanted=%255s", wanted);
+	if (!wanted)
+		return;
 	for (size_t i = 0; i < sizeof(devices) / sizeof(devices[0]); i++)
 		if (strstr(wanted, devices[i].word) && access(devices[i].path, F_OK))
 			lack("device %s: %s", devices[i].word, devices[i].path);
@@ -218,33 +242,26 @@ static void want_devices(void)
 	}
 }
 
-int main(int argc, char **argv)
+// Everything that the kernel of this project must have built in.
+static void want_features(void)
 {
 	static const char *const filesystems[] = {
 		"tmpfs", "proc", "sysfs", "devtmpfs", "devpts", "cgroup2", "mqueue", "hugetlbfs", "bpf", "overlay", "fuse",
 		"fuseblk", "virtiofs", "ext4", "xfs", "erofs", "binfmt_misc", "configfs", "securityfs", NULL,
 	};
 	static const char *const controllers[] = { "cpuset", "cpu", "io", "memory", "hugetlb", "pids", NULL };
-	static const char *const tables[] = { "filter", "nat", "mangle", "raw", NULL };
 	struct io_uring_params ring;
-	struct timespec up;
 	const char *text;
 
-	want_mount("proc", "/proc", NULL);
-	want_mount("sysfs", "/sys", NULL);
-	want_mount("devtmpfs", "/dev", NULL);
 	want_mount("devpts", "/dev/pts", "newinstance,ptmxmode=0666");
 	want_mount("mqueue", "/mqueue", NULL);
 	want_mount("cgroup2", "/cgroup", NULL);
 	want_mount("hugetlbfs", "/huge", NULL);
 	want_mount("bpf", "/bpf", NULL);
 	want_mount("binfmt_misc", "/proc/sys/fs/binfmt_misc", NULL);
-	clock_gettime(CLOCK_BOOTTIME, &up);
-	printf("test-init: in user space after %ld.%03ld s of guest time\n", (long)up.tv_sec, up.tv_nsec / 1000000);
 
 	want_words("/proc/filesystems", filesystems);
 	want_words("/cgroup/cgroup.controllers", controllers);
-	(void)tables;
 
 	want_namespace("user", CLONE_NEWUSER);
 	want_namespace("pid", CLONE_NEWPID);
@@ -286,11 +303,29 @@ int main(int argc, char **argv)
 	want_seccomp();
 	want_device_program();
 	want_overlay();
-	want_devices();
 
+	// The kernel turns huge pages off by itself below 512 MiB.
 	text = slurp("/sys/kernel/mm/transparent_hugepage/enabled");
 	if (!strstr(text, "[madvise]"))
 		lack("transparent huge pages by madvise: %s", text);
+}
+
+int main(void)
+{
+	const char *ending = getenv("ending"), *wanted = getenv("wanted");
+	const char *text;
+	struct timespec up;
+
+	want_mount("proc", "/proc", NULL);
+	want_mount("sysfs", "/sys", NULL);
+	want_mount("devtmpfs", "/dev", NULL);
+	clock_gettime(CLOCK_BOOTTIME, &up);
+	printf("test-init: in user space after %ld.%03ld s of guest time\n", (long)up.tv_sec, up.tv_nsec / 1000000);
+	if (wanted && strstr(wanted, "modules"))
+		insert_modules();
+	else
+		want_features();
+	want_devices();
 	text = slurp("/sys/devices/system/clocksource/clocksource0/current_clocksource");
 	printf("test-init: clock source %s", text);
 	text = slurp("/proc/meminfo");
@@ -302,7 +337,7 @@ int main(int argc, char **argv)
 	fflush(stdout);
 	tcdrain(1);
 
-	if (argc > 1 && !strcmp(argv[1], "panic")) {
+	if (ending && !strcmp(ending, "panic")) {
 		int fd = open("/proc/sysrq-trigger", O_WRONLY);
 
 		if (fd < 0 || write(fd, "c", 1) != 1)
