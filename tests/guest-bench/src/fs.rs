@@ -122,8 +122,10 @@ fn small_files(dir: &Path) -> io::Result<()> {
             fs::write(dir.join(i.to_string()), [7; 4096])?;
         }
         drop_caches()?;
-        for entry in fs::read_dir(&dir)? {
-            let path = entry?.path();
+        // All names first: what is removed while a directory is being read may hide what follows.
+        let names: Vec<_> = fs::read_dir(&dir)?.collect::<Result<_, _>>()?;
+        for entry in names {
+            let path = entry.path();
             if fs::read(&path)?.len() != 4096 {
                 return Err(io::Error::other(format!("{} is short", path.display())));
             }

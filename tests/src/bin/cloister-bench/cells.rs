@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cell.*`: what idle cells cost their process, beyond guest memory.
+
+use std::fs;
+use std::io::{self, Read};
+use std::time::Duration;
+
+use cloister_vmm::{CellHost, CellHostConfig};
+
+use crate::Context;
+use crate::ours::{Ours, chain};
+use crate::report::Figure;
+
+const READY_PORT: u32 = 1025;
+const COUNTS: [u32; 3] = [1, 10, 50];
+
+/// KiB of this process's PSS: all, and the part that is guest memory.
+fn pss_kib() -> io::Result<(u64, u64)> {
+    let smaps = fs::read_to_string("/proc/self/smaps")?;
+    let (mut all, mut guest, mut in_guest) = (0, 0, false);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Pss:") => {
+                let kib: u64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+                all += kib;
+                guest += if in_guest { kib } else { 0 };
+            }
+            // A mapping's first line starts with its addresses; its sixth word is the file.
+            Some(first) if first.contains('-') => {
+                in_guest = words.nth(4).is_some_and(|file| file.starts_with("/memfd:"));
+            }
+            _ => {}
+        }
+    }
+    Ok((all, guest))
+}
+
+fn threads() -> io::Result<usize> {
+    Ok(fs::read_dir("/proc/self/task")?.count())
+}
+
+/// Measures.
+pub fn run(context: &mut Context) -> io::Result<()> {
+    let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
+    let (empty, _) = pss_kib()?;
+    let mut cells = Vec::new();
+    for count in COUNTS {
+        let mut waiting = Vec::new();
+        for index in u32::try_from(cells.len()).unwrap_or(0)..count {
+            let config = Ours {
+                kernel: &context.kernel,
+                initrd: &context.initrd,
+                memory_mib: 128,
+                cmdline: "",
+                console: None,
+                devices: Vec::new(),
+                cid: 1000 + index,
+            };
+            let (cell, vsock) = config.create(&host)?;
+            let listener = vsock.listen(READY_PORT)?;
+            cell.start().map_err(chain)?;
+            waiting.push((cell, vsock, listener));
+            // A few boots at a time: there are few processors.
+            if waiting.len() == 4 {
+                settle(&mut waiting, &mut cells)?;
+            }
+        }
+        settle(&mut waiting, &mut cells)?;
+        let (all, guest) = pss_kib()?;
+        let kib = |value: u64| f64::from(u32::try_from(value).unwrap_or(u32::MAX));
+        let per_cell = kib(all.saturating_sub(guest).saturating_sub(empty)) / f64::from(count);
+        let conditions = format!(
+            "1 vCPU, 128 MiB, vsock; PSS without guest pages, beyond the same process with no cell ({empty} KiB), per cell"
+        );
+        let figure = |name: String, value, unit, goal, conditions| Figure {
+            name,
+            value,
+            unit,
+            peer: String::new(),
+            conditions,
+            goal,
+        };
+        context.report.add(figure(
+            format!("cell.pss_kib.{count}"),
+            per_cell,
+            "KiB",
+            "<= 512",
+            conditions,
+        ))?;
+        let conditions = "PSS of the whole process without guest pages, divided by its cells".to_owned();
+        let whole = kib(all - guest) / f64::from(count);
+        context.report.add(figure(
+            format!("cell.process_pss_kib.{count}"),
+            whole,
+            "KiB",
+            "",
+            conditions,
+        ))?;
+        if count == 50 {
+            let beyond = threads()?.saturating_sub(cells.len());
+            let value = f64::from(u32::try_from(beyond).unwrap_or(u32::MAX));
+            let conditions = "1 vCPU each".to_owned();
+            let name = "cell.threads_beyond_vcpus.50".to_owned();
+            context
+                .report
+                .add(figure(name, value, "threads", "<= 8", conditions))?;
+        }
+    }
+    for ((cell, ..), _) in &cells {
+        cell.stop();
+    }
+    for ((cell, ..), _) in &cells {
+        cell.wait_taken_down(Some(Duration::from_secs(20)));
+    }
+    Ok(())
+}
+
+type Started = (
+    cloister_vmm::Cell,
+    cloister_devices::vsock::VsockHandle,
+    cloister_devices::vsock::VsockListener,
+);
+
+/// Waits until all of `waiting` are ready.
+fn settle(
+    waiting: &mut Vec<Started>,
+    cells: &mut Vec<(Started, std::os::unix::net::UnixStream)>,
+) -> io::Result<()> {
+    for started in waiting.drain(..) {
+        let (mut stream, _) = started.2.accept()?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        stream.read_exact(&mut [0])?;
+        cells.push((started, stream));
+    }
+    Ok(())
+}

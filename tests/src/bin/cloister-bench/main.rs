@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The benchmarks: our cells and their peers side by side, in one run on one host.
+//!
+//! `cloister-bench [--only PREFIX] [--out FILE]`, as root on a host whose KVM runs Linux (`make bench` finds or makes
+//! one). Prints a table and writes one JSON object per figure.
+
+mod boot;
+mod cells;
+mod guest_lines;
+mod ours;
+mod qemu;
+mod report;
+mod vsock;
+mod vsock_server;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use report::{Figure, Report};
+
+/// What every part needs.
+pub struct Context {
+    /// The guest kernel.
+    pub kernel: PathBuf,
+    /// The initramfs with the agent.
+    pub initrd: PathBuf,
+    /// The initramfs with guest-bench.
+    pub bench_initrd: PathBuf,
+    /// Where figures go.
+    pub report: Report,
+}
+
+type Part = fn(&mut Context) -> io::Result<()>;
+
+const PARTS: [(&str, Part); 4] = [
+    ("boot", boot::run),
+    ("cell", cells::run),
+    ("vsock", vsock::run),
+    ("sizes", sizes),
+];
+
+/// `agent.bytes`, `kernel.bytes`.
+fn sizes(context: &mut Context) -> io::Result<()> {
+    let agent = context.initrd.with_file_name("cloister-agent");
+    for (name, path, goal) in [
+        ("agent.bytes", agent, "<= 4e6"),
+        ("kernel.bytes", context.kernel.clone(), ""),
+    ] {
+        let value = f64::from(u32::try_from(std::fs::metadata(&path)?.len()).unwrap_or(u32::MAX));
+        let conditions = path.display().to_string();
+        context.report.add(Figure {
+            name: name.into(),
+            value,
+            unit: "bytes",
+            peer: String::new(),
+            conditions,
+            goal,
+        })?;
+    }
+    Ok(())
+}
+
+fn host_conditions() -> String {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    let cpu = read("/proc/cpuinfo");
+    let model = cpu.lines().find_map(|line| {
+        line.strip_prefix("model name")
+            .map(|rest| rest.trim_matches([' ', '\t', ':']))
+    });
+    let emulated =
+        read("/proc/cmdline").contains("kvm-host") || read("/sys/class/dmi/id/sys_vendor").contains("QEMU");
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    format!(
+        "{}, kernel {}, {processors} CPUs ({})",
+        if emulated {
+            "emulated KVM host (QEMU TCG): ratios count, times do not"
+        } else {
+            "KVM host"
+        },
+        read("/proc/sys/kernel/osrelease").trim(),
+        model.unwrap_or("unknown processor"),
+    )
+}
+
+fn run() -> io::Result<usize> {
+    let (mut only, mut out) = (String::new(), PathBuf::from("target/bench/results.jsonl"));
+    let mut args = std::env::args().skip(1);
+    while let Some(option) = args.next() {
+        let mut value = || {
+            args.next()
+                .ok_or_else(|| io::Error::other(format!("{option} needs a value")))
+        };
+        match option.as_str() {
+            "--only" => only = value()?,
+            "--out" => out = value()?.into(),
+            _ => {
+                return Err(io::Error::other(
+                    "usage: cloister-bench [--only PREFIX] [--out FILE]",
+                ));
+            }
+        }
+    }
+    let guest =
+        std::env::var_os("CLOISTER_GUEST").map_or_else(|| PathBuf::from("target/guest"), PathBuf::from);
+    let file = |name: &str| -> io::Result<PathBuf> {
+        let path = guest.join(name);
+        let missing =
+            |error| io::Error::other(format!("{}: {error}; build it with make build", path.display()));
+        std::fs::canonicalize(&path).map_err(missing)
+    };
+    let mut context = Context {
+        kernel: file("vmlinux")?,
+        initrd: file("initramfs.cpio")?,
+        bench_initrd: file("bench.cpio")?,
+        report: Report::create(Path::new(&out), host_conditions())?,
+    };
+    for (name, part) in PARTS {
+        // ONLY=fs runs fs; ONLY=fs.seq runs all of fs, as its figures come out of one guest.
+        if !(name.starts_with(&only) || only.starts_with(name)) {
+            continue;
+        }
+        if let Err(error) = part(&mut context) {
+            context.report.fail(name, &error);
+        }
+    }
+    println!("\nfigures: {}", out.display());
+    Ok(context.report.failures())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cloister-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

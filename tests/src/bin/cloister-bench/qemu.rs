@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The peer: QEMU `-M microvm`, with virtiofsd and vhost-vsock.
+//!
+//! Its options are trimmed as its own documentation says a fast microvm is: no ACPI, PIT, PIC or RTC, no default
+//! devices, the small qboot firmware, and the serial port only where the benchmark reads it.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// What to run.
+pub struct Qemu<'a> {
+    /// vmlinux.
+    pub kernel: &'a Path,
+    /// The initramfs.
+    pub initrd: &'a Path,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// The kernel command line, without the console.
+    pub cmdline: &'a str,
+    /// Give it a serial port and the console on it.
+    pub serial: bool,
+    /// Share this directory as tag `cloister` through virtiofsd.
+    pub share: Option<&'a Path>,
+    /// Its vsock address.
+    pub cid: u32,
+}
+
+/// A started QEMU with its virtiofsd; both are killed when dropped.
+pub struct Running {
+    qemu: Child,
+    virtiofsd: Option<Child>,
+    socket: Option<PathBuf>,
+}
+
+impl Qemu<'_> {
+    /// Starts it. The clock of a boot benchmark starts before this call.
+    pub fn start(&self) -> io::Result<Running> {
+        let mut machine = String::from("microvm,acpi=off,pit=off,pic=off,rtc=off,auto-kernel-cmdline=on");
+        machine.push_str(if self.serial {
+            ",isa-serial=on"
+        } else {
+            ",isa-serial=off"
+        });
+        let mut command = Command::new("qemu-system-x86_64");
+        let mut append = self.cmdline.to_owned();
+        if self.serial {
+            append.push_str(" console=ttyS0");
+            command.args(["-serial", "stdio"]);
+        }
+        let (mut virtiofsd, mut socket) = (None, None);
+        if let Some(share) = self.share {
+            let path = std::env::temp_dir().join(format!("cloister-bench-{}.sock", self.cid));
+            // Left by an earlier run, perhaps.
+            let _ = std::fs::remove_file(&path);
+            virtiofsd = Some(start_virtiofsd(share, &path)?);
+            machine.push_str(",memory-backend=mem");
+            command
+                .arg("-object")
+                .arg(format!(
+                    "memory-backend-memfd,id=mem,size={}M,share=on",
+                    self.memory_mib
+                ))
+                .arg("-chardev")
+                .arg(format!("socket,id=fs,path={}", path.display()))
+                .args(["-device", "vhost-user-fs-device,chardev=fs,tag=cloister"]);
+            socket = Some(path);
+        }
+        let qemu = command
+            .args([
+                "-M",
+                &machine,
+                "-bios",
+                "qboot.rom",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-smp",
+                "1",
+            ])
+            .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+            .arg("-m")
+            .arg(format!("{}M", self.memory_mib))
+            .arg("-kernel")
+            .arg(self.kernel)
+            .arg("-initrd")
+            .arg(self.initrd)
+            .args(["-append", &append])
+            .arg("-device")
+            .arg(format!("vhost-vsock-device,guest-cid={}", self.cid))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .map_err(|error| {
+                io::Error::other(format!("qemu-system-x86_64 (install it with ci/setup): {error}"))
+            });
+        match qemu {
+            Ok(qemu) => Ok(Running {
+                qemu,
+                virtiofsd,
+                socket,
+            }),
+            Err(error) => {
+                if let Some(mut virtiofsd) = virtiofsd {
+                    let _ = virtiofsd.kill();
+                    let _ = virtiofsd.wait();
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+impl Running {
+    /// Waits until the guest reboots, and gives what it printed.
+    pub fn console(&mut self) -> io::Result<String> {
+        let mut text = Vec::new();
+        if let Some(stdout) = &mut self.qemu.stdout {
+            stdout.read_to_end(&mut text)?;
+        }
+        self.qemu.wait()?;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both may have ended by themselves.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+        if let Some(virtiofsd) = &mut self.virtiofsd {
+            let _ = virtiofsd.kill();
+            let _ = virtiofsd.wait();
+        }
+        if let Some(socket) = &self.socket {
+            let _ = std::fs::remove_file(socket);
+        }
+    }
+}
+
+/// virtiofsd from the cache that ci/setup fills, or from PATH.
+fn start_virtiofsd(share: &Path, socket: &Path) -> io::Result<Child> {
+    let cache = std::env::var_os("CLOISTER_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/cloister")));
+    let cached = cache
+        .map(|cache| cache.join("virtiofsd/bin/virtiofsd"))
+        .filter(|path| path.exists());
+    let program = cached.unwrap_or_else(|| PathBuf::from("virtiofsd"));
+    let child = Command::new(&program)
+        .arg(format!("--socket-path={}", socket.display()))
+        .arg(format!("--shared-dir={}", share.display()))
+        .args(["--cache=auto", "--sandbox=none", "--log-level=error"])
+        .stdin(Stdio::null())
+        .stdout(File::open("/dev/null")?)
+        .spawn()
+        .map_err(|error| io::Error::other(format!("{}: {error}", program.display())))?;
+    let start = Instant::now();
+    while !socket.exists() {
+        if start.elapsed() > Duration::from_secs(20) {
+            return Err(io::Error::other("virtiofsd did not make its socket"));
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(child)
+}

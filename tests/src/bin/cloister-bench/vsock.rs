@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `vsock.*`: round trips and throughput from the guest to this host, against vhost-vsock.
+
+use std::io;
+
+use cloister_vmm::{CellHost, CellHostConfig};
+
+use crate::Context;
+use crate::guest_lines::GuestFigures;
+use crate::ours::{Ours, chain, wait};
+use crate::qemu::Qemu;
+use crate::report::Figure;
+use crate::vsock_server;
+
+const MEMORY_MIB: u32 = 256;
+const ROUNDS: u32 = 3;
+
+/// Measures.
+pub fn run(context: &mut Context) -> io::Result<()> {
+    let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
+    let (mut ours, mut theirs) = (GuestFigures::default(), GuestFigures::default());
+    vsock_server::serve(|port| {
+        let listener = vsock_server::listen(port)?;
+        Ok(move || vsock_server::accept(&listener))
+    });
+    for round in 0..ROUNDS {
+        let (reader, console) = io::pipe()?;
+        let config = Ours {
+            kernel: &context.kernel,
+            initrd: &context.bench_initrd,
+            memory_mib: MEMORY_MIB,
+            cmdline: "cloister.bench=vsock",
+            console: Some(console.into()),
+            devices: Vec::new(),
+            cid: 300 + round,
+        };
+        let (cell, vsock) = config.create(&host)?;
+        vsock_server::serve(|port| {
+            let listener = vsock.listen(port)?;
+            Ok(move || listener.accept().map(|(stream, _)| stream))
+        });
+        cell.start().map_err(chain)?;
+        wait(&cell, 120)?;
+        drop(cell);
+        ours.add_console(&io::read_to_string(reader)?)?;
+        let peer = Qemu {
+            kernel: &context.kernel,
+            initrd: &context.bench_initrd,
+            memory_mib: MEMORY_MIB,
+            cmdline: &format!("{} cloister.bench=vsock", cloister_vmm::config::BASE_COMMAND_LINE),
+            serial: true,
+            share: None,
+            cid: 400 + round,
+        };
+        theirs.add_console(&peer.start()?.console()?)?;
+    }
+    for (name, unit, goal) in [
+        ("vsock.rtt", "us", "<= 1.0"),
+        ("vsock.throughput", "MiB/s", ">= 1.0"),
+    ] {
+        let (our, their) = (ours.median(name)?, theirs.median(name)?);
+        let conditions =
+            format!("1 vCPU, guest to host; medians of {ROUNDS} guests with 3 runs each, in turn");
+        let mut add = |name: String, value, unit, peer: &str, goal| {
+            let (peer, conditions) = (peer.to_owned(), conditions.clone());
+            context.report.add(Figure {
+                name,
+                value,
+                unit,
+                peer,
+                conditions,
+                goal,
+            })
+        };
+        add(
+            format!("{name}_vs_vhost"),
+            our / their,
+            "ratio",
+            "QEMU + vhost-vsock",
+            goal,
+        )?;
+        add(name.to_owned(), our, unit, "", "")?;
+        add(format!("{name}_vhost"), their, unit, "QEMU + vhost-vsock", "")?;
+    }
+    Ok(())
+}
