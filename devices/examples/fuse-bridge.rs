@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Serves a directory with the virtio-fs server through this machine's /dev/fuse, so that the server can be tested
+//! against a real Linux client without a VM: `fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl]`. The
+//! source appears as `MOUNTPOINT/d`. Ends when it is unmounted. For tests only; needs root.
+
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Arc, Mutex};
+
+use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, Outcome, Reader, Server, Slices, Writer};
+use vm_memory::VolatileSlice;
+
+/// The largest request: 1 MiB of data and its header and arguments.
+const BUFFER: usize = (1 << 20) + (64 << 10);
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().collect();
+    let [_, source, mountpoint, rest @ ..] = &arguments[..] else {
+        return Err("usage: fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl] [always|never]".into());
+    };
+    let has = |word: &str| rest.iter().any(|given| given == word);
+    let config = FsConfig {
+        writeback: has("writeback"),
+        remote_locks: has("locks"),
+        posix_acl: has("acl"),
+        ..FsConfig::default()
+    };
+    let cache = match (has("always"), has("never")) {
+        (true, _) => CachePolicy::Always,
+        (_, true) => CachePolicy::Never,
+        _ => CachePolicy::Auto,
+    };
+    let options = AttachOptions {
+        read_only: has("ro"),
+        cache,
+        ..AttachOptions::default()
+    };
+    let server = Arc::new(Server::new(config, None)?);
+    server.attach("d", &OwnedFd::from(std::fs::File::open(source)?), options)?;
+
+    let fuse = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
+    let data = CString::new(format!(
+        "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
+        fuse.as_raw_fd()
+    ))?;
+    let target = CString::new(mountpoint.as_str())?;
+    // SAFETY: all strings are NUL-terminated and live across the call.
+    let mounted = unsafe {
+        libc::mount(
+            c"cloister".as_ptr(),
+            target.as_ptr(),
+            c"fuse.cloister".as_ptr(),
+            0,
+            data.as_ptr().cast(),
+        )
+    };
+    if mounted != 0 {
+        return Err(std::io::Error::last_os_error().into());
+    }
+    let parked: Arc<Mutex<Vec<(u64, Vec<u8>)>>> = Arc::default();
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            let (server, parked) = (Arc::clone(&server), Arc::clone(&parked));
+            let fd = fuse.as_raw_fd();
+            std::thread::spawn(move || serve(&server, fd, &parked))
+        })
+        .collect();
+    let retry = {
+        let (server, parked) = (Arc::clone(&server), Arc::clone(&parked));
+        let fd = fuse.as_raw_fd();
+        std::thread::spawn(move || {
+            let mut output = vec![0; 4096];
+            loop {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+                let waiting = std::mem::take(&mut *parked.lock().unwrap());
+                for (unique, mut request) in waiting {
+                    match handle(&server, &mut request, &mut output) {
+                        Outcome::Blocked { .. } => parked.lock().unwrap().push((unique, request)),
+                        Outcome::Done { len } => reply(fd, &output[..len as usize]),
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        })
+    };
+    for thread in threads {
+        thread.join().map_err(|_| "a thread panicked")?;
+    }
+    drop(retry);
+    println!("{:?}", server.metrics_snapshot());
+    Ok(())
+}
+
+fn handle(server: &Server, input: &mut [u8], output: &mut [u8]) -> Outcome {
+    let mut readable = Slices::default();
+    readable.push(VolatileSlice::from(input));
+    let mut writable = Slices::default();
+    writable.push(VolatileSlice::from(output));
+    let mut reader = Reader::new(readable);
+    let header = Server::header(&mut reader).expect("the kernel's requests are whole");
+    server.handle(header, reader, Writer::new(writable))
+}
+
+fn reply(fd: i32, bytes: &[u8]) {
+    if bytes.is_empty() {
+        return;
+    }
+    // SAFETY: the bytes are readable for their length.
+    let written = unsafe { libc::write(fd, bytes.as_ptr().cast(), bytes.len()) };
+    if written < 0 {
+        let error = std::io::Error::last_os_error();
+        // ENOENT: the request was interrupted meanwhile; ENODEV: unmounted.
+        if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) {
+            eprintln!("fuse-bridge: the kernel refused a reply of {} bytes: {error}", bytes.len());
+        }
+    }
+}
+
+fn serve(server: &Server, fd: i32, parked: &Mutex<Vec<(u64, Vec<u8>)>>) {
+    let mut input = vec![0u8; BUFFER];
+    let mut output = vec![0u8; BUFFER];
+    loop {
+        // SAFETY: the buffer is writable for its length.
+        let read = unsafe { libc::read(fd, input.as_mut_ptr().cast(), input.len()) };
+        let Ok(length) = usize::try_from(read) else {
+            match std::io::Error::last_os_error().raw_os_error() {
+                Some(libc::EINTR | libc::EAGAIN | libc::ENOENT) => continue,
+                _ => return,
+            }
+        };
+        let request = &mut input[..length];
+        let interrupted = |unique: u64| {
+            let mut parked = parked.lock().unwrap();
+            let at = parked.iter().position(|(waiting, _)| *waiting == unique)?;
+            Some(parked.remove(at).0)
+        };
+        match handle(server, request, &mut output) {
+            Outcome::Done { len } => reply(fd, &output[..len as usize]),
+            Outcome::Blocked { unique } => parked.lock().unwrap().push((unique, request.to_vec())),
+            Outcome::Interrupt { unique } => {
+                if let Some(unique) = interrupted(unique) {
+                    let mut header = Vec::from(16u32.to_ne_bytes());
+                    header.extend((-libc::EINTR).to_ne_bytes());
+                    header.extend(unique.to_ne_bytes());
+                    reply(fd, &header);
+                }
+            }
+            Outcome::Malformed => panic!("the kernel's request was malformed"),
+        }
+    }
+}
