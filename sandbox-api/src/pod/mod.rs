@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods: their records, their VMs, their containers.
 
+pub mod guest;
 pub mod log;
 pub mod state;
+pub mod streams;

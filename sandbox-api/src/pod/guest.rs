@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What a Task service needs of the VM it serves: a way in over vsock, and the shared directory.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+/// A running VM, as far as its containers are concerned. Calls may block for a moment, never for long.
+pub trait Guest: Send + Sync + 'static {
+    /// A stream to a vsock port of the guest. A refusal shows as end of file.
+    ///
+    /// # Errors
+    /// The VM is gone.
+    fn connect(&self, port: u32) -> io::Result<UnixStream>;
+
+    /// Shows a directory or file of the host as `name` in the shared directory.
+    ///
+    /// # Errors
+    /// The name is taken, or the descriptor is of no use.
+    fn attach(&self, name: &str, tree: OwnedFd, read_only: bool) -> io::Result<()>;
+
+    /// Takes it away again. What the guest still has open stays usable to it until it closes it.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    fn detach(&self, name: &str) -> io::Result<()>;
+}
