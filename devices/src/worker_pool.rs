@@ -74,6 +74,10 @@ impl Drop for WorkerPool {
         self.shared.lock().closed = true;
         self.shared.wake.notify_all();
         for thread in self.threads.drain(..) {
+            // A job may hold the last reference to the pool: that thread ends by itself, right after this.
+            if thread.thread().id() == std::thread::current().id() {
+                continue;
+            }
             // Jobs are contained, so the thread cannot have panicked.
             let _ = thread.join();
         }
@@ -106,6 +110,22 @@ fn run(shared: &Shared) {
 mod tests {
     use super::*;
     use std::sync::mpsc;
+
+    #[test]
+    fn a_job_may_drop_the_pool() {
+        let pool = std::sync::Arc::new(WorkerPool::new(2).unwrap());
+        let (sender, receiver) = mpsc::channel();
+        let last = std::sync::Arc::clone(&pool);
+        let (go, wait) = mpsc::channel::<()>();
+        pool.submit(move || {
+            wait.recv().unwrap();
+            drop(last);
+            sender.send(()).unwrap();
+        });
+        drop(pool);
+        go.send(()).unwrap();
+        receiver.recv().unwrap();
+    }
 
     #[test]
     fn every_job_runs_even_after_one_panicked() {

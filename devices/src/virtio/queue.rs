@@ -7,6 +7,7 @@
 //! checked where it is read, by virtio-queue, and chains are bounded by the queue's size.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
@@ -138,6 +139,15 @@ impl ActiveQueue {
             .map_err(QueueError::Ring)?
             .next();
         Ok(chain)
+    }
+
+    /// Whether a chain waits. What a hostile driver writes into the index only shows at [`ActiveQueue::pop`].
+    pub fn has_available(&self) -> Result<bool, QueueError> {
+        let index = self
+            .queue
+            .avail_idx(&*self.ram, Ordering::Acquire)
+            .map_err(QueueError::Ring)?;
+        Ok(index.0 != self.queue.next_avail())
     }
 
     /// Puts the chain that was popped last back.
