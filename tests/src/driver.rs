@@ -3,7 +3,7 @@
 //!
 //! # Theory of operation
 //!
-//! A [`Machine`] is guest RAM and an event loop. A [`Driver`] puts a device behind an [`MmioTransport`] and plays the
+//! A [`Machine`] is guest RAM, an event loop and a worker pool. A [`Driver`] puts a device behind an [`MmioTransport`] and plays the
 //! vCPU: [`Driver::read32`] and [`Driver::write32`] are register accesses, [`Driver::start`] the whole way to
 //! DRIVER_OK, [`Driver::kick`] a notification, and [`Driver::wait_used`] waits for the device by polling the interrupt
 //! line. A [`VirtQueue`] is the driver's half of a split queue; each of its parts can be written raw
@@ -33,6 +33,7 @@ use cloister_devices::state::SavedState;
 use cloister_devices::virtio::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Health, MmioTransport, RestoreError, VirtioDevice, status,
 };
+use cloister_devices::worker_pool::WorkerPool;
 use vm_memory::{Bytes, GuestAddress};
 
 /// How long to wait for what must happen.
@@ -82,12 +83,14 @@ pub mod flag {
     pub const INDIRECT: u16 = 4;
 }
 
-/// Guest RAM and an event loop: what devices need of a machine.
+/// Guest RAM, an event loop and a worker pool: what devices need of a machine.
 pub struct Machine {
     /// The RAM: by default 32 MiB from 0 and 16 MiB from 64 MiB, with a hole between.
     pub ram: Arc<GuestRam>,
     /// The loop that devices run on.
     pub event_loop: Arc<EventLoop>,
+    /// The pool that blocking requests run on.
+    pub pool: Arc<WorkerPool>,
     next: Cell<u64>,
 }
 
@@ -111,6 +114,7 @@ impl Machine {
         Self {
             ram,
             event_loop: Arc::new(EventLoop::new("test-io").unwrap()),
+            pool: Arc::new(WorkerPool::new(4).unwrap()),
             next: Cell::new(0x1_0000),
         }
     }

@@ -5,6 +5,7 @@
 
 use std::os::fd::OwnedFd;
 
+use cloister_devices::block::{Block, BlockConfig, CacheMode, DiskKind};
 use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
 use cloister_devices::rng::Rng;
 use cloister_devices::virtio::VirtioDevice;
@@ -42,6 +43,11 @@ pub const ALL: &[Specimen] = &[
         make: console,
         busy_queue: 1,
     },
+    Specimen {
+        name: "block",
+        make: block,
+        busy_queue: 0,
+    },
 ];
 
 fn rng(_: &Machine) -> Animal {
@@ -68,5 +74,27 @@ fn console(_: &Machine) -> Animal {
     Animal {
         device: Box::new(device),
         keep: vec![input_end.into()],
+    }
+}
+
+/// An empty disk of `sectors` sectors in memory.
+pub fn disk_image(sectors: u64) -> OwnedFd {
+    let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, sectors * 512).unwrap();
+    fd
+}
+
+fn block(machine: &Machine) -> Animal {
+    let config = BlockConfig {
+        fd: disk_image(64),
+        kind: DiskKind::File,
+        read_only: false,
+        cache: CacheMode::Writeback,
+        serial: "zoo".to_owned(),
+        queues: 2,
+    };
+    Animal {
+        device: Box::new(Block::new(config, machine.pool.clone()).unwrap()),
+        keep: Vec::new(),
     }
 }
