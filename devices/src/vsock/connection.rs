@@ -21,8 +21,8 @@
 //!
 //! # Credit (section 5.10.6.3)
 //!
-//! From the guest: it may send while `rx_cnt - fwd_cnt` (bytes taken in but not yet passed to the host) stays within
-//! `buf_alloc`, so the backlog never exceeds `buf_alloc`. To the guest: at most `peer_buf_alloc - (tx_cnt -
+//! From the guest: what it sends beyond the last `fwd_cnt` it was told must stay within `buf_alloc`, so the backlog never
+//! exceeds `buf_alloc`. To the guest: at most `peer_buf_alloc - (tx_cnt -
 //! peer_fwd_cnt)` bytes. All counters are modulo 2^32.
 
 use std::io;
@@ -231,7 +231,8 @@ impl Connection {
         if self.guest_shutdown & shutdown::SEND != 0 {
             return Err(Violation::AfterShutdown);
         }
-        if self.backlog.len() + length > self.buf_alloc as usize {
+        let unread = self.fwd_cnt.wrapping_sub(self.announced_fwd_cnt) as usize + self.backlog.len();
+        if unread + length > self.buf_alloc as usize {
             return Err(Violation::Credit);
         }
         let Some(stream) = self.stream.as_ref().filter(|_| !self.host_refuses) else {

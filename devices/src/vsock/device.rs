@@ -74,6 +74,7 @@ pub struct Vsock {
     guest_cid: u64,
     max_connections: usize,
     host: Arc<Host>,
+    uds: Option<Arc<UdsPath>>,
 }
 
 impl Vsock {
@@ -93,13 +94,15 @@ impl Vsock {
         }
         let uds = uds_path
             .map(|path| UdsPath::bind(&path).map_err(|source| VsockError::Listen { path, source }))
-            .transpose()?;
-        let host = Host::new(uds, max_connections, connect_timeout).map_err(VsockError::EventFd)?;
+            .transpose()?
+            .map(Arc::new);
+        let host = Host::new(max_connections, connect_timeout).map_err(VsockError::EventFd)?;
         let handle = VsockHandle::new(Arc::clone(&host));
         let device = Self {
             guest_cid,
             max_connections,
             host,
+            uds,
         };
         Ok((device, handle))
     }
@@ -115,6 +118,7 @@ impl Vsock {
             self.max_connections,
             next_host_port,
             Arc::clone(&self.host),
+            self.uds.clone(),
             Arc::clone(&context.health),
         )
         .map_err(|source| ActivateError::Host {

@@ -24,7 +24,6 @@ use rustix::net::{
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::metrics::{Counters, VsockMetrics};
-use super::uds::UdsPath;
 
 /// Who waits for a connection from the host to be accepted.
 pub(super) enum Completion {
@@ -70,22 +69,16 @@ pub(super) struct Host {
     shared: Mutex<Shared>,
     /// Tells the data side that `connects` has something.
     pub wake: EventFd,
-    pub uds: Option<UdsPath>,
     pub counters: Counters,
     max_connections: usize,
     connect_timeout: Duration,
 }
 
 impl Host {
-    pub fn new(
-        uds: Option<UdsPath>,
-        max_connections: usize,
-        connect_timeout: Duration,
-    ) -> io::Result<Arc<Self>> {
+    pub fn new(max_connections: usize, connect_timeout: Duration) -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
             shared: Mutex::default(),
             wake: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
-            uds,
             counters: Counters::default(),
             max_connections,
             connect_timeout,
@@ -137,39 +130,22 @@ impl Host {
         self.lock().connects.pop_front()
     }
 
-    /// The guest wants to connect to `host_port`: gives the device's end, or why nobody takes it.
-    pub fn accept(&self, host_port: u32, guest_port: u32) -> io::Result<UnixStream> {
+    /// The guest wants to connect to `host_port`: gives the device's end, or why the listener does not take it;
+    /// `None` if there is no listener.
+    pub fn accept(&self, host_port: u32, guest_port: u32) -> Option<io::Result<UnixStream>> {
         let mut shared = self.lock();
-        let Some(listener) = shared.listeners.get(&host_port) else {
-            drop(shared);
-            return match &self.uds {
-                Some(uds) => uds.connect(host_port),
-                None => Err(io::ErrorKind::ConnectionRefused.into()),
-            };
-        };
-        let (ours, theirs) = pair()?;
-        let fds = [theirs.as_fd()];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
-        let sent = rustix::net::sendmsg(
-            listener,
-            &[IoSlice::new(&guest_port.to_le_bytes())],
-            &mut ancillary,
-            SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-        );
-        match sent {
-            Ok(_) => Ok(ours),
-            Err(rustix::io::Errno::PIPE | rustix::io::Errno::CONNRESET | rustix::io::Errno::CONNREFUSED) => {
-                // The listener was dropped.
-                shared.listeners.remove(&host_port);
-                Err(io::ErrorKind::ConnectionRefused.into())
-            }
-            // EAGAIN: it does not accept fast enough.
-            Err(error) => Err(error.into()),
+        let listener = shared.listeners.get(&host_port)?;
+        let accepted = hand_over(listener, guest_port);
+        if accepted
+            .as_ref()
+            .is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+        {
+            // The listener was dropped.
+            shared.listeners.remove(&host_port);
+            return None;
         }
+        Some(accepted)
     }
-
     /// The device is gone: listeners see end of file, new connections fail.
     pub fn close(&self) {
         let mut shared = self.lock();
@@ -177,6 +153,23 @@ impl Host {
         shared.connects.clear();
         shared.listeners.clear();
     }
+}
+
+/// Passes the far end of a new connection to a listener, and gives the near one. Never blocks: a listener that does
+/// not accept fast enough refuses.
+fn hand_over(listener: &OwnedFd, guest_port: u32) -> io::Result<UnixStream> {
+    let (ours, theirs) = pair()?;
+    let fds = [theirs.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    rustix::net::sendmsg(
+        listener,
+        &[IoSlice::new(&guest_port.to_le_bytes())],
+        &mut ancillary,
+        SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+    )?;
+    Ok(ours)
 }
 
 fn gone() -> io::Error {

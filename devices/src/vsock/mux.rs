@@ -24,7 +24,7 @@ use super::packet::{Header, RxBuffer, TYPE_STREAM, TxPacket, op, shutdown};
 use super::poll::{Event, Poller, Source, Timeout, Timers};
 use super::rx::RxRing;
 use super::table::{Table, Token};
-use super::uds::{Handshake, Line};
+use super::uds::{Handshake, Line, UdsPath};
 use super::{FIRST_HOST_PORT, HOST_CID};
 use crate::GuestRam;
 use crate::virtio::{Health, QueueError, Slices};
@@ -73,6 +73,7 @@ pub(super) struct Mux {
     guest_cid: u64,
     max_connections: usize,
     host: Arc<Host>,
+    uds: Option<Arc<UdsPath>>,
     health: Arc<Health>,
     poller: Poller,
     timers: Timers,
@@ -97,6 +98,7 @@ impl Mux {
         max_connections: usize,
         next_host_port: u32,
         host: Arc<Host>,
+        uds: Option<Arc<UdsPath>>,
         health: Arc<Health>,
     ) -> io::Result<Self> {
         let poller = Poller::new()?;
@@ -109,6 +111,7 @@ impl Mux {
             guest_cid,
             max_connections,
             host,
+            uds,
             health,
             poller,
             timers: Timers::default(),
@@ -273,7 +276,8 @@ impl Mux {
             ));
             None
         } else {
-            match self.host.accept(key.host_port, key.guest_port) {
+            let listener = self.host.accept(key.host_port, key.guest_port);
+            match listener.unwrap_or_else(|| self.connect_uds(key.host_port)) {
                 Ok(stream) => Some(stream),
                 Err(error) => {
                     log::debug!(
@@ -295,6 +299,13 @@ impl Mux {
         if let Some(token) = self.insert(connection) {
             self.host.counters.established.increment();
             self.after(token);
+        }
+    }
+
+    fn connect_uds(&self, host_port: u32) -> io::Result<UnixStream> {
+        match &self.uds {
+            Some(uds) => uds.connect(host_port),
+            None => Err(io::ErrorKind::ConnectionRefused.into()),
         }
     }
 
@@ -430,7 +441,7 @@ impl Mux {
     }
 
     fn accept_again(&mut self) -> io::Result<()> {
-        if let Some(uds) = &self.host.uds
+        if let Some(uds) = &self.uds
             && !self.accepting
         {
             let read = Interest {
@@ -445,15 +456,16 @@ impl Mux {
     }
 
     fn pause_accepting(&mut self) {
-        if let Some(uds) = &self.host.uds {
+        if let Some(uds) = &self.uds {
             self.poller.forget(uds.listener.as_raw_fd());
             self.accepting = false;
         }
     }
 
     fn accept_clients(&mut self) -> io::Result<()> {
-        let host = Arc::clone(&self.host);
-        let Some(uds) = &host.uds else { return Ok(()) };
+        let Some(uds) = self.uds.clone() else {
+            return Ok(());
+        };
         for _ in 0..8 {
             if self.handshakes.len() >= MAX_HANDSHAKES {
                 self.pause_accepting();

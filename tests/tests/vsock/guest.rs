@@ -152,6 +152,12 @@ impl<'m> Guest<'m> {
         guest
     }
 
+    /// The same guest memory and queues under another device, as after a restore.
+    pub fn move_to(self, driver: Driver<'m>) -> Self {
+        // The old device is taken away without a reset of what it shares with the new one.
+        Self { driver, ..self }
+    }
+
     /// Puts an rx buffer into the queue, without notifying.
     fn supply(&mut self, slot: u16) {
         let address = self.rx_buffers + RX_BUFFER as u64 * u64::from(slot);

@@ -2,19 +2,25 @@
 //! The vsock device as a guest meets it, well-behaved and hostile.
 
 mod guest;
+mod hostile;
+mod unix_sockets;
 
 use std::io::{self, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::time::{Duration, Instant};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
-use cloister_tests::driver::{Driver, Machine, wait_until};
+use cloister_tests::driver::{Descriptor, Driver, Machine, TIMEOUT, wait_until};
 use guest::{GUEST_CID, Guest, NO_RECEIVE, NO_SEND, Packet, Stream, op};
 
 const PORT: u32 = 1025;
 
 fn device() -> (Box<Vsock>, VsockHandle) {
-    let (device, handle) = Vsock::new(VsockConfig::new(GUEST_CID)).unwrap();
+    device_with_cid(GUEST_CID)
+}
+
+fn device_with_cid(cid: u64) -> (Box<Vsock>, VsockHandle) {
+    let (device, handle) = Vsock::new(VsockConfig::new(cid)).unwrap();
     (Box::new(device), handle)
 }
 
@@ -132,4 +138,471 @@ fn a_connection_asked_for_before_the_driver_is_ready_waits_for_it() {
     let packet = guest.receive();
     stream.handle(&mut guest, packet);
     assert_eq!(stream.received, b"early");
+}
+
+/// That the device sleeps: nothing wakes it while nothing happens.
+fn assert_asleep(handle: &VsockHandle) {
+    // What is under way comes to its end first. On a busy machine some of it may come late: a device that spins is
+    // woken thousands of times in that while.
+    let mut before = handle.metrics().wakeups;
+    let rests = wait_until(|| {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = handle.metrics().wakeups;
+        std::mem::replace(&mut before, now) == now
+    });
+    assert!(rests, "the device does not come to rest");
+    std::thread::sleep(Duration::from_millis(200));
+    let woken = handle.metrics().wakeups - before;
+    assert!(woken <= 40, "woken {woken} times with nothing to do");
+}
+
+/// An established connection: the guest's end and the host's.
+fn connected(guest: &mut Guest<'_>, handle: &VsockHandle, guest_port: u32) -> (Stream, UnixStream) {
+    let host = handle.connect(guest_port).unwrap();
+    host.set_read_timeout(Some(TIMEOUT)).unwrap();
+    (guest.accept_connection(guest_port), host)
+}
+
+/// Takes packets of `stream` until `done`.
+fn take_until(guest: &mut Guest<'_>, stream: &mut Stream, done: impl Fn(&Stream) -> bool) {
+    while !done(stream) {
+        let packet = guest.receive();
+        stream.handle(guest, packet);
+    }
+}
+
+#[test]
+fn half_close_by_the_guest_lets_the_host_go_on() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let (mut stream, mut host) = connected(&mut guest, &handle, 7);
+    stream.send_some(&mut guest, b"last words");
+    stream.shutdown(&mut guest, NO_SEND);
+    let mut text = String::new();
+    host.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "last words");
+    host.write_all(b"the answer").unwrap();
+    take_until(&mut guest, &mut stream, |stream| stream.received == b"the answer");
+    drop(host);
+    take_until(&mut guest, &mut stream, |stream| {
+        stream.host_shutdown == NO_SEND | NO_RECEIVE
+    });
+    guest.send(&stream.packet(op::RST));
+    guest.expect_silence();
+    assert_asleep(&handle);
+}
+
+#[test]
+fn half_close_by_the_host_lets_the_guest_go_on() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let (mut stream, mut host) = connected(&mut guest, &handle, 7);
+    host.write_all(b"last words").unwrap();
+    host.shutdown(std::net::Shutdown::Write).unwrap();
+    take_until(&mut guest, &mut stream, |stream| stream.host_shutdown == NO_SEND);
+    assert_eq!(stream.received, b"last words");
+    assert_asleep(&handle);
+    stream.send_some(&mut guest, b"the answer");
+    let mut answer = [0; 10];
+    host.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"the answer");
+    // Close in good order: RST comes when all is out.
+    stream.shutdown(&mut guest, NO_SEND | NO_RECEIVE);
+    take_until(&mut guest, &mut stream, |stream| stream.reset);
+    assert_eq!(host.read(&mut answer).unwrap(), 0);
+    assert_asleep(&handle);
+}
+
+#[test]
+fn a_guest_that_does_not_receive_any_more_stops_the_host_writing() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let (mut stream, mut host) = connected(&mut guest, &handle, 7);
+    stream.shutdown(&mut guest, NO_RECEIVE);
+    assert!(wait_until(|| host
+        .write(b"x")
+        .is_err_and(|error| error.kind() == io::ErrorKind::BrokenPipe)));
+    stream.send_some(&mut guest, b"still here");
+    let mut answer = [0; 10];
+    host.read_exact(&mut answer).unwrap();
+    assert_asleep(&handle);
+}
+
+#[test]
+fn a_host_that_does_not_read_any_more_stops_the_guest_writing() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let (mut stream, mut host) = connected(&mut guest, &handle, 7);
+    host.shutdown(std::net::Shutdown::Read).unwrap();
+    stream.send_some(&mut guest, b"for nobody");
+    take_until(&mut guest, &mut stream, |stream| {
+        stream.host_shutdown == NO_RECEIVE
+    });
+    host.write_all(b"still here").unwrap();
+    take_until(&mut guest, &mut stream, |stream| stream.received == b"still here");
+    assert_asleep(&handle);
+}
+
+#[test]
+fn a_reset_ends_it_for_the_host() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let (mut stream, mut host) = connected(&mut guest, &handle, 7);
+    stream.send_some(&mut guest, b"mid");
+    guest.send(&stream.packet(op::RST));
+    let mut text = String::new();
+    host.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "mid");
+    // The connection is unknown now.
+    guest.send(&stream.packet(op::RW).with_payload(b"stream"));
+    guest.expect(op::RST, 7, stream.host_port);
+    guest.send(&stream.packet(op::RST));
+    guest.expect_silence();
+}
+
+#[test]
+fn what_the_guest_sent_before_it_closed_arrives_although_the_host_is_slow() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let (mut stream, mut host) = connected(&mut guest, &handle, 7);
+    let data: Vec<u8> = (0..4 << 20).map(|at| pattern(3, at)).collect();
+    let sent = fill(&mut guest, &mut stream, &data);
+    stream.shutdown(&mut guest, NO_SEND | NO_RECEIVE);
+    // As Linux does when it waited long enough.
+    guest.send(&stream.packet(op::RST));
+    // Its ports may be used again at once.
+    let (mut again, mut other) = connected(&mut guest, &handle, 7);
+    again.send_some(&mut guest, b"other");
+    other.read_exact(&mut [0; 5]).unwrap();
+    let mut received = Vec::new();
+    host.read_to_end(&mut received).unwrap();
+    assert!(received == data[..sent], "{} of {sent} bytes", received.len());
+    assert_asleep(&handle);
+}
+
+/// Sends until the host takes no more: socket and credit are used up. Gives the number of bytes.
+fn fill(guest: &mut Guest<'_>, stream: &mut Stream, data: &[u8]) -> usize {
+    let mut sent = 0;
+    loop {
+        sent += stream.send_some(guest, &data[sent..]);
+        assert!(sent < data.len(), "the host takes everything");
+        if stream.credit() == 0 {
+            match guest.receive_for(Duration::from_millis(100)) {
+                Some(packet) => stream.handle(guest, packet),
+                None => return sent,
+            }
+        }
+    }
+}
+
+#[test]
+fn a_host_that_does_not_read_stops_its_connection_only() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let (mut stalled, mut slow) = connected(&mut guest, &handle, 7);
+    let data: Vec<u8> = (0..8 << 20).map(|at| pattern(1, at)).collect();
+    let mut sent = fill(&mut guest, &mut stalled, &data);
+    assert_asleep(&handle);
+
+    let (mut other, mut fast) = connected(&mut guest, &handle, 8);
+    for _ in 0..100 {
+        other.send_some(&mut guest, b"ping");
+        fast.read_exact(&mut [0; 4]).unwrap();
+        fast.write_all(b"pong").unwrap();
+        let goal = other.received.len() + 4;
+        take_until(&mut guest, &mut other, |other| other.received.len() == goal);
+    }
+    assert_eq!(guest.tx_in_flight(), 0, "packets must not wait in the queue");
+
+    let reader = std::thread::spawn(move || {
+        let mut received = Vec::new();
+        slow.read_to_end(&mut received).unwrap();
+        received
+    });
+    while sent < data.len() {
+        sent += stalled.send_some(&mut guest, &data[sent..]);
+        if stalled.credit() == 0 {
+            let packet = guest.receive();
+            stalled.handle(&mut guest, packet);
+        }
+    }
+    stalled.shutdown(&mut guest, NO_SEND);
+    assert!(reader.join().unwrap() == data);
+}
+
+/// Writes until the socket is full; gives the number of bytes.
+fn fill_socket(mut host: &UnixStream) -> usize {
+    host.set_nonblocking(true).unwrap();
+    let mut written = 0;
+    let mut full = 0;
+    // Full for good: the device moves bytes on until the guest's credit is used up.
+    while full < 50 {
+        match host.write(&[b'h'; 4096]) {
+            Ok(n) => written += n,
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                full += 1;
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        }
+    }
+    host.set_nonblocking(false).unwrap();
+    written
+}
+
+#[test]
+fn a_guest_without_credit_is_waited_for_without_spinning() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let host = handle.connect(7).unwrap();
+    let request = guest.expect(op::REQUEST, 7, 1 << 30);
+    let accept = Packet {
+        buf_alloc: 10_000,
+        ..Packet::new(op::RESPONSE, 7, request.src_port)
+    };
+    guest.send(&accept);
+    let written = fill_socket(&host);
+    let (mut received, mut asked) = (0, 0);
+    while received < 10_000 || asked == 0 {
+        let packet = guest.receive();
+        match packet.op {
+            op::RW => received += packet.payload.len(),
+            op::CREDIT_REQUEST => asked += 1,
+            other => panic!("{other}"),
+        }
+    }
+    guest.expect_silence();
+    assert_eq!((received, asked), (10_000, 1));
+    assert_asleep(&handle);
+    // The classic: a hang-up is reported whatever one waits for.
+    drop(host);
+    assert_asleep(&handle);
+    // A lie about what was read gives no more than the buffer, or nothing.
+    for fwd_cnt in [u32::MAX, 10_001, 1 << 31] {
+        let lie = Packet {
+            buf_alloc: 10_000,
+            fwd_cnt,
+            ..Packet::new(op::CREDIT_UPDATE, 7, request.src_port)
+        };
+        guest.send(&lie);
+        guest.expect_silence();
+    }
+    let mut fwd_cnt = 10_000;
+    loop {
+        let update = Packet {
+            buf_alloc: 10_000,
+            fwd_cnt,
+            ..Packet::new(op::CREDIT_UPDATE, 7, request.src_port)
+        };
+        guest.send(&update);
+        let packet = guest.receive();
+        match packet.op {
+            op::RW => {
+                received += packet.payload.len();
+                fwd_cnt += packet.len;
+            }
+            op::SHUTDOWN => break assert_eq!(packet.flags, NO_SEND | NO_RECEIVE),
+            op::CREDIT_REQUEST => {}
+            other => panic!("{other}"),
+        }
+    }
+    assert_eq!(received, written, "what the host wrote before it closed arrives");
+}
+
+#[test]
+fn two_thousand_connections_live_side_by_side() {
+    const COUNT: u32 = 2_000;
+    raise_descriptor_limit(u64::from(COUNT) * 2 + 500);
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let mut ends = Vec::new();
+    let mut streams = Vec::new();
+    for port in 0..COUNT {
+        ends.push(handle.connect(port).unwrap());
+        streams.push(guest.accept_connection(port));
+    }
+    let mut credit_given = 0;
+    for (stream, end) in streams.iter_mut().zip(&mut ends) {
+        credit_given += stream.credit();
+        stream.send_some(&mut guest, &stream.guest_port.to_le_bytes());
+        let mut port = [0; 4];
+        end.read_exact(&mut port).unwrap();
+        assert_eq!(u32::from_le_bytes(port), stream.guest_port);
+        end.write_all(&port).unwrap();
+    }
+    assert!(
+        credit_given <= 64 << 20,
+        "the host promised {credit_given} bytes of buffers"
+    );
+    let mut arrived = 0;
+    while arrived < COUNT {
+        let packet = guest.receive();
+        assert_eq!(packet.payload, packet.dst_port.to_le_bytes());
+        arrived += 1;
+    }
+    assert_asleep(&handle);
+    drop(ends);
+    let mut closed = 0;
+    while closed < COUNT {
+        let packet = guest.receive();
+        assert_eq!((packet.op, packet.flags), (op::SHUTDOWN, NO_SEND | NO_RECEIVE));
+        guest.send(&Packet::new(op::RST, packet.dst_port, packet.src_port));
+        closed += 1;
+    }
+    assert_asleep(&handle);
+}
+
+fn raise_descriptor_limit(wanted: u64) {
+    let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    limit.current = limit
+        .maximum
+        .map(|maximum| maximum.min(1 << 16))
+        .or(Some(1 << 16));
+    assert!(
+        limit.current.is_some_and(|current| current >= wanted),
+        "this test needs {wanted} file descriptors: raise the hard limit (ulimit -Hn)"
+    );
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+}
+
+#[test]
+fn refused_timed_out_and_gone_are_told_apart() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let connect = |timeout| {
+        let handle = handle.clone();
+        std::thread::spawn(move || handle.connect_timeout(9, timeout).map_err(|error| error.kind()))
+    };
+    // Not even a driver.
+    let nobody = connect(Duration::from_millis(50)).join().unwrap();
+    assert_eq!(nobody.unwrap_err(), io::ErrorKind::TimedOut);
+
+    let mut guest = Guest::start(&machine, device);
+    let stale = guest.receive();
+    guest.send(&Packet::new(op::RST, 9, stale.src_port));
+    let refused = connect(TIMEOUT);
+    let request = guest.receive();
+    assert_eq!(request.op, op::REQUEST);
+    guest.send(&Packet::new(op::RST, 9, request.src_port));
+    assert_eq!(
+        refused.join().unwrap().unwrap_err(),
+        io::ErrorKind::ConnectionRefused
+    );
+
+    let accepted = connect(TIMEOUT);
+    let mut stream = guest.accept_connection(9);
+    let mut host = accepted.join().unwrap().unwrap();
+    stream.send_some(&mut guest, b"ok");
+    host.read_exact(&mut [0; 2]).unwrap();
+
+    // Never answered: RST after a while, and the slot is free again.
+    let silent = connect(Duration::from_millis(50));
+    let request = guest.receive();
+    assert_eq!(request.op, op::REQUEST);
+    assert_eq!(silent.join().unwrap().unwrap_err(), io::ErrorKind::TimedOut);
+    guest.expect(op::RST, 9, request.src_port);
+
+    drop(guest);
+    assert_eq!(
+        host.read(&mut [0]).unwrap(),
+        0,
+        "the connection went with the device"
+    );
+    let error = handle.connect(9).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::NotConnected);
+    assert_eq!(handle.listen(9).unwrap_err().kind(), io::ErrorKind::NotConnected);
+}
+
+#[test]
+fn listeners_come_and_go() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    guest.send(&Packet::new(op::REQUEST, 5, PORT));
+    guest.expect(op::RST, 5, PORT);
+    let listener = handle.listen(PORT).unwrap();
+    assert_eq!(handle.listen(PORT).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+    listener.set_nonblocking(true).unwrap();
+    assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    let _stream = guest.connect(5, PORT);
+    let (_host, port) = listener.accept().unwrap();
+    assert_eq!(port, 5);
+    drop(listener);
+    guest.send(&Packet::new(op::REQUEST, 6, PORT));
+    guest.expect(op::RST, 6, PORT);
+    // The port is free for another one.
+    let listener = handle.listen(PORT).unwrap();
+    let _stream = guest.connect(7, PORT);
+    assert_eq!(listener.accept().unwrap().1, 7);
+    // Nobody accepts: the backlog ends somewhere.
+    let refused = (100..2_000).any(|port| {
+        guest.send(&Packet::new(op::REQUEST, port, PORT));
+        guest.receive().op == op::RST
+    });
+    assert!(refused, "endless backlog");
+    // With the device the listener ends.
+    drop(guest);
+    let end = std::iter::repeat_with(|| listener.accept()).find_map(Result::err);
+    assert_eq!(end.unwrap().kind(), io::ErrorKind::NotConnected);
+}
+
+#[test]
+fn a_restored_guest_is_told_and_starts_anew() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let mut guest = Guest::start(&machine, device);
+    let event_buffer = machine.allocate(4, 4);
+    machine.write(event_buffer, &[0xff; 4]);
+    let event_head = guest.event.add(&[Descriptor::writable(event_buffer, 4)]);
+    guest.driver.kick(2);
+    let (mut stream, _host) = connected(&mut guest, &handle, 7);
+    guest.expect_silence();
+    assert!(guest.event.take_used().is_none());
+    // In a tx queue that nobody serves, as it were: it is in the snapshot.
+    let saved = guest.driver.transport.save().unwrap();
+
+    let (device, handle) = device_with_cid(GUEST_CID);
+    let listener = handle.listen(PORT).unwrap();
+    let driver = Driver::restored(&machine, device, &saved).unwrap();
+    let mut guest = guest.move_to(driver);
+    let used = guest.driver.wait_used(&mut guest.event).unwrap();
+    assert_eq!((used.head, used.len), (event_head.into(), 4));
+    assert_eq!(machine.read(event_buffer, 4), [0; 4], "TRANSPORT_RESET");
+    // Old connections are unknown, new ones work, and no host port is used again.
+    guest.send(&stream.packet(op::RW).with_payload(b"stale"));
+    guest.expect(op::RST, 7, stream.host_port);
+    let _stream = guest.connect(8, PORT);
+    let _accepted = listener.accept().unwrap();
+    let (again, _host) = connected(&mut guest, &handle, 7);
+    assert_ne!(again.host_port, stream.host_port);
+    assert_asleep(&handle);
+}
+
+#[test]
+fn more_connections_than_allowed_are_refused() {
+    let machine = Machine::new();
+    let config = VsockConfig {
+        max_connections: 3,
+        ..VsockConfig::new(GUEST_CID)
+    };
+    let (device, handle) = Vsock::new(config).unwrap();
+    let listener = handle.listen(PORT).unwrap();
+    let mut guest = Guest::start(&machine, Box::new(device));
+    let mut streams: Vec<Stream> = (0..3).map(|port| guest.connect(port, PORT)).collect();
+    guest.send(&Packet::new(op::REQUEST, 3, PORT));
+    guest.expect(op::RST, 3, PORT);
+    let mut refused = handle.connect(9).unwrap();
+    assert_eq!(refused.read(&mut [0]).unwrap(), 0);
+    guest.send(&streams[0].packet(op::RST));
+    guest.connect(4, PORT);
+    drop(listener);
 }
