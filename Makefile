@@ -21,6 +21,8 @@ export PATH := $(abspath $(CARGO_TARGET_DIR))/release:$(PATH):$(CLOISTER_CACHE)/
 agent_target := x86_64-unknown-linux-gnu
 agent := $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-agent
 guest := $(CURDIR)/target/guest
+# Where the tests and benchmarks find the guest kernel and its initramfs.
+export CLOISTER_GUEST := $(guest)
 # Room for 8 pods at once, and for a guest of 4 GiB.
 kvm_options ?= --cpus 2 --memory 12288
 
