@@ -9,6 +9,7 @@ use cloister_devices::block::{Block, BlockConfig, CacheMode, DiskKind};
 use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
 use cloister_devices::rng::Rng;
 use cloister_devices::virtio::VirtioDevice;
+use cloister_devices::vsock::{Vsock, VsockConfig};
 
 use crate::driver::Machine;
 
@@ -47,6 +48,11 @@ pub const ALL: &[Specimen] = &[
         name: "block",
         make: block,
         busy_queue: 0,
+    },
+    Specimen {
+        name: "vsock",
+        make: vsock,
+        busy_queue: 1,
     },
 ];
 
@@ -95,6 +101,14 @@ fn block(machine: &Machine) -> Animal {
     };
     Animal {
         device: Box::new(Block::new(config, machine.pool.clone()).unwrap()),
+        keep: Vec::new(),
+    }
+}
+
+fn vsock(_: &Machine) -> Animal {
+    let (device, _handle) = Vsock::new(VsockConfig::new(3)).unwrap();
+    Animal {
+        device: Box::new(device),
         keep: Vec::new(),
     }
 }

@@ -20,7 +20,7 @@ use crate::virtio::{
 /// Feature bit VIRTIO_VSOCK_F_STREAM (section 5.10.3).
 const F_STREAM: u64 = 1 << 0;
 /// rx, tx, event. 128 rx buffers of Linux's 4 KiB hold more than a connection's credit; its driver uses 8 for events.
-const QUEUE_SIZES: [u16; 3] = [128, 128, 8];
+const QUEUE_SIZES: [u16; 3] = [128, 128, 16];
 
 /// What a vsock device is made of.
 #[derive(Clone, Debug)]

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The vsock device as a guest meets it, well-behaved and hostile.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod guest;
 mod hostile;
 mod unix_sockets;
