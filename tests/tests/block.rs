@@ -375,10 +375,9 @@ fn a_snapshot_in_the_middle_loses_nothing() {
     driver.kick(0);
     let mut restores = 0;
     while queues[0].used_index() != 128 {
+        driver.transport.pause();
         let saved = driver.transport.save().unwrap();
         drop(driver);
-        // The ring as the restored device sees it: what the first one did after `save` is part of the same memory
-        // here, so only its reset may have come in between.
         let config = BlockConfig {
             fd: image.try_clone().unwrap(),
             kind: DiskKind::File,

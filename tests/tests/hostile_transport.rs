@@ -681,3 +681,32 @@ fn a_device_is_the_same_after_save_and_restore() {
         }
     }
 }
+
+#[test]
+fn a_paused_device_touches_nothing_and_goes_on_where_it_was() {
+    for_each(|specimen, machine, driver| {
+        let mut queues = start(driver);
+        let queue = &mut queues[specimen.busy_queue as usize];
+        for _ in 0..3 {
+            assert_answers(machine, driver, queue);
+            driver.transport.pause();
+            // Twice is as good as once.
+            driver.transport.pause();
+            let used = queue.used_index();
+            let buffer = machine.allocate(64, 16);
+            queue.add(&[
+                Descriptor::readable(buffer, 1),
+                Descriptor::writable(buffer + 8, 1),
+            ]);
+            driver.kick(queue.index);
+            let saved = driver.transport.save().unwrap();
+            assert_eq!(driver.transport.save().unwrap(), saved);
+            assert_eq!(queue.used_index(), used);
+            driver.transport.resume().unwrap();
+            driver.transport.resume().unwrap();
+            driver.wait_used(queue).unwrap();
+        }
+        driver.transport.pause();
+        assert_usable(specimen, machine, driver);
+    });
+}

@@ -160,7 +160,8 @@ pub enum RestoreError {
 /// The data side of a device: owns the queues, runs on an event loop.
 ///
 /// Its `init` registers the queues' notification eventfds ([`ActiveQueue::notification`]) and whatever host
-/// descriptors it watches, and serves what is already in the queues (a restored device gets no new notification).
+/// descriptors it watches, and serves what is already in the queues (a restored device gets no new notification). It
+/// runs again each time that the device comes back to its event loop ([`super::MmioTransport::resume`]).
 pub trait ActiveDevice: MutEventSubscriber + Send {
     /// Waits until no request is under way outside the event loop (in a worker pool), so that queues and memory
     /// stand still; called with the vCPUs paused. The default has none.

@@ -23,7 +23,7 @@ use super::{
     ActivateError, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Health, Interrupt, status,
 };
 use crate::GuestRam;
-use crate::event_loop::{EventLoop, Registration};
+use crate::event_loop::{EventLoop, EventLoopError, Registration};
 use crate::state::{SavedState, StateError};
 
 /// Bytes of guest physical address space per device.
@@ -554,6 +554,27 @@ impl MmioTransport {
         self.queue_sel = 0;
         self.shm_sel = 0;
         self.phase = Phase::Setup(Self::fresh_queues(&*self.device));
+    }
+
+    /// Takes the device off its event loop and waits for its requests: from here to [`MmioTransport::resume`] neither
+    /// rings nor buffers change, whatever arrives on the host. Call with the vCPUs paused, before guest memory is
+    /// saved. What arrives meanwhile is not lost; it waits in the host's descriptors and in the rings.
+    pub fn pause(&mut self) {
+        if let Phase::Active(live) = &mut self.phase {
+            drop(live.registration.take());
+            lock(&live.device).quiesce();
+        }
+    }
+
+    /// Puts a paused device back on its event loop.
+    pub fn resume(&mut self) -> Result<(), EventLoopError> {
+        if let Phase::Active(live) = &mut self.phase
+            && live.registration.is_none()
+        {
+            let handler: crate::event_loop::Handler = live.device.clone();
+            live.registration = Some(self.event_loop.add(handler, Arc::clone(&self.health))?);
+        }
+        Ok(())
     }
 
     /// Waits until no request of the device is under way outside of its event loop. Call with the vCPUs paused.
