@@ -5,6 +5,7 @@
 //! descriptors, and speaks with the agent inside over vsock.
 
 pub mod clock;
+pub mod error;
 pub mod files;
 pub mod ids;
 pub mod image;

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods: their records, their VMs, their containers.
 
+pub mod agent;
 pub mod guest;
 pub mod log;
+pub mod rewrite;
 pub mod state;
 pub mod streams;
+pub mod task;

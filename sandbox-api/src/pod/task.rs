@@ -1,0 +1,721 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The host half of containerd's Task service for the containers of one VM.
+//!
+//! Create is done in two halves: here the root file system is mounted and shared into the VM with the volumes, the fifos
+//! are opened and the specification rewritten; the agent does the rest. Most other calls are forwarded. Exits are kept
+//! here: each process has a watcher that asks the agent to wait, lets the last output through, and only then tells those
+//! who wait. When the VM dies every process is dead with it, and State, Wait and Delete answer from what is kept.
+//!
+//! ```text
+//!            Create/Exec        Start          exit, output through          Delete
+//! (nothing) ─────────────▶ created ──▶ running ─────────────────────▶ stopped ──▶ (nothing)
+//!                              └──────────── VM dies ──────────────────▲ status 137
+//! ```
+//!
+//! ttrpc drops a call whose connection breaks: what changes state runs in a task of its own.
+
+use super::agent::Agent;
+use super::guest::Guest;
+use super::rewrite::{self, Share};
+use super::state::EXIT_KILLED;
+use super::streams::{Hub, Pumps, Stdio};
+use crate::runtime::overlay;
+use async_trait::async_trait;
+use cloister_protocol::protobuf::well_known_types::any::Any;
+use cloister_protocol::protobuf::well_known_types::empty::Empty;
+use cloister_protocol::protobuf::well_known_types::timestamp::Timestamp;
+use cloister_protocol::protobuf::{EnumOrUnknown, MessageField};
+use cloister_protocol::task as api;
+use cloister_protocol::ttrpc::asynchronous::TtrpcContext;
+use cloister_protocol::ttrpc::context::Context;
+use cloister_protocol::ttrpc::{self, Code, Error};
+use cloister_protocol::{SHARED_DIR, SPEC_TYPE_URL};
+use oci_spec::runtime::Spec;
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::future::Future;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime};
+use tokio::sync::watch;
+
+/// Largest config.json of a bundle.
+const MAX_SPEC: u64 = 4 << 20;
+/// How long output may be on its way after its process has ended.
+const LAST_OUTPUT: Duration = Duration::from_secs(30);
+/// The same when the VM is dead: what the device had buffered.
+const LAST_OUTPUT_DEAD: Duration = Duration::from_secs(2);
+
+type Result<T> = ttrpc::Result<T>;
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Exit {
+    /// Exit status, or 128 + signal.
+    pub status: u32,
+    /// When.
+    pub at: Timestamp,
+}
+
+/// A container to be made.
+pub struct New {
+    /// Its id.
+    pub id: String,
+    /// The folder of its configuration on the host, for State.
+    pub bundle: String,
+    /// Its specification, in the host's terms.
+    pub spec: Spec,
+    /// Its root file system.
+    pub root: OwnedFd,
+    /// Its streams.
+    pub stdio: Stdio,
+    /// Whether it gets a terminal.
+    pub terminal: bool,
+}
+
+/// See the module.
+pub struct TaskService {
+    guest: Arc<dyn Guest>,
+    agent: Agent,
+    hub: Arc<Hub>,
+    /// Why the VM ended, once it has.
+    dead: watch::Receiver<Option<String>>,
+    containers: Mutex<HashMap<String, Arc<Container>>>,
+}
+
+struct Container {
+    bundle: String,
+    shared: Mutex<Vec<String>>,
+    /// By exec id; the container's own has the empty one.
+    processes: Mutex<HashMap<String, Arc<Process>>>,
+}
+
+struct Process {
+    names: [String; 3],
+    terminal: bool,
+    pumps: Mutex<Option<Pumps>>,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under these locks is complete in itself.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn status(code: Code, text: impl Into<String>) -> Error {
+    Error::RpcStatus(ttrpc::get_status(code, text.into()))
+}
+
+fn unknown(what: &str, error: impl std::fmt::Display) -> Error {
+    status(Code::UNKNOWN, format!("{what}: {error}"))
+}
+
+/// The time in the form of protobuf.
+pub fn timestamp() -> Timestamp {
+    Timestamp::from(SystemTime::now())
+}
+
+fn no_deadline() -> Context {
+    Context::default()
+}
+
+/// Runs `work` to its end, whatever becomes of the connection that asked for it.
+async fn through<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work)
+        .await
+        .map_err(|e| unknown("the request was abandoned", e))?
+}
+
+impl TaskService {
+    /// A service for the containers of `guest`, whose agent is ready. `dead` becomes the reason when the VM ends.
+    pub fn new(
+        guest: Arc<dyn Guest>,
+        agent: Agent,
+        hub: Arc<Hub>,
+        dead: watch::Receiver<Option<String>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            guest,
+            agent,
+            hub,
+            dead,
+            containers: Mutex::default(),
+        })
+    }
+
+    fn container(&self, id: &str) -> Result<Arc<Container>> {
+        lock(&self.containers)
+            .get(id)
+            .cloned()
+            .ok_or_else(|| status(Code::NOT_FOUND, format!("container {id}: not found")))
+    }
+
+    fn process(&self, id: &str, exec: &str) -> Result<Arc<Process>> {
+        let container = self.container(id)?;
+        let found = lock(&container.processes).get(exec).cloned();
+        found.ok_or_else(|| {
+            status(
+                Code::NOT_FOUND,
+                format!("process {exec} of container {id}: not found"),
+            )
+        })
+    }
+
+    fn is_dead(&self) -> bool {
+        self.dead.borrow().is_some()
+    }
+
+    /// The host half of Create, then the guest's. Answers the pid in the guest.
+    ///
+    /// # Errors
+    /// AlreadyExists, InvalidArgument, or what the agent says; nothing is then left.
+    pub async fn create_container(self: &Arc<Self>, new: New) -> Result<u32> {
+        check_id(&new.id)?;
+        let container = Arc::new(Container {
+            bundle: new.bundle.clone(),
+            shared: Mutex::default(),
+            processes: Mutex::default(),
+        });
+        {
+            let mut containers = lock(&self.containers);
+            if containers.contains_key(&new.id) {
+                return Err(status(
+                    Code::ALREADY_EXISTS,
+                    format!("container {}: already exists", new.id),
+                ));
+            }
+            containers.insert(new.id.clone(), Arc::clone(&container));
+        }
+        let id = new.id.clone();
+        let result = self.create_in(&container, new).await;
+        if result.is_err() {
+            lock(&self.containers).remove(&id);
+            self.unshare(&container);
+        }
+        result
+    }
+
+    async fn create_in(self: &Arc<Self>, container: &Arc<Container>, new: New) -> Result<u32> {
+        let New {
+            id,
+            bundle,
+            mut spec,
+            root,
+            stdio,
+            terminal,
+        } = new;
+        let shares = rewrite::for_guest(&mut spec, &id).map_err(|e| status(Code::INVALID_ARGUMENT, e))?;
+        prepare_root(root.as_fd(), &spec, &shares);
+        let read_only = spec
+            .root()
+            .as_ref()
+            .is_some_and(|root| root.readonly() == Some(true));
+        self.share(container, &rewrite::root_name(&id), root, read_only)?;
+        for share in &shares {
+            let opened = open_share(share)?;
+            self.share(container, &share.name, opened, share.read_only)?;
+        }
+        let names = stdio.names.clone();
+        let (pumps, streams) = Pumps::start(&self.hub, stdio, terminal).map_err(|e| unknown("stdio", e))?;
+        let [stdin, stdout, stderr] = streams;
+        let value = serde_json::to_vec(&spec).map_err(|e| unknown("the specification", e))?;
+        let root_mount = api::Mount {
+            type_: "bind".into(),
+            source: format!("{SHARED_DIR}/{}", rewrite::root_name(&id)),
+            options: vec!["rbind".into(), if read_only { "ro" } else { "rw" }.into()],
+            ..Default::default()
+        };
+        let request = api::CreateTaskRequest {
+            id: id.clone(),
+            bundle,
+            rootfs: vec![root_mount],
+            terminal,
+            stdin,
+            stdout,
+            stderr,
+            options: MessageField::some(Any {
+                type_url: SPEC_TYPE_URL.into(),
+                value,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let response = self.agent.task.create(no_deadline(), &request).await?;
+        self.watch(container, &id, "", names, terminal, pumps);
+        Ok(response.pid)
+    }
+
+    fn share(&self, container: &Container, name: &str, tree: OwnedFd, read_only: bool) -> Result<()> {
+        self.guest
+            .attach(name, tree, read_only)
+            .map_err(|e| unknown(&format!("share {name} with the VM"), e))?;
+        lock(&container.shared).push(name.to_owned());
+        Ok(())
+    }
+
+    fn unshare(&self, container: &Container) {
+        for name in std::mem::take(&mut *lock(&container.shared)) {
+            if let Err(error) = self.guest.detach(&name) {
+                log::warn!("cannot take {name} from the VM: {error}");
+            }
+        }
+    }
+
+    /// Keeps a process and follows it to its end.
+    fn watch(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        id: &str,
+        exec: &str,
+        names: [String; 3],
+        terminal: bool,
+        pumps: Pumps,
+    ) {
+        let (exit, _) = watch::channel(None);
+        let process = Arc::new(Process {
+            names,
+            terminal,
+            pumps: Mutex::new(Some(pumps)),
+            exit,
+        });
+        lock(&container.processes).insert(exec.to_owned(), Arc::clone(&process));
+        let service = Arc::clone(self);
+        let request = api::WaitRequest {
+            id: id.to_owned(),
+            exec_id: exec.to_owned(),
+            ..Default::default()
+        };
+        tokio::spawn(async move {
+            let mut dead = service.dead.clone();
+            let waited = tokio::select! {
+                waited = service.agent.task.wait(no_deadline(), &request) => waited.ok(),
+                _ = dead.wait_for(Option::is_some) => None,
+            };
+            let (exit, patience) = match waited {
+                Some(response) => {
+                    let at = response.exited_at.into_option().unwrap_or_else(timestamp);
+                    (
+                        Exit {
+                            status: response.exit_status,
+                            at,
+                        },
+                        LAST_OUTPUT,
+                    )
+                }
+                // The VM died, or is about to be found dead: an agent does not go without it.
+                None => (
+                    Exit {
+                        status: EXIT_KILLED,
+                        at: timestamp(),
+                    },
+                    LAST_OUTPUT_DEAD,
+                ),
+            };
+            let pumps = lock(&process.pumps).take();
+            if let Some(pumps) = pumps {
+                pumps.finish(patience).await;
+            }
+            process.exit.send_replace(Some(exit));
+        });
+    }
+
+    /// Starts a container or exec. Answers the pid in the guest.
+    ///
+    /// # Errors
+    /// What the agent says.
+    pub async fn start_process(&self, id: &str, exec: &str) -> Result<u32> {
+        self.process(id, exec)?;
+        let request = api::StartRequest {
+            id: id.to_owned(),
+            exec_id: exec.to_owned(),
+            ..Default::default()
+        };
+        Ok(self.agent.task.start(no_deadline(), &request).await?.pid)
+    }
+
+    /// Waits for the end of a process and its output.
+    ///
+    /// # Errors
+    /// NotFound.
+    pub async fn wait_process(&self, id: &str, exec: &str) -> Result<Exit> {
+        let mut exit = self.process(id, exec)?.exit.subscribe();
+        let ended = exit
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|e| unknown("wait", e))?;
+        ended.clone().ok_or_else(|| status(Code::UNKNOWN, "wait"))
+    }
+
+    /// Sends a signal.
+    ///
+    /// # Errors
+    /// NotFound when the process has ended, and what the agent says.
+    pub async fn kill_process(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        self.process(id, exec)?;
+        if self.is_dead() {
+            return Err(status(Code::NOT_FOUND, "process already finished: not found"));
+        }
+        let request = api::KillRequest {
+            id: id.to_owned(),
+            exec_id: exec.to_owned(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        self.agent.task.kill(no_deadline(), &request).await.map(|_| ())
+    }
+
+    /// Sets the size of a process's terminal, in characters.
+    ///
+    /// # Errors
+    /// What the agent says.
+    pub async fn resize(&self, id: &str, exec: &str, width: u16, height: u16) -> Result<()> {
+        let request = api::ResizePtyRequest {
+            id: id.to_owned(),
+            exec_id: exec.to_owned(),
+            width: width.into(),
+            height: height.into(),
+            ..Default::default()
+        };
+        self.agent
+            .task
+            .resize_pty(no_deadline(), &request)
+            .await
+            .map(|_| ())
+    }
+
+    async fn exec_process(self: &Arc<Self>, mut request: api::ExecProcessRequest) -> Result<Empty> {
+        let container = self.container(&request.id)?;
+        check_id(&request.exec_id)?;
+        if lock(&container.processes).contains_key(&request.exec_id) {
+            return Err(status(
+                Code::ALREADY_EXISTS,
+                format!("exec {}: already exists", request.exec_id),
+            ));
+        }
+        let stdio = Stdio::from_request(&request.stdin, &request.stdout, &request.stderr)
+            .map_err(|e| status(Code::INVALID_ARGUMENT, e.to_string()))?;
+        let names = stdio.names.clone();
+        let (pumps, streams) =
+            Pumps::start(&self.hub, stdio, request.terminal).map_err(|e| unknown("stdio", e))?;
+        [request.stdin, request.stdout, request.stderr] = streams;
+        let response = self.agent.task.exec(no_deadline(), &request).await?;
+        self.watch(
+            &container,
+            &request.id,
+            &request.exec_id,
+            names,
+            request.terminal,
+            pumps,
+        );
+        Ok(response)
+    }
+
+    async fn delete_process(self: &Arc<Self>, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
+        let container = self.container(&request.id)?;
+        let process = self.process(&request.id, &request.exec_id)?;
+        let kept = process.exit.borrow().clone();
+        let response = if self.is_dead() {
+            // The watcher may be at the last output still.
+            let exit = match kept {
+                Some(exit) => exit,
+                None => self.wait_process(&request.id, &request.exec_id).await?,
+            };
+            api::DeleteResponse {
+                exit_status: exit.status,
+                exited_at: MessageField::some(exit.at),
+                ..Default::default()
+            }
+        } else {
+            self.agent.task.delete(no_deadline(), &request).await?
+        };
+        if request.exec_id.is_empty() {
+            self.unshare(&container);
+            lock(&self.containers).remove(&request.id);
+        } else {
+            lock(&container.processes).remove(&request.exec_id);
+        }
+        Ok(response)
+    }
+}
+
+/// Ids become names in the shared directory and file names in the guest.
+fn check_id(id: &str) -> Result<()> {
+    let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b'+');
+    let sound = (1..=128).contains(&id.len())
+        && id.bytes().all(good)
+        && id.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
+    if sound {
+        Ok(())
+    } else {
+        Err(status(
+            Code::INVALID_ARGUMENT,
+            format!("identifier {id:?} is not a valid one"),
+        ))
+    }
+}
+
+fn open_share(share: &Share) -> Result<OwnedFd> {
+    let failed = |e: std::io::Error| unknown(&format!("volume {}", share.source.display()), e);
+    let opened = rustix::fs::openat(CWD, &share.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    overlay::clone_tree(opened.map_err(|e| failed(e.into()))?.as_fd()).map_err(failed)
+}
+
+/// Makes the working directory and the mount points that the root file system lacks: a read-only one is attached so, and
+/// nobody could make them later. What cannot be made is left to the runtime in the guest to complain about.
+fn prepare_root(root: BorrowedFd<'_>, spec: &Spec, shares: &[Share]) {
+    let mut wanted: Vec<(PathBuf, bool)> = Vec::new();
+    if let Some(process) = spec.process() {
+        wanted.push((process.cwd().clone(), true));
+    }
+    for mount in spec.mounts().iter().flatten() {
+        let share = shares.iter().find(|share| {
+            mount
+                .source()
+                .as_ref()
+                .is_some_and(|source| *source == Path::new(SHARED_DIR).join(&share.name))
+        });
+        let is_dir = match share {
+            Some(share) => share.source.is_dir(),
+            None => !mount.destination().starts_with("/etc") || mount.typ().as_deref() != Some("bind"),
+        };
+        wanted.push((mount.destination().clone(), is_dir));
+    }
+    for (path, is_dir) in wanted {
+        if let Err(error) = make_in(root, &path, is_dir) {
+            log::debug!("cannot make {} in the container's root: {error}", path.display());
+        }
+    }
+}
+
+/// Makes a directory, or an empty file in its directory, below `root`, symbolic links resolved inside it.
+fn make_in(root: BorrowedFd<'_>, path: &Path, is_dir: bool) -> rustix::io::Result<()> {
+    let mut made = PathBuf::new();
+    let parts: Vec<_> = path
+        .components()
+        .filter(|c| matches!(c, std::path::Component::Normal(_)))
+        .collect();
+    for (index, part) in parts.iter().enumerate() {
+        let parent = crate::image::open_in(root, &made, OFlags::PATH | OFlags::DIRECTORY)?;
+        made.push(part);
+        match crate::image::open_in(root, &made, OFlags::PATH) {
+            Ok(_) => continue,
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(e),
+        }
+        let last = index + 1 == parts.len();
+        if is_dir || !last {
+            rustix::fs::mkdirat(&parent, part.as_os_str(), Mode::from_raw_mode(0o755))?;
+            // mkdir's mode goes through the umask.
+            rustix::fs::chmodat(
+                &parent,
+                part.as_os_str(),
+                Mode::from_raw_mode(0o755),
+                rustix::fs::AtFlags::empty(),
+            )?;
+        } else {
+            rustix::fs::mknodat(
+                &parent,
+                part.as_os_str(),
+                FileType::RegularFile,
+                Mode::from_raw_mode(0o644),
+                0,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// The root file system as containerd describes it: one mount, not yet made.
+fn mount_root(request: &api::CreateTaskRequest) -> Result<OwnedFd> {
+    let open = |path: &Path| {
+        rustix::fs::openat(
+            CWD,
+            path,
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(|e| {
+            unknown(
+                &format!("root file system {}", path.display()),
+                std::io::Error::from(e),
+            )
+        })
+    };
+    let cloned =
+        |path: &Path| overlay::clone_tree(open(path)?.as_fd()).map_err(|e| unknown("root file system", e));
+    match request.rootfs.as_slice() {
+        [] => cloned(&Path::new(&request.bundle).join("rootfs")),
+        [mount] if mount.type_ == "overlay" => overlay::mount_options(&mount.options)
+            .map_err(|e| unknown("root file system", crate::error::chain(&e))),
+        [mount] if mount.type_ == "bind" => cloned(Path::new(&mount.source)),
+        [mount] => Err(status(
+            Code::UNIMPLEMENTED,
+            format!("a root file system of type {:?} is not supported", mount.type_),
+        )),
+        _ => Err(status(
+            Code::UNIMPLEMENTED,
+            "a root file system of several mounts is not supported",
+        )),
+    }
+}
+
+fn read_spec(bundle: &str) -> Result<Spec> {
+    use std::io::Read;
+    let path = Path::new(bundle).join("config.json");
+    let what = path.display().to_string();
+    let file = std::fs::File::open(&path).map_err(|e| unknown(&what, e))?;
+    let mut bytes = Vec::new();
+    file.take(MAX_SPEC)
+        .read_to_end(&mut bytes)
+        .map_err(|e| unknown(&what, e))?;
+    serde_json::from_slice(&bytes).map_err(|e| status(Code::INVALID_ARGUMENT, format!("{what}: {e}")))
+}
+
+/// The service as ttrpc serves it.
+pub struct Served(pub Arc<TaskService>);
+
+#[async_trait]
+impl api::Task for Served {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateTaskRequest,
+    ) -> Result<api::CreateTaskResponse> {
+        let service = Arc::clone(&self.0);
+        let work = async move {
+            let spec = read_spec(&request.bundle)?;
+            let root = mount_root(&request)?;
+            let stdio = Stdio::from_request(&request.stdin, &request.stdout, &request.stderr)
+                .map_err(|e| status(Code::INVALID_ARGUMENT, e.to_string()))?;
+            let new = New {
+                id: request.id,
+                bundle: request.bundle,
+                spec,
+                root,
+                stdio,
+                terminal: request.terminal,
+            };
+            service.create_container(new).await
+        };
+        Ok(api::CreateTaskResponse {
+            pid: through(work).await?,
+            ..Default::default()
+        })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: api::StartRequest) -> Result<api::StartResponse> {
+        let service = Arc::clone(&self.0);
+        let work = async move { service.start_process(&request.id, &request.exec_id).await };
+        Ok(api::StartResponse {
+            pid: through(work).await?,
+            ..Default::default()
+        })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> Result<api::StateResponse> {
+        let container = self.0.container(&request.id)?;
+        let process = self.0.process(&request.id, &request.exec_id)?;
+        let kept = process.exit.borrow().clone();
+        let mut response = match kept {
+            Some(exit) if self.0.is_dead() => api::StateResponse {
+                id: request.id.clone(),
+                exec_id: request.exec_id.clone(),
+                status: EnumOrUnknown::new(api::Status::STOPPED),
+                exit_status: exit.status,
+                exited_at: MessageField::some(exit.at),
+                ..Default::default()
+            },
+            _ => self.0.agent.task.state(no_deadline(), &request).await?,
+        };
+        response.bundle.clone_from(&container.bundle);
+        [response.stdin, response.stdout, response.stderr] = process.names.clone();
+        response.terminal = process.terminal;
+        Ok(response)
+    }
+
+    async fn delete(&self, _: &TtrpcContext, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
+        let service = Arc::clone(&self.0);
+        through(async move { service.delete_process(request).await }).await
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: api::WaitRequest) -> Result<api::WaitResponse> {
+        let exit = self.0.wait_process(&request.id, &request.exec_id).await?;
+        Ok(api::WaitResponse {
+            exit_status: exit.status,
+            exited_at: MessageField::some(exit.at),
+            ..Default::default()
+        })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> Result<Empty> {
+        self.0
+            .kill_process(&request.id, &request.exec_id, request.signal, request.all)
+            .await?;
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> Result<Empty> {
+        let service = Arc::clone(&self.0);
+        through(async move { service.exec_process(request).await }).await
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, request: api::CloseIORequest) -> Result<Empty> {
+        let process = self.0.process(&request.id, &request.exec_id)?;
+        if request.stdin
+            && let Some(pumps) = lock(&process.pumps).as_ref()
+        {
+            pumps.close_input();
+        }
+        Ok(Empty::new())
+    }
+
+    async fn connect(&self, _: &TtrpcContext, request: api::ConnectRequest) -> Result<api::ConnectResponse> {
+        self.0.container(&request.id)?;
+        let mut response = if self.0.is_dead() {
+            api::ConnectResponse::new()
+        } else {
+            self.0.agent.task.connect(no_deadline(), &request).await?
+        };
+        response.shim_pid = std::process::id();
+        Ok(response)
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
+        self.0.agent.task.pids(no_deadline(), &request).await
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, request: api::ResizePtyRequest) -> Result<Empty> {
+        self.0.agent.task.resize_pty(no_deadline(), &request).await
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Result<Empty> {
+        self.0.agent.task.pause(no_deadline(), &request).await
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Result<Empty> {
+        self.0.agent.task.resume(no_deadline(), &request).await
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> Result<Empty> {
+        self.0.agent.task.update(no_deadline(), &request).await
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
+        self.0.agent.task.stats(no_deadline(), &request).await
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> Result<Empty> {
+        Err(status(Code::UNIMPLEMENTED, "checkpoint is not supported"))
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Result<Empty> {
+        // The VM ends with its pod, not with a container's service.
+        Ok(Empty::new())
+    }
+}
+
+#[cfg(test)]
+mod tests;

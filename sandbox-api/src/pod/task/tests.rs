@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The host half against an agent that is made of channels.
+
+use super::*;
+use crate::pod::streams::{Input, Output};
+use cloister_protocol::stream::StreamId;
+use cloister_protocol::ttrpc::asynchronous::transport::Listener;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use tokio::sync::mpsc;
+
+/// Plays the VM: connections to the agent, the shared directory.
+struct FakeGuest {
+    dial: mpsc::Sender<UnixStream>,
+    attached: Mutex<HashMap<String, bool>>,
+}
+
+impl Guest for FakeGuest {
+    fn connect(&self, port: u32) -> std::io::Result<UnixStream> {
+        assert_eq!(port, cloister_protocol::AGENT_PORT);
+        let (ours, theirs) = UnixStream::pair()?;
+        self.dial.try_send(theirs).map_err(std::io::Error::other)?;
+        Ok(ours)
+    }
+    fn attach(&self, name: &str, _: OwnedFd, read_only: bool) -> std::io::Result<()> {
+        lock(&self.attached).insert(name.to_owned(), read_only);
+        Ok(())
+    }
+    fn detach(&self, name: &str) -> std::io::Result<()> {
+        lock(&self.attached)
+            .remove(name)
+            .map(|_| ())
+            .ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
+}
+
+/// Plays the agent: notes what it is asked, and ends processes when told.
+#[derive(Default)]
+struct FakeAgent {
+    created: Mutex<Vec<api::CreateTaskRequest>>,
+    execs: Mutex<Vec<api::ExecProcessRequest>>,
+    exit: watch::Sender<Option<u32>>,
+}
+
+struct FakeServed(Arc<FakeAgent>);
+
+#[async_trait]
+impl api::Task for FakeServed {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateTaskRequest,
+    ) -> Result<api::CreateTaskResponse> {
+        if request.id == "refused" {
+            return Err(status(Code::UNKNOWN, "OCI runtime create failed: no"));
+        }
+        lock(&self.0.created).push(request);
+        Ok(api::CreateTaskResponse {
+            pid: 42,
+            ..Default::default()
+        })
+    }
+    async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> Result<Empty> {
+        lock(&self.0.execs).push(request);
+        Ok(Empty::new())
+    }
+    async fn start(&self, _: &TtrpcContext, _: api::StartRequest) -> Result<api::StartResponse> {
+        Ok(api::StartResponse {
+            pid: 42,
+            ..Default::default()
+        })
+    }
+    async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> Result<api::StateResponse> {
+        let status = EnumOrUnknown::new(api::Status::RUNNING);
+        Ok(api::StateResponse {
+            id: request.id,
+            bundle: "guest's".into(),
+            pid: 42,
+            status,
+            ..Default::default()
+        })
+    }
+    async fn wait(&self, _: &TtrpcContext, _: api::WaitRequest) -> Result<api::WaitResponse> {
+        let mut exit = self.0.exit.subscribe();
+        let status = exit.wait_for(Option::is_some).await.unwrap().unwrap();
+        Ok(api::WaitResponse {
+            exit_status: status,
+            ..Default::default()
+        })
+    }
+    async fn delete(&self, _: &TtrpcContext, _: api::DeleteRequest) -> Result<api::DeleteResponse> {
+        Ok(api::DeleteResponse {
+            exit_status: 3,
+            ..Default::default()
+        })
+    }
+    async fn kill(&self, _: &TtrpcContext, request: api::KillRequest) -> Result<Empty> {
+        self.0.exit.send_replace(Some(128 + request.signal));
+        Ok(Empty::new())
+    }
+}
+
+struct Bed {
+    service: Arc<TaskService>,
+    agent: Arc<FakeAgent>,
+    guest: Arc<FakeGuest>,
+    hub: Arc<Hub>,
+    die: watch::Sender<Option<String>>,
+    _server: ttrpc::asynchronous::Server,
+}
+
+async fn bed() -> Bed {
+    let (dial, dialled) = mpsc::channel(8);
+    let guest = Arc::new(FakeGuest {
+        dial,
+        attached: Mutex::default(),
+    });
+    let agent = Arc::new(FakeAgent::default());
+    let connections =
+        futures_util::stream::unfold(dialled, |mut dialled: mpsc::Receiver<UnixStream>| async move {
+            let stream = dialled.recv().await?;
+            stream.set_nonblocking(true).unwrap();
+            Some((tokio::net::UnixStream::from_std(stream), dialled))
+        });
+    let mut server = ttrpc::asynchronous::Server::new()
+        .add_listener(Listener::new(connections))
+        .register_service(cloister_protocol::create_task(Arc::new(FakeServed(Arc::clone(
+            &agent,
+        )))));
+    server.start().await.unwrap();
+    let hub = Hub::new();
+    let (die, dead) = watch::channel(None);
+    let client = Agent::connect(&*guest).unwrap();
+    let as_guest: Arc<dyn Guest> = Arc::<FakeGuest>::clone(&guest);
+    let service = TaskService::new(as_guest, client, Arc::clone(&hub), dead);
+    Bed {
+        service,
+        agent,
+        guest,
+        hub,
+        die,
+        _server: server,
+    }
+}
+
+fn spec() -> Spec {
+    serde_json::from_str(
+        r#"{"ociVersion":"1.2.0","root":{"path":"rootfs","readonly":true},"process":{"user":{"uid":0,"gid":0},"cwd":"/work/dir","args":["a"]},
+        "mounts":[{"destination":"/mnt/null","type":"bind","source":"/dev/null","options":["bind","ro"]}],"linux":{}}"#,
+    )
+    .unwrap()
+}
+
+struct Root(PathBuf);
+impl Root {
+    fn new() -> Self {
+        let path = std::env::temp_dir().join(format!("cloister-root-{}", crate::ids::random_hex(6)));
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+    fn open(&self) -> OwnedFd {
+        std::fs::File::open(&self.0).unwrap().into()
+    }
+}
+impl Drop for Root {
+    fn drop(&mut self) {
+        std::fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+fn new(id: &str, root: &Root, stdout: Output) -> New {
+    let stdio = Stdio {
+        stdin: Input::Null,
+        stdout,
+        stderr: Output::Null,
+        names: Default::default(),
+    };
+    New {
+        id: id.into(),
+        bundle: "/b".into(),
+        spec: spec(),
+        root: root.open(),
+        stdio,
+        terminal: false,
+    }
+}
+
+#[tokio::test]
+async fn life_of_a_container() {
+    let bed = bed().await;
+    let root = Root::new();
+    let log_path = root.0.join("log");
+    let log = Arc::new(Mutex::new(crate::pod::log::Writer::open(&log_path).unwrap()));
+    let output = Output::Logged {
+        log,
+        stream: "stdout",
+        copy: None,
+    };
+    assert_eq!(
+        bed.service
+            .create_container(new("c1", &root, output))
+            .await
+            .unwrap(),
+        42
+    );
+    // Mount points and working directory were made, and the root is attached read-only.
+    assert!(root.0.join("work/dir").is_dir());
+    assert!(root.0.join("mnt/null").is_file());
+    assert_eq!(
+        *lock(&bed.guest.attached),
+        HashMap::from([("rootfs-c1".to_owned(), true), ("vol-0-c1".to_owned(), true)])
+    );
+    let created = lock(&bed.agent.created)[0].clone();
+    assert_eq!(created.rootfs[0].source, "/run/cloister/shared/rootfs-c1");
+    assert_eq!((created.stdin.as_str(), created.stderr.as_str()), ("", ""));
+    let sent: Spec = serde_json::from_slice(&created.options.value).unwrap();
+    assert_eq!(sent.mounts().as_ref().unwrap().len(), 4);
+    let again = bed
+        .service
+        .create_container(new("c1", &root, Output::Null))
+        .await
+        .unwrap_err();
+    assert!(again.to_string().contains("already exists"), "{again}");
+
+    let served = Served(Arc::clone(&bed.service));
+    let context = TtrpcContext {
+        mh: Default::default(),
+        metadata: HashMap::new(),
+        timeout_nano: 0,
+        connection_data: Default::default(),
+    };
+    let state = api::StateRequest {
+        id: "c1".into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        api::Task::state(&served, &context, state.clone())
+            .await
+            .unwrap()
+            .bundle,
+        "/b"
+    );
+
+    // The process ends while its output is on its way: Wait answers after the last byte.
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    theirs
+        .write_all(&StreamId::from_name(&created.stdout).unwrap().header())
+        .unwrap();
+    bed.hub.accepted(ours);
+    let service = Arc::clone(&bed.service);
+    let waiter = tokio::spawn(async move { service.wait_process("c1", "").await });
+    bed.service.kill_process("c1", "", 15, false).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert!(!waiter.is_finished());
+    theirs.write_all(b"last words").unwrap();
+    drop(theirs);
+    assert_eq!(waiter.await.unwrap().unwrap().status, 143);
+    assert!(std::fs::read_to_string(&log_path).unwrap().contains("last words"));
+
+    let delete = api::DeleteRequest {
+        id: "c1".into(),
+        ..Default::default()
+    };
+    assert_eq!(
+        api::Task::delete(&served, &context, delete)
+            .await
+            .unwrap()
+            .exit_status,
+        3
+    );
+    assert!(lock(&bed.guest.attached).is_empty());
+    assert!(api::Task::state(&served, &context, state).await.is_err());
+}
+
+#[tokio::test]
+async fn a_refused_container_leaves_nothing() {
+    let bed = bed().await;
+    let root = Root::new();
+    let error = bed
+        .service
+        .create_container(new("refused", &root, Output::Null))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("OCI runtime create failed"), "{error}");
+    assert!(lock(&bed.guest.attached).is_empty());
+    assert!(lock(&bed.service.containers).is_empty());
+    for id in ["", "../x", "a/b", "-a", &"x".repeat(200)] {
+        assert!(
+            bed.service
+                .create_container(new(id, &root, Output::Null))
+                .await
+                .is_err(),
+            "{id}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn answers_after_the_vm_died() {
+    let bed = bed().await;
+    let root = Root::new();
+    bed.service
+        .create_container(new("c1", &root, Output::Null))
+        .await
+        .unwrap();
+    let exec = api::ExecProcessRequest {
+        id: "c1".into(),
+        exec_id: "e1".into(),
+        ..Default::default()
+    };
+    bed.service.exec_process(exec.clone()).await.unwrap();
+    assert!(bed.service.exec_process(exec).await.is_err());
+    bed.die.send_replace(Some("triple fault".into()));
+    for exec in ["", "e1"] {
+        assert_eq!(
+            bed.service.wait_process("c1", exec).await.unwrap().status,
+            EXIT_KILLED
+        );
+    }
+    let gone = bed.service.kill_process("c1", "", 9, true).await.unwrap_err();
+    assert!(gone.to_string().contains("already finished"), "{gone}");
+    let served = Served(Arc::clone(&bed.service));
+    let context = TtrpcContext {
+        mh: Default::default(),
+        metadata: HashMap::new(),
+        timeout_nano: 0,
+        connection_data: Default::default(),
+    };
+    let state = api::Task::state(
+        &served,
+        &context,
+        api::StateRequest {
+            id: "c1".into(),
+            ..Default::default()
+        },
+    );
+    assert_eq!(state.await.unwrap().status.enum_value(), Ok(api::Status::STOPPED));
+    for exec in ["e1", ""] {
+        let delete = api::DeleteRequest {
+            id: "c1".into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        };
+        assert_eq!(
+            api::Task::delete(&served, &context, delete)
+                .await
+                .unwrap()
+                .exit_status,
+            EXIT_KILLED
+        );
+    }
+    assert!(lock(&bed.guest.attached).is_empty());
+}
+
+#[test]
+fn mount_points_stay_in_the_root() {
+    let root = Root::new();
+    std::os::unix::fs::symlink("/", root.0.join("up")).unwrap();
+    std::os::unix::fs::symlink("../../../../..", root.0.join("far")).unwrap();
+    let name = format!("cloister-escape-{}", crate::ids::random_hex(6));
+    for path in [
+        format!("/up/{name}"),
+        format!("/far/{name}/x"),
+        format!("/../{name}"),
+    ] {
+        let _ = make_in(root.open().as_fd(), Path::new(&path), true);
+    }
+    assert!(root.0.join(&name).is_dir());
+    assert!(!Path::new("/").join(&name).exists());
+}
