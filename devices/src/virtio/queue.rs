@@ -7,10 +7,10 @@
 //! checked where it is read, by virtio-queue, and chains are bounded by the queue's size.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Interrupt;
@@ -63,6 +63,8 @@ pub struct ActiveQueue {
     ram: Arc<GuestRam>,
     notification: Arc<EventFd>,
     interrupt: Arc<Interrupt>,
+    /// Chains completed since the driver's wish was looked at last.
+    unsignalled: u16,
 }
 
 impl ActiveQueue {
@@ -113,6 +115,7 @@ impl ActiveQueue {
             ram,
             notification,
             interrupt,
+            unsignalled: 0,
         })
     }
 
@@ -158,9 +161,34 @@ impl ActiveQueue {
 
     /// Returns a chain to the driver without interrupting it: call [`ActiveQueue::signal`] after the last one.
     pub fn complete(&mut self, head: u16, len: u32) -> Result<(), QueueError> {
-        self.queue
-            .add_used(&*self.ram, head, len)
-            .map_err(QueueError::Ring)
+        self.complete_all(&[(head, len)])
+    }
+
+    /// Returns several chains, heads and bytes written, so that the driver sees all of them or none. A packet that
+    /// fills several buffers needs this: a driver that polls would miss the later ones (section 5.1.6.4).
+    pub fn complete_all(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        let memory = |error| QueueError::Ring(virtio_queue::Error::GuestMemory(error));
+        let (size, ring) = (self.queue.size(), self.queue.used_ring());
+        let mut next = self.queue.next_used();
+        for &(head, len) in chains {
+            if head >= size {
+                return Err(QueueError::Ring(virtio_queue::Error::InvalidDescriptorIndex));
+            }
+            // No overflow: the whole ring was checked to be in memory at activation.
+            let slot = ring + 4 + 8 * u64::from(next % size);
+            // struct virtq_used_elem: id, len.
+            let element = u64::from(head) | u64::from(len) << 32;
+            self.ram
+                .write_obj(element.to_le(), GuestAddress(slot))
+                .map_err(memory)?;
+            next = next.wrapping_add(1);
+            self.unsignalled = self.unsignalled.wrapping_add(1);
+        }
+        self.ram
+            .store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(memory)?;
+        self.queue.set_next_used(next);
+        Ok(())
     }
 
     /// Interrupts the driver if it wants to hear of what was completed.
@@ -174,9 +202,24 @@ impl ActiveQueue {
     /// Whether the driver wants to hear of what was completed since this was asked last. For devices that interrupt
     /// once for several queues.
     pub fn wants_signal(&mut self) -> Result<bool, QueueError> {
-        self.queue
-            .needs_notification(&*self.ram)
-            .map_err(QueueError::Ring)
+        let completed = std::mem::take(&mut self.unsignalled);
+        // The used index is out before what the driver says about interrupts is read (sections 2.7.7, 2.7.10).
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let load = |address| {
+            self.ram
+                .load(GuestAddress(address), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(|error| QueueError::Ring(virtio_queue::Error::GuestMemory(error)))
+        };
+        if self.queue.event_idx_enabled() {
+            // Behind the ring: the index that, once passed, deserves an interrupt.
+            let event = load(available + 4 + 2 * u64::from(self.queue.size()))?;
+            let behind = self.queue.next_used().wrapping_sub(event).wrapping_sub(1);
+            return Ok(behind < completed);
+        }
+        const NO_INTERRUPT: u16 = 1;
+        Ok(load(available)? & NO_INTERRUPT == 0)
     }
 
     /// Asks the driver for no notifications while the queue is being looked at anyway.
