@@ -4,6 +4,7 @@
 //! The only room of the house that is asynchronous. It never touches guest memory: it gives a cell plain data and file
 //! descriptors, and speaks with the agent inside over vsock.
 
+pub mod cli;
 pub mod clock;
 pub mod error;
 pub mod files;

@@ -149,7 +149,11 @@ mod tests {
             version: "7".into(),
             ..Default::default()
         };
-        forward(READY_TOPIC, cloister_protocol::pack(cloister_protocol::AGENT_PACKAGE, &ready).unwrap()).await;
+        forward(
+            READY_TOPIC,
+            cloister_protocol::pack(cloister_protocol::AGENT_PACKAGE, &ready).unwrap(),
+        )
+        .await;
         assert_eq!(server.ready.borrow().as_ref().unwrap().version, "7");
         forward("/tasks/exit", Default::default()).await;
         assert_eq!(server.events.recv().await.unwrap().topic, "/tasks/exit");

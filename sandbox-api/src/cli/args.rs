@@ -1,0 +1,454 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The command line. What docker has is called as docker calls it.
+
+use super::parse;
+use crate::pod::state::{Network, Publish};
+use crate::runtime::spec::Volume;
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Runs each container in a virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cloister",
+    version,
+    about,
+    max_term_width = 100,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub struct Cli {
+    /// Folder of images and containers' data
+    #[arg(
+        long,
+        global = true,
+        env = "CLOISTER_ROOT",
+        default_value = "/var/lib/cloister",
+        value_name = "DIR"
+    )]
+    pub root: PathBuf,
+    /// Folder of running containers' state
+    #[arg(
+        long,
+        global = true,
+        env = "CLOISTER_STATE",
+        default_value = "/run/cloister",
+        value_name = "DIR"
+    )]
+    pub state: PathBuf,
+    /// How much to say on stderr about what happens: error, warn, info, debug or trace
+    #[arg(
+        long,
+        global = true,
+        env = "CLOISTER_LOG",
+        default_value = "warn",
+        value_name = "LEVEL"
+    )]
+    pub log_level: log::LevelFilter,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create a virtual machine and run a command of an image in it
+    Run(Box<RunArgs>),
+    /// List containers
+    #[command(visible_alias = "list")]
+    Ps(PsArgs),
+    /// Run another command in a running container
+    Exec(ExecArgs),
+    /// Show what a container has printed
+    Logs(LogsArgs),
+    /// Ask containers to stop, and kill those that do not
+    Stop(StopArgs),
+    /// Send a signal to containers
+    Kill(KillArgs),
+    /// Remove stopped containers
+    Rm(RmArgs),
+    /// Wait until containers stop, then print their exit codes
+    Wait(Names),
+    /// Show all that is known about containers or images, as JSON
+    Inspect(Names),
+    /// Show what running containers use
+    Stats(StatsArgs),
+    /// List images
+    Images(ImagesArgs),
+    /// Remove images
+    Rmi(RmiArgs),
+    /// Fetch an image from a registry
+    Pull(PullArgs),
+    /// Take images from an archive or an OCI layout into the store
+    Load(LoadArgs),
+    /// Say whether this host can run virtual machines, and what to do if not
+    Check(JsonArg),
+    /// Print a completion script for a shell
+    Completion {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print versions
+    Version(JsonArg),
+    /// Hosts the VM of a detached container
+    #[command(hide = true)]
+    HostPod {
+        /// The container's id
+        id: String,
+    },
+}
+
+/// When to ask the registry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PullPolicy {
+    /// When the image is not here
+    Missing,
+    /// Every time
+    Always,
+    /// Never
+    Never,
+}
+
+/// `run`.
+#[derive(Debug, Args)]
+#[command(
+    disable_help_flag = true,
+    after_long_help = "IMAGE is a name (busybox, localhost:5000/app:1), or one of\n  oci:DIR[:TAG]              a folder in OCI image layout\n  docker-archive:FILE[:TAG]  what `docker save` writes\n  oci-archive:FILE[:TAG]     a tar of an OCI layout\n  dir:PATH                   a root file system as it stands; writes go to a layer above it\n  /PATH, ./PATH              any of these, found out by looking\n\nThe exit status is the command's own; 125 if the VM or container could not be had or was lost,\n126 if the command cannot be executed, 127 if it is not there."
+)]
+pub struct RunArgs {
+    /// Print help
+    #[arg(long, action = ArgAction::Help)]
+    pub help: Option<bool>,
+    /// Keep stdin open
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the container a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Run in the background and print the container's id
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Name of the container
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Set an environment variable (KEY=VALUE, or KEY for the caller's value)
+    #[arg(short, long, value_name = "KEY[=VALUE]")]
+    pub env: Vec<String>,
+    /// Read environment variables from a file
+    #[arg(long, value_name = "FILE")]
+    pub env_file: Vec<PathBuf>,
+    /// Share a folder or file of the host
+    #[arg(short, long, value_name = "HOST:CONTAINER[:ro]", value_parser = parse::volume)]
+    pub volume: Vec<Volume>,
+    /// Share a folder (type=bind,source=…,target=…[,readonly]) or mount a tmpfs (type=tmpfs,target=…)
+    #[arg(long, value_parser = parse::mount)]
+    pub mount: Vec<parse::MountFlag>,
+    /// Mount a tmpfs
+    #[arg(long, value_name = "PATH[:OPTIONS]", value_parser = parse::tmpfs)]
+    pub tmpfs: Vec<(PathBuf, String)>,
+    /// Processors of the virtual machine, 1 to 32
+    #[arg(long, default_value = "1", value_parser = parse::cpus)]
+    pub cpus: u8,
+    /// Memory of the virtual machine, such as 512m or 2g
+    #[arg(short, long, default_value = "512m", value_parser = parse::vm_memory)]
+    pub memory: u64,
+    /// Working directory in the container
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User, by name or number
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// Run this program instead of the image's entrypoint
+    #[arg(long, value_name = "PROGRAM")]
+    pub entrypoint: Option<String>,
+    /// Network: none, nat (an address behind the host's), or tap=NAME (an existing tap device)
+    #[arg(long, visible_alias = "network", default_value = "nat", value_parser = parse::network)]
+    pub net: Network,
+    /// Make a TCP port of the container reachable on the host
+    #[arg(short, long, value_name = "[IP:]HOSTPORT:PORT", value_parser = parse::publish)]
+    pub publish: Vec<Publish>,
+    /// Host name of the container
+    #[arg(short = 'h', long, value_parser = parse::hostname)]
+    pub hostname: Option<String>,
+    /// Make the root file system read-only
+    #[arg(long)]
+    pub read_only: bool,
+    /// Label of the container
+    #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = parse::label)]
+    pub label: Vec<(String, String)>,
+    /// Signal that asks the container to stop
+    #[arg(long, value_name = "SIGNAL", value_parser = parse::signal)]
+    pub stop_signal: Option<i32>,
+    /// Guest kernel (ELF or bzImage)
+    #[arg(long, env = "CLOISTER_KERNEL", value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initramfs with the agent
+    #[arg(long, env = "CLOISTER_INITRD", value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// More words for the guest kernel's command line
+    #[arg(long, value_name = "WORD", allow_hyphen_values = true)]
+    pub kernel_arg: Vec<String>,
+    /// Longest time the virtual machine may take until its agent is ready
+    #[arg(long, default_value = "60s", value_name = "TIME", value_parser = parse::seconds)]
+    pub init_timeout: u64,
+    /// When to fetch the image
+    #[arg(long, value_enum, default_value = "missing")]
+    pub pull: PullPolicy,
+    /// Speak plain HTTP to the registry
+    #[arg(long)]
+    pub insecure: bool,
+    /// Do not show the progress of a pull
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Use this folder as root file system; IMAGE is then the command's first word
+    #[arg(long, value_name = "DIR")]
+    pub rootfs: Option<PathBuf>,
+    /// The image
+    #[arg(
+        value_name = "IMAGE",
+        required_unless_present = "rootfs",
+        allow_hyphen_values = false
+    )]
+    pub image: Option<String>,
+    /// The command and its arguments
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+}
+
+/// `ps`.
+#[derive(Debug, Args)]
+pub struct PsArgs {
+    /// Show stopped ones, too
+    #[arg(short, long)]
+    pub all: bool,
+    /// Print ids only
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Do not shorten ids and commands
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `exec`.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Keep stdin open
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Do not wait for the command
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Set an environment variable
+    #[arg(short, long, value_name = "KEY[=VALUE]")]
+    pub env: Vec<String>,
+    /// Working directory
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<String>,
+    /// User, by number (names are looked up when the container starts)
+    #[arg(short, long, value_name = "USER[:GROUP]")]
+    pub user: Option<String>,
+    /// The container
+    pub container: String,
+    /// The command and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+    pub command: Vec<String>,
+}
+
+/// `logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// Wait for more
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Show only the last so many lines (or all)
+    #[arg(short = 'n', long, default_value = "all")]
+    pub tail: String,
+    /// Show only what came after a time (RFC 3339) or within a time span (10m)
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// Show times
+    #[arg(short, long)]
+    pub timestamps: bool,
+    /// The container
+    pub container: String,
+}
+
+/// `stop`.
+#[derive(Debug, Args)]
+pub struct StopArgs {
+    /// Seconds to wait before killing
+    #[arg(short, long, visible_alias = "timeout", default_value = "10", value_parser = parse::seconds)]
+    pub time: u64,
+    /// Signal to send instead of the container's own stop signal
+    #[arg(short, long, value_parser = parse::signal)]
+    pub signal: Option<i32>,
+    /// The containers
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// `kill`.
+#[derive(Debug, Args)]
+pub struct KillArgs {
+    /// Signal, by name or number
+    #[arg(short, long, default_value = "KILL", value_parser = parse::signal)]
+    pub signal: i32,
+    /// The containers
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// `rm`.
+#[derive(Debug, Args)]
+pub struct RmArgs {
+    /// Kill running ones first
+    #[arg(short, long)]
+    pub force: bool,
+    /// The containers
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// Names of containers.
+#[derive(Debug, Args)]
+pub struct Names {
+    /// Names, ids, or starts of ids
+    #[arg(required = true)]
+    pub names: Vec<String>,
+}
+
+/// `stats`.
+#[derive(Debug, Args)]
+pub struct StatsArgs {
+    /// Print once and end
+    #[arg(long)]
+    pub no_stream: bool,
+    /// Print JSON once and end
+    #[arg(long)]
+    pub json: bool,
+    /// The containers; all running ones if none is given
+    pub containers: Vec<String>,
+}
+
+/// `images`.
+#[derive(Debug, Args)]
+pub struct ImagesArgs {
+    /// Print ids only
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// Do not shorten ids
+    #[arg(long)]
+    pub no_trunc: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `rmi`.
+#[derive(Debug, Args)]
+pub struct RmiArgs {
+    /// Remove all names of an image given by id
+    #[arg(short, long)]
+    pub force: bool,
+    /// The images
+    #[arg(required = true)]
+    pub images: Vec<String>,
+}
+
+/// `pull`.
+#[derive(Debug, Args)]
+pub struct PullArgs {
+    /// Speak plain HTTP to the registry
+    #[arg(long)]
+    pub insecure: bool,
+    /// Print nothing but the name
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// The image
+    pub image: String,
+}
+
+/// `load`.
+#[derive(Debug, Args)]
+pub struct LoadArgs {
+    /// An archive, an OCI layout, or one of IMAGE's forms; stdin if absent
+    #[arg(short, long, value_name = "SOURCE")]
+    pub input: Option<String>,
+    /// Print names only
+    #[arg(short, long)]
+    pub quiet: bool,
+    /// The same as --input
+    #[arg(value_name = "SOURCE", conflicts_with = "input")]
+    pub source: Option<String>,
+}
+
+/// `--json`.
+#[derive(Debug, Args)]
+pub struct JsonArg {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_as_docker_reads_it() {
+        let line = "cloister run -it --rm -e A=1 -v /a:/b:ro -p 80:80 -m 1g -h box busybox sh -c ls -l";
+        let cli = Cli::try_parse_from(line.split(' ')).unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert!(run.interactive && run.tty && run.rm && !run.detach);
+        assert_eq!(run.image.as_deref(), Some("busybox"));
+        assert_eq!(run.command, ["sh", "-c", "ls", "-l"]);
+        assert_eq!(run.hostname.as_deref(), Some("box"));
+        assert_eq!(run.memory, 1 << 30);
+        let cli = Cli::try_parse_from(["cloister", "run", "img", "--help"]).unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(run.command, ["--help"]);
+        for wrong in [
+            "cloister run",
+            "cloister run --memory 99999999t x",
+            "cloister run --bogus x",
+            "cloister run --cpus 0 x",
+        ] {
+            assert!(Cli::try_parse_from(wrong.split(' ')).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn exec_and_rootfs() {
+        let cli = Cli::try_parse_from("cloister exec -it web ls -la".split(' ')).unwrap();
+        let Command::Exec(exec) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!((exec.container.as_str(), exec.command.len()), ("web", 2));
+        let cli = Cli::try_parse_from("cloister run --rootfs /r ls -l".split(' ')).unwrap();
+        let Command::Run(run) = cli.command else {
+            panic!("{cli:?}")
+        };
+        assert_eq!(run.image.as_deref(), Some("ls"));
+        assert_eq!(run.command, ["-l"]);
+    }
+}
