@@ -25,6 +25,7 @@ use tokio::io::unix::AsyncFd;
 
 use crate::events::Publisher;
 use crate::fd::register;
+use crate::spec::has_swap;
 
 /// Where the tree is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
@@ -159,10 +160,10 @@ impl Cgroup {
     /// # Errors
     /// As of write(2), with the file and the value.
     pub fn update(&self, resources: &LinuxResources) -> io::Result<()> {
-        let mut files = limits(resources);
-        // memory.swap.max counts swap alone, but may not let the sum shrink below what is used on the way: whichever way
-        // the limits move, the kernel takes them in this order.
-        for (file, value) in files.drain(..) {
+        for (file, value) in limits(resources) {
+            if file == "memory.swap.max" && !has_swap() {
+                continue;
+            }
             self.write(&file, &value)?;
         }
         Ok(())

@@ -14,7 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
@@ -33,17 +33,20 @@ struct Inner {
     on_stderr: bool,
     program: RefCell<PathBuf>,
     env: RefCell<HashMap<String, String>>,
+    /// Profile to load last of all. (For a container's first process libcontainer does it.)
+    seccomp: Option<LinuxSeccomp>,
 }
 
 impl AgentExecutor {
     /// `control` is the helper's control pipe.
-    pub fn new(control: File, on_stderr: bool) -> Self {
+    pub fn new(control: File, on_stderr: bool, seccomp: Option<LinuxSeccomp>) -> Self {
         let (program, env) = (RefCell::default(), RefCell::default());
         Self(Rc::new(Inner {
             control,
             on_stderr,
             program,
             env,
+            seccomp,
         }))
     }
 }
@@ -169,6 +172,10 @@ impl Executor for AgentExecutor {
                 .collect::<Vec<_>>()
         };
         let (argv, envp) = (pointers(&args), pointers(&env));
+        if let Some(seccomp) = &self.0.seccomp {
+            libcontainer::seccomp::initialize_seccomp(seccomp)
+                .map_err(|e| ExecutorError::Other(format!("seccomp profile: {e}")))?;
+        }
         // PID 1 ignores SIGPIPE and so did the helper; programs expect the default.
         // SAFETY: one thread; sets no handler.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };

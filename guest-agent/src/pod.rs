@@ -309,7 +309,7 @@ impl Pod for PodService {
             containers: self.0.container_ids(),
             agent_rss_bytes: kib_field(&own, "VmRSS"),
             controllers: cgroup::controllers(),
-            seccomp: false,
+            seccomp: true,
             ..Default::default()
         })
     }

@@ -42,7 +42,8 @@ pub struct Prepared {
 /// Reads the spec of a container from Create's options.
 ///
 /// `mounted_root` is set when the agent mounts the root file system itself. Fields that make libcontainer refuse a spec
-/// though they mean nothing in a pod are dropped: the hostname of a container that shares the pod's UTS namespace.
+/// though they mean nothing in a pod are dropped: the hostname of a container that shares the pod's UTS namespace, labels of security modules, a limit of swap
+/// space on a kernel without any.
 ///
 /// # Errors
 /// InvalidArgument.
@@ -68,10 +69,16 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
         .process()
         .clone()
         .ok_or_else(|| invalid_argument(format!("container {id} has no process")))?;
-    process.set_terminal(Some(terminal));
-    let console_size = console_size(&process);
+    let console_size = fit_process(&mut process, terminal);
     spec.set_process(Some(process));
     let mut linux = spec.linux().clone().unwrap_or_default();
+    linux.set_mount_label(None).set_intel_rdt(None);
+    if !has_swap()
+        && let Some(resources) = linux.resources_mut()
+        && let Some(memory) = resources.memory_mut()
+    {
+        memory.set_swap(None);
+    }
     let own_uts = linux.namespaces().as_ref().is_some_and(|all| {
         all.iter()
             .any(|ns| ns.typ() == LinuxNamespaceType::Uts && ns.path().is_none())
@@ -108,6 +115,25 @@ fn cgroup_path(id: &str, given: Option<&Path>) -> Result<PathBuf> {
     })
 }
 
+/// Whether the kernel can swap: if not, cgroups have no file for a limit.
+pub fn has_swap() -> bool {
+    Path::new("/proc/swaps").exists()
+}
+
+/// What holds for every process. Security labels name profiles of the host's kernel, which the guest's does not have: the
+/// VM is what they would protect. Returns the size of the terminal.
+fn fit_process(process: &mut Process, terminal: bool) -> Option<(u16, u16)> {
+    process
+        .set_terminal(Some(terminal))
+        .set_apparmor_profile(None)
+        .set_selinux_label(None);
+    if process.no_new_privileges() == Some(false) {
+        // libcontainer takes "present" for "true" when it decides how to load a seccomp profile.
+        process.set_no_new_privileges(None);
+    }
+    console_size(process)
+}
+
 fn console_size(process: &Process) -> Option<(u16, u16)> {
     let size = process.console_size()?;
     let of = |n: u64| u16::try_from(n).ok().filter(|n| *n > 0);
@@ -121,8 +147,7 @@ fn console_size(process: &Process) -> Option<(u16, u16)> {
 pub fn prepare_exec(options: &Any, terminal: bool) -> Result<(Process, Option<(u16, u16)>)> {
     let mut process: Process = serde_json::from_slice(&options.value)
         .map_err(|e| invalid_argument(format!("the OCI process cannot be read: {e}")))?;
-    process.set_terminal(Some(terminal));
-    let size = console_size(&process);
+    let size = fit_process(&mut process, terminal);
     Ok((process, size))
 }
 
