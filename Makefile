@@ -33,7 +33,7 @@ setup:
 	ci/setup
 
 build: setup guest
-	cargo build --locked --release --workspace --exclude cloister-agent
+	cargo build --locked --release --workspace --exclude cloister-agent --exclude cloister-guest-bench
 
 # The agent with the C library inside it, for there is none in the guest; then what boots with it.
 guest: setup
@@ -41,6 +41,7 @@ guest: setup
 		cargo build --locked --package cloister-agent --profile agent --target $(agent_target)
 	mkdir -p $(guest)
 	guest-image/build-kernel --out $(guest)/vmlinux
+	cp $(agent) $(guest)/cloister-agent
 	guest-image/build-initramfs $(agent) $(guest)/initramfs.cpio
 
 # prepare needs the network (Debian packages) and runs outside; there is none in the emulated host.
@@ -64,7 +65,11 @@ kvm-host-test: setup
 e2e: build
 	ci/e2e --timeout 2400 $(kvm_options) -- $(E2E)
 
+# The guest side of the benchmarks boots in place of the agent.
 bench: build
+	RUSTFLAGS='-C target-feature=+crt-static' \
+		cargo build --locked --package cloister-guest-bench --profile agent --target $(agent_target)
+	guest-image/build-initramfs $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-guest-bench $(guest)/bench.cpio
 	mkdir -p target/bench
 	ci/with-kvm $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY)
 
