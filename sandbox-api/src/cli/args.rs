@@ -114,6 +114,7 @@ pub enum PullPolicy {
 #[derive(Debug, Args)]
 #[command(
     disable_help_flag = true,
+    override_usage = "cloister run [OPTIONS] IMAGE [COMMAND [ARG]...]\n       cloister run [OPTIONS] --rootfs DIR COMMAND [ARG]...",
     after_long_help = "IMAGE is a name (busybox, localhost:5000/app:1), or one of\n  oci:DIR[:TAG]              a folder in OCI image layout\n  docker-archive:FILE[:TAG]  what `docker save` writes\n  oci-archive:FILE[:TAG]     a tar of an OCI layout\n  dir:PATH                   a root file system as it stands; writes go to a layer above it\n  /PATH, ./PATH              any of these, found out by looking\n\nThe exit status is the command's own; 125 if the VM or container could not be had or was lost,\n126 if the command cannot be executed, 127 if it is not there."
 )]
 pub struct RunArgs {
@@ -204,19 +205,16 @@ pub struct RunArgs {
     /// Do not show the progress of a pull
     #[arg(short, long)]
     pub quiet: bool,
-    /// Use this folder as root file system; IMAGE is then the command's first word
+    /// Use this folder as root file system instead of an image
     #[arg(long, value_name = "DIR")]
     pub rootfs: Option<PathBuf>,
-    /// The image
+    /// The image, the command and its arguments
     #[arg(
-        value_name = "IMAGE",
-        required_unless_present = "rootfs",
-        allow_hyphen_values = false
+        value_name = "IMAGE [COMMAND [ARG]...]",
+        trailing_var_arg = true,
+        required_unless_present = "rootfs"
     )]
-    pub image: Option<String>,
-    /// The command and its arguments
-    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
-    pub command: Vec<String>,
+    pub words: Vec<String>,
 }
 
 /// `ps`.
@@ -238,6 +236,7 @@ pub struct PsArgs {
 
 /// `exec`.
 #[derive(Debug, Args)]
+#[command(override_usage = "cloister exec [OPTIONS] CONTAINER COMMAND [ARG]...")]
 pub struct ExecArgs {
     /// Keep stdin open
     #[arg(short, long)]
@@ -257,11 +256,9 @@ pub struct ExecArgs {
     /// User, by number (names are looked up when the container starts)
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
-    /// The container
-    pub container: String,
-    /// The command and its arguments
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
-    pub command: Vec<String>,
+    /// The container, the command and its arguments
+    #[arg(value_name = "CONTAINER COMMAND [ARG]...", trailing_var_arg = true, required = true, num_args = 2..)]
+    pub words: Vec<String>,
 }
 
 /// `logs`.
@@ -418,15 +415,14 @@ mod tests {
             panic!("{cli:?}")
         };
         assert!(run.interactive && run.tty && run.rm && !run.detach);
-        assert_eq!(run.image.as_deref(), Some("busybox"));
-        assert_eq!(run.command, ["sh", "-c", "ls", "-l"]);
+        assert_eq!(run.words, ["busybox", "sh", "-c", "ls", "-l"]);
         assert_eq!(run.hostname.as_deref(), Some("box"));
         assert_eq!(run.memory, 1 << 30);
         let cli = Cli::try_parse_from(["cloister", "run", "img", "--help"]).unwrap();
         let Command::Run(run) = cli.command else {
             panic!("{cli:?}")
         };
-        assert_eq!(run.command, ["--help"]);
+        assert_eq!(run.words, ["img", "--help"]);
         for wrong in [
             "cloister run",
             "cloister run --memory 99999999t x",
@@ -443,12 +439,12 @@ mod tests {
         let Command::Exec(exec) = cli.command else {
             panic!("{cli:?}")
         };
-        assert_eq!((exec.container.as_str(), exec.command.len()), ("web", 2));
+        assert_eq!(exec.words, ["web", "ls", "-la"]);
+        assert!(Cli::try_parse_from(["cloister", "exec", "web"]).is_err());
         let cli = Cli::try_parse_from("cloister run --rootfs /r ls -l".split(' ')).unwrap();
         let Command::Run(run) = cli.command else {
             panic!("{cli:?}")
         };
-        assert_eq!(run.image.as_deref(), Some("ls"));
-        assert_eq!(run.command, ["-l"]);
+        assert_eq!(run.words, ["ls", "-l"]);
     }
 }

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What this host can do, found out by looking; used by `cloister check` and before each `run`.
+
+use cloister_vmm::KvmKind;
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use std::path::Path;
+
+/// How a finding stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Something will not work, the rest will.
+    Warning,
+    /// No virtual machine can run.
+    Failure,
+}
+
+/// One finding.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Finding {
+    /// What was looked at.
+    pub name: &'static str,
+    /// How it stands.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do about it.
+    pub remedy: Option<&'static str>,
+}
+
+fn finding(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy: &'static str) -> Finding {
+    let remedy = (verdict != Verdict::Ok && !remedy.is_empty()).then_some(remedy);
+    Finding { name, verdict, found: found.into(), remedy }
+}
+
+/// Said by `check` and by `run`, word for word.
+pub const PVM: &str = "this host's KVM cannot run an unmodified guest kernel: no VT-x/AMD-V (kvm_pvm only)";
+const PVM_REMEDY: &str = "use a host with hardware virtualisation, or switch nested virtualisation on for this one; for development, `ci/kvm-host -- COMMAND` emulates such a host";
+
+/// What keeps virtual machines from running here at all, in one message with its remedy.
+///
+/// # Errors
+/// The message.
+pub fn can_run() -> Result<(), String> {
+    let first = [virtualisation(), kvm_device()].into_iter().find(|finding| finding.verdict == Verdict::Failure);
+    match first {
+        None => Ok(()),
+        Some(finding) => Err(match finding.remedy {
+            Some(remedy) => format!("{}; {remedy}", finding.found),
+            None => finding.found,
+        }),
+    }
+}
+
+/// Everything.
+pub fn all() -> Vec<Finding> {
+    let mut findings = vec![virtualisation(), kvm_device()];
+    findings.extend(kvm_capabilities());
+    findings.extend([root(), kernel(), overlay(), tun(), nft(), cgroups(), memory()]);
+    findings
+}
+
+fn flags(cpuinfo: &str) -> Vec<&str> {
+    let line = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    line.split_whitespace().skip_while(|word| *word != ":").skip(1).collect()
+}
+
+fn virtualisation() -> Finding {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = flags(&cpuinfo);
+    let extension = if flags.contains(&"vmx") {
+        Some("VT-x (vmx)")
+    } else if flags.contains(&"svm") {
+        Some("AMD-V (svm)")
+    } else {
+        None
+    };
+    let nested = if flags.contains(&"hypervisor") { ", nested: this host is a virtual machine itself" } else { "" };
+    match (extension, KvmKind::detect()) {
+        (Some(extension), _) => finding("virtualisation", Verdict::Ok, format!("{extension}{nested}"), ""),
+        (None, KvmKind::Pvm) => finding("virtualisation", Verdict::Failure, PVM, PVM_REMEDY),
+        (None, _) => finding(
+            "virtualisation",
+            Verdict::Failure,
+            "the processor shows neither VT-x (vmx) nor AMD-V (svm)",
+            "switch virtualisation on in the firmware, or nested virtualisation for this virtual machine",
+        ),
+    }
+}
+
+fn kvm_device() -> Finding {
+    let name = "/dev/kvm";
+    match rustix::fs::openat(CWD, "/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => {
+            let modules: Vec<&str> = ["kvm_intel", "kvm_amd", "kvm_pvm"]
+                .into_iter()
+                .filter(|module| Path::new("/sys/module").join(module).exists())
+                .collect();
+            finding(name, Verdict::Ok, format!("opens (module: {})", if modules.is_empty() { "built in".to_owned() } else { modules.join(", ") }), "")
+        }
+        Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) => finding(
+            name,
+            Verdict::Failure,
+            "there is no /dev/kvm",
+            "modprobe kvm_intel or kvm_amd; if that fails, switch virtualisation on in the firmware",
+        ),
+        Err(Errno::ACCESS | Errno::PERM) => {
+            finding(name, Verdict::Failure, "no right to open /dev/kvm", "run as root, or join the group kvm")
+        }
+        Err(error) => finding(name, Verdict::Failure, format!("cannot open /dev/kvm: {}", std::io::Error::from(error)), ""),
+    }
+}
+
+fn kvm_capabilities() -> Option<Finding> {
+    use kvm_ioctls::Cap;
+    let kvm = kvm_ioctls::Kvm::new().ok()?;
+    let needed = [
+        ("user memory", Cap::UserMemory),
+        ("irqfd", Cap::Irqfd),
+        ("ioeventfd", Cap::Ioeventfd),
+        ("immediate exit", Cap::ImmediateExit),
+        ("MSR list", Cap::GetMsrFeatures),
+    ];
+    let missing: Vec<&str> = needed.iter().filter(|(_, cap)| !kvm.check_extension(*cap)).map(|(name, _)| *name).collect();
+    if kvm.get_api_version() != 12 || !missing.is_empty() {
+        let found = format!("API version {}, missing: {}", kvm.get_api_version(), missing.join(", "));
+        return Some(finding("KVM", Verdict::Failure, found, "use Linux 5.10 or later on the host"));
+    }
+    let split = if kvm.check_extension(Cap::SplitIrqchip) { "split interrupt chip" } else { "no split interrupt chip" };
+    Some(finding("KVM", Verdict::Ok, format!("API version 12, {} vCPUs at most, {split}", kvm.get_max_vcpus()), ""))
+}
+
+fn root() -> Finding {
+    let is_root = rustix::process::geteuid().is_root();
+    let verdict = if is_root { Verdict::Ok } else { Verdict::Failure };
+    let found = if is_root { "root" } else { "not root: images cannot be unpacked and mounted" };
+    finding("user", verdict, found, "run cloister as root")
+}
+
+fn kernel() -> Finding {
+    let uname = rustix::system::uname();
+    let release = uname.release().to_string_lossy().into_owned();
+    let version = version(&release);
+    let verdict = if version >= (5, 10) { Verdict::Ok } else { Verdict::Failure };
+    finding("kernel", verdict, format!("Linux {release}"), "use Linux 5.10 or later")
+}
+
+fn version(release: &str) -> (u32, u32) {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+fn overlay() -> Finding {
+    // Opening a context loads the module, which /proc/filesystems would not.
+    match rustix::mount::fsopen("overlay", rustix::mount::FsOpenFlags::FSOPEN_CLOEXEC) {
+        Ok(_) => finding("overlayfs", Verdict::Ok, "present", ""),
+        Err(Errno::PERM) => finding("overlayfs", Verdict::Failure, "may not be mounted by this user", "run cloister as root"),
+        Err(_) => finding("overlayfs", Verdict::Failure, "this kernel has no overlayfs", "modprobe overlay"),
+    }
+}
+
+fn tun() -> Finding {
+    match rustix::fs::openat(CWD, "/dev/net/tun", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(_) => finding("/dev/net/tun", Verdict::Ok, "opens", ""),
+        Err(error) => finding(
+            "/dev/net/tun",
+            Verdict::Warning,
+            format!("cannot be opened: {}; only --net none works", std::io::Error::from(error)),
+            "modprobe tun",
+        ),
+    }
+}
+
+fn nft() -> Finding {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&path).map(|dir| dir.join("nft")).find(|program| program.is_file()) {
+        Some(program) => finding("nft", Verdict::Ok, program.display().to_string(), ""),
+        None => finding("nft", Verdict::Warning, "not on PATH; --net nat does not work", "install the package nftables"),
+    }
+}
+
+fn cgroups() -> Finding {
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        finding("cgroups", Verdict::Ok, "version 2", "")
+    } else {
+        finding("cgroups", Verdict::Warning, "version 1 or none", "boot with systemd.unified_cgroup_hierarchy=1")
+    }
+}
+
+fn memory() -> Finding {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let available = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+        .unwrap_or(0)
+        .saturating_mul(1024);
+    let verdict = if available >= 256 << 20 { Verdict::Ok } else { Verdict::Warning };
+    finding("memory", verdict, format!("{} available", crate::cli::table::binary_size(available)), "free some memory: a VM takes 512m unless --memory says otherwise")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_cpuinfo_and_versions() {
+        assert_eq!(flags("processor\t: 0\nflags\t\t: fpu svm\n"), ["fpu", "svm"]);
+        assert_eq!(flags(""), Vec::<&str>::new());
+        assert_eq!(version("6.1.0-35-cloud-amd64"), (6, 1));
+        assert_eq!(version("5.10.9"), (5, 10));
+        assert_eq!(version("odd"), (0, 0));
+    }
+
+    #[test]
+    fn a_failure_has_a_remedy() {
+        for finding in all() {
+            assert!(finding.verdict == Verdict::Ok || finding.remedy.is_some() || finding.name == "/dev/kvm", "{finding:?}");
+        }
+    }
+}
