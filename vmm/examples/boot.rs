@@ -98,7 +98,7 @@ fn options() -> Result<Options> {
 }
 
 fn run() -> Result<()> {
-    log::set_logger(&StderrLog)?;
+    log::set_logger(&StderrLog).map_err(|e| e.to_string())?;
     log::set_max_level(log::LevelFilter::Info);
     let Options {
         config,
