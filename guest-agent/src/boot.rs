@@ -162,6 +162,10 @@ pub fn main(started: u64) -> i32 {
     let proc = mount_at("proc", "/proc", NO_ALL, "");
     let options = cmdline::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     logger::to_kernel(options.log);
+    if options.log >= log::LevelFilter::Debug {
+        // The kernel would drop most of it otherwise.
+        warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on"));
+    }
     warn("root was not moved off rootfs", root);
     warn("/dev was not mounted", dev);
     warn("/proc was not mounted", proc);

@@ -494,10 +494,14 @@ impl Context {
         let process = &exec.process;
         let exit = match process.exit() {
             Some(exit) => exit,
-            None if process.pid() == 0 => Exit {
-                status: 0,
-                at: std::time::SystemTime::now(),
-            },
+            None if process.pid() == 0 => {
+                // Nobody waits for what will never be.
+                process.failed();
+                Exit {
+                    status: 0,
+                    at: std::time::SystemTime::now(),
+                }
+            }
             None => return Err(failed_precondition("cannot delete a running process")),
         };
         process.finish_io().await;
@@ -516,6 +520,8 @@ impl Context {
             None if !init.is_started() => {
                 // Created, never started.
                 let _ = init.kill(Signal::KILL);
+                // Its exit may be told, though it never ran.
+                init.started();
                 init.wait()
                     .await
                     .ok_or_else(|| unknown("the container's first process was lost"))?

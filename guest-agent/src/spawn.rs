@@ -18,6 +18,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -26,6 +27,9 @@ use tokio::io::{AsyncBufReadExt, BufReader, Interest, Lines};
 use crate::fd::Fd;
 use crate::helper;
 use crate::reaper::{Reaper, Spawning};
+
+/// How long to look for what a dead helper wrote. A child of it may hold the pipe, so there may be no end of file.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// What a helper said so far.
 #[derive(Default, Debug)]
@@ -97,7 +101,15 @@ pub async fn run(reaper: &Reaper, args: &[&OsStr], stdio: [OwnedFd; 3]) -> Resul
                 Ok(Some(line)) => report.take(&line),
                 Ok(None) | Err(_) => break,
             },
-            _ = &mut dead => break,
+            _ = &mut dead => {
+                // What it said last may not have been seen yet.
+                while !report.done()
+                    && let Ok(Ok(Some(line))) = tokio::time::timeout(LAST_WORDS, lines.next_line()).await
+                {
+                    report.take(&line);
+                }
+                break;
+            }
         }
     }
     match report.pid {

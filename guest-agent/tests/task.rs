@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The Task service against containers with busybox, without a VM. See `harness`.
+#![allow(clippy::unwrap_used)]
 
 mod harness;
 
@@ -14,8 +15,6 @@ use cloister_protocol::ttrpc::Code;
 use harness::{Bed, code, ctx, feed, soon};
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-type Test = tokio::net::UnixStream;
 
 fn state_request(id: &str, exec: &str) -> StateRequest {
     StateRequest {
@@ -190,7 +189,7 @@ async fn close_io_ends_the_input() {
     let mut bed = Bed::new().await;
     let mut streams = bed.streams([true, true, false]);
     bed.run("cat", &["cat"], &streams, false).await;
-    let mut stdin: Test = streams.take(0).await;
+    let mut stdin = streams.take(0).await;
     stdin.write_all(b"all of it").await.unwrap();
     let request = CloseIORequest {
         id: "cat".into(),

@@ -1,20 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Runs the agent's services without a VM and plays the host for them.
+//! Runs the agent and plays the host for it.
 //!
-//! The agent runs as an ordinary process in namespaces of its own (mount, pid, network, IPC, UTS), with a cgroup v2 tree
+//! Without a VM ([`Bed::new`]) it runs as an ordinary process in namespaces of its own (mount, pid, network, IPC, UTS), with a cgroup v2 tree
 //! mounted where it looks for one. Unix sockets stand in for vsock. Needs root; says so and fails otherwise.
+//!
+//! With one ([`Bed::in_vm`]) it is PID 1 under QEMU, and vsock is the host kernel's.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::HashMap;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cloister_protocol::events::{Envelope, Events, ForwardRequest, create_events};
-use cloister_protocol::pod::PodClient;
-use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::pod::{PodClient, Ready};
 use cloister_protocol::protobuf::well_known_types::{any::Any, empty::Empty};
+use cloister_protocol::protobuf::{Message, MessageField};
 use cloister_protocol::stream::{HEADER_LEN, StreamId};
 use cloister_protocol::task::{
     CreateTaskRequest, DeleteRequest, ExecProcessRequest, Mount, StartRequest, TaskClient, WaitRequest,
@@ -23,8 +27,8 @@ use cloister_protocol::ttrpc::asynchronous::{Client, Server, TtrpcContext};
 use cloister_protocol::ttrpc::context::{Context, with_timeout};
 use cloister_protocol::{EVENTS_PORT, PROCESS_TYPE_URL, SPEC_TYPE_URL, STREAM_PORT, ttrpc};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
 /// Far more than anything here takes, even on a busy machine.
@@ -42,7 +46,13 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
         .unwrap_or_else(|_| panic!("{what}: nothing for {PATIENCE:?}"))
 }
 
-type Waiting = Arc<Mutex<HashMap<StreamId, oneshot::Sender<UnixStream>>>>;
+/// A connection of either kind.
+pub trait Duplex: AsyncRead + AsyncWrite + Send {}
+impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
+/// A stdio stream.
+pub type Stream = Pin<Box<dyn Duplex>>;
+
+type Waiting = Arc<Mutex<HashMap<StreamId, oneshot::Sender<Stream>>>>;
 
 struct Sink(mpsc::UnboundedSender<Envelope>);
 
@@ -60,14 +70,17 @@ pub struct Bed {
     /// Task service.
     pub task: TaskClient,
     /// Pod service.
-    #[allow(dead_code)]
     pub pod: PodClient,
+    /// The agent's first message.
+    pub ready: Ready,
     /// What the agent published.
     pub events: mpsc::UnboundedReceiver<Envelope>,
     /// Directory of all files of this bed.
     pub dir: tempfile::TempDir,
     waiting: Waiting,
-    agent: Child,
+    /// The agent, or its VM.
+    pub agent: Child,
+    root: PathBuf,
     next: u128,
     _server: Server,
 }
@@ -85,12 +98,12 @@ impl Drop for Bed {
 pub struct Streams {
     /// Names to put into a request.
     pub names: [String; 3],
-    receivers: [Option<oneshot::Receiver<UnixStream>>; 3],
+    receivers: [Option<oneshot::Receiver<Stream>>; 3],
 }
 
 impl Streams {
     /// The host's end of stream 0, 1 or 2, once the agent has dialled it.
-    pub async fn take(&mut self, which: usize) -> UnixStream {
+    pub async fn take(&mut self, which: usize) -> Stream {
         let receiver = self.receivers[which]
             .take()
             .expect("the stream was asked for, and taken once");
@@ -143,6 +156,39 @@ fn busybox_root(root: &Path) {
     .unwrap();
 }
 
+/// What is there before the agent is ready.
+struct Parts {
+    dir: tempfile::TempDir,
+    root: PathBuf,
+    waiting: Waiting,
+    agent: Child,
+    server: Server,
+    events: mpsc::UnboundedReceiver<Envelope>,
+}
+
+impl Parts {
+    async fn connect(mut self, address: &str) -> Bed {
+        let ready = soon("ready message", self.events.recv())
+            .await
+            .expect("the agent is ready");
+        assert_eq!(ready.topic, cloister_protocol::READY_TOPIC);
+        let ready = Ready::parse_from_bytes(&ready.event.value).unwrap();
+        let client = Client::connect(address).await.unwrap();
+        Bed {
+            task: TaskClient::new(client.clone()),
+            pod: PodClient::new(client),
+            ready,
+            events: self.events,
+            dir: self.dir,
+            waiting: self.waiting,
+            agent: self.agent,
+            root: self.root,
+            next: 1,
+            _server: self.server,
+        }
+    }
+}
+
 impl Bed {
     /// Starts an agent and waits until it is ready.
     pub async fn new() -> Self {
@@ -189,33 +235,106 @@ impl Bed {
             .stdin(Stdio::null())
             .spawn()
             .expect("unshare (util-linux) is needed for this test");
-        let mut bed = {
-            let mut events = events;
-            let ready = soon("ready message", events.recv())
-                .await
-                .expect("the agent is ready");
-            assert_eq!(ready.topic, cloister_protocol::READY_TOPIC);
-            let client = Client::connect(&format!("unix://{}", socket.display()))
-                .await
-                .unwrap();
-            Self {
-                task: TaskClient::new(client.clone()),
-                pod: PodClient::new(client),
-                events,
-                dir,
-                waiting,
-                agent,
-                next: 0,
-                _server: server,
-            }
-        };
-        bed.next = 1;
-        bed
+        let address = format!("unix://{}", socket.display());
+        let root = path("root");
+        Parts {
+            dir,
+            root,
+            waiting,
+            agent,
+            server,
+            events,
+        }
+        .connect(&address)
+        .await
     }
 
-    /// The container root file system on this machine.
-    pub fn root(&self) -> PathBuf {
-        self.dir.path().join("root")
+    /// Boots a VM under QEMU whose PID 1 is the agent, and waits until it is ready. `agent` is a static build of it,
+    /// `kernel` a guest kernel. /busybox in the guest is a container's root file system.
+    pub async fn in_vm(agent: &Path, kernel: &Path, cid: u32) -> Self {
+        let dir = tempfile::Builder::new().prefix("cl").tempdir_in("/tmp").unwrap();
+        let path = |name: &str| dir.path().join(name);
+        busybox_root(&path("initramfs/busybox"));
+        for name in ["dev", "proc", "sys", "run", "tmp"] {
+            std::fs::create_dir_all(path("initramfs").join(name)).unwrap();
+        }
+        std::fs::copy(agent, path("initramfs/init")).unwrap();
+        let script = "cd \"$1\" && mknod dev/console c 5 1 && find . | cpio --quiet -o -H newc > \"$2\"";
+        let made = Command::new("sh")
+            .args(["-c", script, "sh"])
+            .args([path("initramfs"), path("initramfs.cpio")])
+            .status()
+            .unwrap();
+        assert!(
+            made.success(),
+            "cpio and the right to make devices are needed for this test"
+        );
+
+        let (sender, events) = mpsc::unbounded_channel();
+        let mut server = Server::new()
+            .bind(&format!("vsock://-1:{EVENTS_PORT}"))
+            .expect("vsock and the module vhost_vsock are needed for this test")
+            .register_service(create_events(Arc::new(Sink(sender))));
+        server.start().await.unwrap();
+        let waiting = Waiting::default();
+        let any = tokio_vsock::VsockAddr::new(tokio_vsock::VMADDR_CID_ANY, STREAM_PORT);
+        let listener = tokio_vsock::VsockListener::bind(any).unwrap();
+        let streams = Arc::clone(&waiting);
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                hand_over(Box::pin(stream), &streams).await;
+            }
+        });
+        let agent = Command::new("qemu-system-x86_64")
+            .args([
+                "-M",
+                "microvm,rtc=off,pit=off,pic=off",
+                "-accel",
+                "kvm",
+                "-cpu",
+                "host",
+                "-m",
+                "512",
+                "-smp",
+                "1",
+            ])
+            .args([
+                "-nodefaults",
+                "-no-user-config",
+                "-nographic",
+                "-no-reboot",
+                "-serial",
+                "stdio",
+            ])
+            .arg("-kernel")
+            .arg(kernel)
+            .arg("-initrd")
+            .arg(path("initramfs.cpio"))
+            .args([
+                "-append",
+                "console=ttyS0 quiet reboot=t panic=-1 cloister.log=info",
+            ])
+            .args(["-device", &format!("vhost-vsock-device,guest-cid={cid}")])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("qemu-system-x86_64 is needed for this test");
+        let root = PathBuf::from("/busybox");
+        let address = format!("vsock://{cid}:{}", cloister_protocol::AGENT_PORT);
+        Parts {
+            dir,
+            root,
+            waiting,
+            agent,
+            server,
+            events,
+        }
+        .connect(&address)
+        .await
+    }
+
+    /// The container root file system, as the agent sees it.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Streams for a process; those wanted get names.
@@ -308,6 +427,19 @@ impl Bed {
         streams: &Streams,
         terminal: bool,
     ) -> ttrpc::Result<()> {
+        self.exec_process(id, exec, &process(args), streams, terminal)
+            .await
+    }
+
+    /// Adds an exec of an OCI process.
+    pub async fn exec_process(
+        &self,
+        id: &str,
+        exec: &str,
+        process: &Value,
+        streams: &Streams,
+        terminal: bool,
+    ) -> ttrpc::Result<()> {
         let [stdin, stdout, stderr] = streams.names.clone();
         let request = ExecProcessRequest {
             id: id.into(),
@@ -316,7 +448,7 @@ impl Bed {
             stdin,
             stdout,
             stderr,
-            spec: any(PROCESS_TYPE_URL, &process(args)),
+            spec: any(PROCESS_TYPE_URL, process),
             ..Default::default()
         };
         self.task.exec(ctx(), &request).await.map(drop)
@@ -375,18 +507,23 @@ fn any(type_url: &str, value: &Value) -> MessageField<Any> {
 }
 
 async fn accept(listener: UnixListener, waiting: Waiting) {
-    while let Ok((mut stream, _)) = listener.accept().await {
-        let mut header = [0; HEADER_LEN];
-        stream.read_exact(&mut header).await.unwrap();
-        let id = StreamId::from_header(&header).expect("a header of 32 hex digits and a newline");
-        let sender = waiting
-            .lock()
-            .unwrap()
-            .remove(&id)
-            .expect("a stream that was asked for, once");
-        // The test may not care for it.
-        let _ = sender.send(stream);
+    while let Ok((stream, _)) = listener.accept().await {
+        hand_over(Box::pin(stream), &waiting).await;
     }
+}
+
+/// Reads the header of a stream and gives it to who asked for it.
+async fn hand_over(mut stream: Stream, waiting: &Waiting) {
+    let mut header = [0; HEADER_LEN];
+    stream.read_exact(&mut header).await.unwrap();
+    let id = StreamId::from_header(&header).expect("a header of 32 hex digits and a newline");
+    let sender = waiting
+        .lock()
+        .unwrap()
+        .remove(&id)
+        .expect("a stream that was asked for, once");
+    // The test may not care for it.
+    let _ = sender.send(stream);
 }
 
 /// The status code of a failed request.
@@ -398,7 +535,7 @@ pub fn code<T: std::fmt::Debug>(result: ttrpc::Result<T>) -> (ttrpc::Code, Strin
 }
 
 /// Writes all and ends the input.
-pub async fn feed(mut stream: UnixStream, bytes: &[u8]) {
+pub async fn feed(mut stream: Stream, bytes: &[u8]) {
     stream.write_all(bytes).await.unwrap();
     stream.shutdown().await.unwrap();
     // Kept open by the agent until it has read all; nothing comes back.
