@@ -23,6 +23,7 @@ pub mod event_loop;
 pub mod fs;
 pub mod host_io;
 pub mod metrics;
+pub mod net;
 pub mod output_tail;
 pub mod rate_limit;
 pub mod rng;
@@ -30,6 +31,7 @@ pub mod serial;
 pub mod state;
 pub mod virtio;
 pub mod vsock;
+mod watched;
 pub mod worker_pool;
 
 /// The guest's RAM as devices see it: mapped regions that are only touched through volatile accesses.

@@ -7,6 +7,7 @@ use std::os::fd::OwnedFd;
 
 use cloister_devices::block::{Block, BlockConfig, CacheMode, DiskKind};
 use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
+use cloister_devices::net::{Net, NetBackend, NetConfig};
 use cloister_devices::rng::Rng;
 use cloister_devices::virtio::VirtioDevice;
 use cloister_devices::vsock::{Vsock, VsockConfig};
@@ -48,6 +49,11 @@ pub const ALL: &[Specimen] = &[
         name: "block",
         make: block,
         busy_queue: 0,
+    },
+    Specimen {
+        name: "net",
+        make: net,
+        busy_queue: 1,
     },
     Specimen {
         name: "vsock",
@@ -110,5 +116,25 @@ fn vsock(_: &Machine) -> Animal {
     Animal {
         device: Box::new(device),
         keep: Vec::new(),
+    }
+}
+
+/// A pair of sockets that pass whole frames, as taps do.
+pub fn cable() -> (OwnedFd, OwnedFd) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let flags = SocketFlags::CLOEXEC;
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+}
+
+fn net(_: &Machine) -> Animal {
+    let (end, other_end) = cable();
+    let config = NetConfig {
+        backend: NetBackend::Socket(end),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: Some(1500),
+    };
+    Animal {
+        device: Box::new(Net::new(config).unwrap()),
+        keep: vec![other_end],
     }
 }

@@ -2,7 +2,7 @@
 //! The data side: bytes in, bytes out.
 
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -15,6 +15,7 @@ use crate::host_io;
 use crate::output_tail::OutputTail;
 use crate::state::{SavedState, StateError};
 use crate::virtio::{ActiveDevice, ActiveQueue, Buffers, Health, QueueError, Slices};
+use crate::watched::Watched;
 
 const RECEIVE: u32 = 0;
 const TRANSMIT: u32 = 1;
@@ -30,37 +31,6 @@ const BUDGET: usize = 64;
 pub(super) struct HandlerState {
     /// Bytes of the transmit queue's next chain that have been written already.
     written: u64,
-}
-
-/// One host descriptor, and whether the event loop watches it.
-struct Watched {
-    fd: Arc<OwnedFd>,
-    events: Events,
-    on: bool,
-}
-
-impl Watched {
-    fn new(fd: Arc<OwnedFd>, data: u32, events: EventSet) -> Self {
-        let events = Events::with_data(&*fd, data, events);
-        Self {
-            fd,
-            events,
-            on: false,
-        }
-    }
-
-    /// Adds the descriptor or takes it out: a mere change of interest would still report hang-ups, for ever.
-    fn watch(&mut self, on: bool, ops: &mut EventOps) -> Result<(), event_manager::Error> {
-        if self.on != on {
-            if on {
-                ops.add(self.events)?;
-            } else {
-                ops.remove(self.events)?;
-            }
-            self.on = on;
-        }
-        Ok(())
-    }
 }
 
 /// Why serving stopped for good.
@@ -105,8 +75,8 @@ impl ConsoleHandler {
         Self {
             receive,
             transmit,
-            input: input.map(|fd| Watched::new(fd, INPUT, EventSet::IN)),
-            output: output.map(|fd| Watched::new(fd, OUTPUT, EventSet::OUT)),
+            input: input.map(|fd| Watched::new(fd, INPUT)),
+            output: output.map(|fd| Watched::new(fd, OUTPUT)),
             tail,
             health,
             metrics,
@@ -126,9 +96,9 @@ impl ConsoleHandler {
         let mut watch = true;
         self.receive.disable_notification()?;
         for _ in 0..BUDGET {
-            let Some(fd) = self.input.as_ref().map(|input| Arc::clone(&input.fd)) else {
+            if self.input.is_none() {
                 break;
-            };
+            }
             let Some(chain) = self.receive.pop()? else {
                 // Input waits on the host until the driver notifies us of a buffer.
                 watch = self.receive.enable_notification()?;
@@ -152,7 +122,8 @@ impl ConsoleHandler {
                     continue;
                 }
             };
-            match host_io::readv(fd.as_fd(), buffers.writable.range(0, CHUNK).parts()) {
+            let Some(input) = &self.input else { break };
+            match host_io::readv(input.fd(), buffers.writable.range(0, CHUNK).parts()) {
                 Ok(n) if n > 0 => {
                     self.metrics.input_bytes.add(n);
                     // At most CHUNK.
@@ -173,14 +144,15 @@ impl ConsoleHandler {
                         log::warn!("{}: input ended: {error}", self.health.name());
                     }
                     if let Some(mut input) = self.input.take() {
-                        input.watch(false, ops)?;
+                        input.want(EventSet::empty(), ops)?;
                     }
                 }
             }
         }
         if let Some(input) = &mut self.input {
             // Still readable after the budget: level-triggered, so the loop comes back.
-            input.watch(watch, ops)?;
+            let events = if watch { EventSet::IN } else { EventSet::empty() };
+            input.want(events, ops)?;
         }
         if completed {
             self.receive.signal()?;
@@ -193,7 +165,7 @@ impl ConsoleHandler {
         let chunk = output.range(self.written, CHUNK);
         let mut taken = chunk.len();
         if let Some(sink) = &self.output {
-            match host_io::writev(sink.fd.as_fd(), chunk.parts()) {
+            match host_io::writev(sink.fd(), chunk.parts()) {
                 Ok(n) => taken = n,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     return Ok(Sunk::Full);
@@ -205,7 +177,7 @@ impl ConsoleHandler {
                     if error.kind() == ErrorKind::BrokenPipe
                         && let Some(mut sink) = self.output.take()
                     {
-                        sink.watch(false, ops)?;
+                        sink.want(EventSet::empty(), ops)?;
                     }
                 }
             }
@@ -263,7 +235,8 @@ impl ConsoleHandler {
             }
         }
         if let Some(output) = &mut self.output {
-            output.watch(full, ops)?;
+            let events = if full { EventSet::OUT } else { EventSet::empty() };
+            output.want(events, ops)?;
         }
         if again {
             // The budget is spent. EAGAIN: a notification is pending already.
@@ -281,7 +254,7 @@ impl ConsoleHandler {
         ops.add(receive)?;
         ops.add(transmit)?;
         for watched in [&mut self.input, &mut self.output].into_iter().flatten() {
-            watched.on = false;
+            watched.forget();
         }
         self.receive(ops)?;
         self.transmit(ops)

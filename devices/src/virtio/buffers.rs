@@ -54,7 +54,7 @@ pub struct Slices<'a> {
 }
 
 impl<'a> Slices<'a> {
-    fn push(&mut self, slice: VolatileSlice<'a>) {
+    pub(crate) fn push(&mut self, slice: VolatileSlice<'a>) {
         // A chain holds less than 4 GiB: no overflow on a 64-bit host.
         self.len = self.len.saturating_add(slice.len());
         self.parts.push(slice);
