@@ -5,18 +5,28 @@
 
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, Outcome, Reader, Server, Slices, Writer};
+use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, Outcome, Reader, Server, Writer};
+use cloister_devices::virtio::Slices;
 use vm_memory::VolatileSlice;
 
 /// The largest request: 1 MiB of data and its header and arguments.
 const BUFFER: usize = (1 << 20) + (64 << 10);
 
+/// Requests that wait for a lock, with their numbers.
+type Parked = Vec<(u64, Vec<u8>)>;
+
+fn lock(parked: &Mutex<Parked>) -> MutexGuard<'_, Parked> {
+    parked.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, source, mountpoint, rest @ ..] = &arguments[..] else {
-        return Err("usage: fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl] [always|never]".into());
+        return Err(
+            "usage: fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl] [always|never]".into(),
+        );
     };
     let has = |word: &str| rest.iter().any(|given| given == word);
     let config = FsConfig {
@@ -38,7 +48,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let server = Arc::new(Server::new(config, None)?);
     server.attach("d", &OwnedFd::from(std::fs::File::open(source)?), options)?;
 
-    let fuse = std::fs::File::options().read(true).write(true).open("/dev/fuse")?;
+    let fuse = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")?;
     let data = CString::new(format!(
         "fd={},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions",
         fuse.as_raw_fd()
@@ -57,7 +70,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     if mounted != 0 {
         return Err(std::io::Error::last_os_error().into());
     }
-    let parked: Arc<Mutex<Vec<(u64, Vec<u8>)>>> = Arc::default();
+    let parked: Arc<Mutex<Parked>> = Arc::default();
     let threads: Vec<_> = (0..4)
         .map(|_| {
             let (server, parked) = (Arc::clone(&server), Arc::clone(&parked));
@@ -72,10 +85,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let mut output = vec![0; 4096];
             loop {
                 std::thread::sleep(std::time::Duration::from_millis(10));
-                let waiting = std::mem::take(&mut *parked.lock().unwrap());
+                let waiting = std::mem::take(&mut *lock(&parked));
                 for (unique, mut request) in waiting {
                     match handle(&server, &mut request, &mut output) {
-                        Outcome::Blocked { .. } => parked.lock().unwrap().push((unique, request)),
+                        Outcome::Blocked { .. } => lock(&parked).push((unique, request)),
                         Outcome::Done { len } => reply(fd, &output[..len as usize]),
                         other => panic!("{other:?}"),
                     }
@@ -92,12 +105,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn handle(server: &Server, input: &mut [u8], output: &mut [u8]) -> Outcome {
-    let mut readable = Slices::default();
-    readable.push(VolatileSlice::from(input));
-    let mut writable = Slices::default();
-    writable.push(VolatileSlice::from(output));
+    let readable = Slices::from(vec![VolatileSlice::from(input)]);
+    let writable = Slices::from(vec![VolatileSlice::from(output)]);
     let mut reader = Reader::new(readable);
-    let header = Server::header(&mut reader).expect("the kernel's requests are whole");
+    let Ok(header) = Server::header(&mut reader) else {
+        return Outcome::Malformed;
+    };
     server.handle(header, reader, Writer::new(writable))
 }
 
@@ -111,12 +124,15 @@ fn reply(fd: i32, bytes: &[u8]) {
         let error = std::io::Error::last_os_error();
         // ENOENT: the request was interrupted meanwhile; ENODEV: unmounted.
         if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV)) {
-            eprintln!("fuse-bridge: the kernel refused a reply of {} bytes: {error}", bytes.len());
+            eprintln!(
+                "fuse-bridge: the kernel refused a reply of {} bytes: {error}",
+                bytes.len()
+            );
         }
     }
 }
 
-fn serve(server: &Server, fd: i32, parked: &Mutex<Vec<(u64, Vec<u8>)>>) {
+fn serve(server: &Server, fd: i32, parked: &Mutex<Parked>) {
     let mut input = vec![0u8; BUFFER];
     let mut output = vec![0u8; BUFFER];
     loop {
@@ -130,13 +146,13 @@ fn serve(server: &Server, fd: i32, parked: &Mutex<Vec<(u64, Vec<u8>)>>) {
         };
         let request = &mut input[..length];
         let interrupted = |unique: u64| {
-            let mut parked = parked.lock().unwrap();
+            let mut parked = lock(parked);
             let at = parked.iter().position(|(waiting, _)| *waiting == unique)?;
             Some(parked.remove(at).0)
         };
         match handle(server, request, &mut output) {
             Outcome::Done { len } => reply(fd, &output[..len as usize]),
-            Outcome::Blocked { unique } => parked.lock().unwrap().push((unique, request.to_vec())),
+            Outcome::Blocked { unique } => lock(parked).push((unique, request.to_vec())),
             Outcome::Interrupt { unique } => {
                 if let Some(unique) = interrupted(unique) {
                     let mut header = Vec::from(16u32.to_ne_bytes());

@@ -265,10 +265,6 @@ wire!(LkIn {
     padding: u32
 });
 wire!(LkOut { lk: FileLock });
-wire!(AccessIn {
-    mask: u32,
-    padding: u32
-});
 wire!(InitIn {
     major: u32,
     minor: u32,
@@ -363,7 +359,6 @@ pub mod fopen {
     pub const DIRECT_IO: u32 = 1 << 0;
     pub const KEEP_CACHE: u32 = 1 << 1;
     pub const CACHE_DIR: u32 = 1 << 3;
-    pub const NOFLUSH: u32 = 1 << 5;
     pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
@@ -392,9 +387,7 @@ pub mod init {
     pub const CREATE_SUPP_GROUP: u64 = 1 << 34;
 }
 
-pub const GETATTR_FH: u32 = 1 << 0;
 pub const LK_FLOCK: u32 = 1 << 0;
-pub const RELEASE_FLUSH: u32 = 1 << 0;
 pub const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 pub const FSYNC_FDATASYNC: u32 = 1 << 0;
 pub const ATTR_SUBMOUNT: u32 = 1 << 0;
@@ -413,6 +406,7 @@ macro_rules! opcodes {
 
         impl Opcode {
             /// Every opcode there is.
+            #[cfg(test)]
             pub const ALL: &'static [Self] = &[$(Self::$name),*];
 
             /// The opcode with this number.

@@ -26,9 +26,24 @@ pub const ALIGNMENT: u64 = 4096;
 
 /// A mapping in the window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mapping {
-    len: u64,
-    attachment: u32,
+pub struct Mapping {
+    /// Its length.
+    pub len: u64,
+    /// What it shows; `None` once that was detached.
+    pub source: Option<MapSource>,
+}
+
+/// What a mapping shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapSource {
+    /// Whose file it is.
+    pub attachment: u32,
+    /// The node.
+    pub nodeid: u64,
+    /// Where the mapping begins in the file.
+    pub file_offset: u64,
+    /// Whether the guest may write.
+    pub writable: bool,
 }
 
 /// A reserved range of this process's address space for file mappings.
@@ -44,23 +59,19 @@ pub struct DaxWindow {
 pub struct MapRequest<'a> {
     /// The file, open for reading (and writing, if `writable`).
     pub file: BorrowedFd<'a>,
-    /// Where the mapping begins in the file.
-    pub file_offset: u64,
     /// Where it begins in the window.
     pub window_offset: u64,
     /// Its length.
     pub len: u64,
-    /// Whether the guest may write.
-    pub writable: bool,
-    /// Whose file it is.
-    pub attachment: u32,
+    /// What of the file, and how.
+    pub source: MapSource,
 }
 
 impl DaxWindow {
     /// Reserves `len` bytes, a multiple of the page size.
     pub fn new(len: u64) -> std::io::Result<Self> {
         let size = usize::try_from(len).ok();
-        let Some(size) = size.filter(|size| *size > 0 && len % ALIGNMENT == 0) else {
+        let Some(size) = size.filter(|size| *size > 0 && len.is_multiple_of(ALIGNMENT)) else {
             return Err(std::io::Error::from(std::io::ErrorKind::InvalidInput));
         };
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -91,9 +102,13 @@ impl DaxWindow {
         false
     }
 
-    /// Mappings now in it.
-    pub fn mapped(&self) -> usize {
-        self.mappings().len()
+    /// The mappings now in it, with their places.
+    pub(super) fn all(&self) -> Vec<(u64, Mapping)> {
+        let mappings = self.mappings();
+        mappings
+            .iter()
+            .map(|(offset, mapping)| (*offset, *mapping))
+            .collect()
     }
 
     fn mappings(&self) -> MutexGuard<'_, BTreeMap<u64, Mapping>> {
@@ -105,7 +120,7 @@ impl DaxWindow {
     /// Checks that a range is aligned, not empty, and inside of the window.
     fn check(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let end = offset.checked_add(len).ok_or(Errno::INVAL)?;
-        if len == 0 || offset % ALIGNMENT != 0 || len % ALIGNMENT != 0 || end > self.len {
+        if len == 0 || !offset.is_multiple_of(ALIGNMENT) || !len.is_multiple_of(ALIGNMENT) || end > self.len {
             return Err(Errno::INVAL);
         }
         Ok(())
@@ -147,19 +162,26 @@ impl DaxWindow {
     /// so), but only exactly: a mapping that is cut through is refused.
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(), Errno> {
         self.check(request.window_offset, request.len)?;
-        if request.file_offset % ALIGNMENT != 0 || request.file_offset.checked_add(request.len).is_none() {
+        if request.source.file_offset % ALIGNMENT != 0
+            || request.source.file_offset.checked_add(request.len).is_none()
+        {
             return Err(Errno::INVAL);
         }
         let mut mappings = self.mappings();
         overlapping(&mappings, request.window_offset, request.len)?;
-        let protection = libc::PROT_READ | if request.writable { libc::PROT_WRITE } else { 0 };
-        let file = Some((request.file, request.file_offset));
+        let protection = libc::PROT_READ
+            | if request.source.writable {
+                libc::PROT_WRITE
+            } else {
+                0
+            };
+        let file = Some((request.file, request.source.file_offset));
         self.place(request.window_offset, request.len, protection, file)?;
         let end = request.window_offset + request.len;
         mappings.retain(|offset, _| *offset < request.window_offset || *offset >= end);
         let mapping = Mapping {
             len: request.len,
-            attachment: request.attachment,
+            source: Some(request.source),
         };
         mappings.insert(request.window_offset, mapping);
         Ok(())
@@ -187,11 +209,12 @@ impl DaxWindow {
     pub fn detach(&self, attachment: u32) {
         let mut mappings = self.mappings();
         for (offset, mapping) in mappings.iter_mut() {
-            if mapping.attachment == attachment
+            if mapping
+                .source
+                .is_some_and(|source| source.attachment == attachment)
                 && self.place(*offset, mapping.len, libc::PROT_READ, None).is_ok()
             {
-                // Attachment ids begin at 1: this one is nobody's.
-                mapping.attachment = 0;
+                mapping.source = None;
             }
         }
     }
@@ -247,11 +270,14 @@ mod tests {
     fn request(file: &std::fs::File, file_page: u64, window_page: u64, pages: u64) -> MapRequest<'_> {
         MapRequest {
             file: file.as_fd(),
-            file_offset: file_page * PAGE,
             window_offset: window_page * PAGE,
             len: pages * PAGE,
-            writable: false,
-            attachment: 7,
+            source: MapSource {
+                attachment: 7,
+                nodeid: 2,
+                file_offset: file_page * PAGE,
+                writable: false,
+            },
         }
     }
 
@@ -290,7 +316,7 @@ mod tests {
         window.detach(7);
         assert_eq!(peek(&window, 2 * PAGE), Ok(0));
         window.unmap(0, 16 * PAGE).unwrap();
-        assert_eq!(window.mapped(), 0);
+        assert_eq!(window.all(), []);
         assert_eq!(peek(&window, 2 * PAGE), Err(Errno::FAULT));
     }
 
@@ -323,14 +349,12 @@ mod tests {
             );
         }
         for file_offset in [1, u64::MAX - PAGE + 1, 1 << 63] {
-            let map = MapRequest {
-                file_offset,
-                ..request(&file, 0, 0, 1)
-            };
+            let mut map = request(&file, 0, 0, 1);
+            map.source.file_offset = file_offset;
             assert_eq!(window.map(&map), Err(Errno::INVAL), "{file_offset:#x}");
         }
         assert!(DaxWindow::new(0).is_err());
         assert!(DaxWindow::new(4097).is_err());
-        assert!(DaxWindow::new(u64::MAX & !0xfff).is_err());
+        assert!(DaxWindow::new(!0xfff).is_err());
     }
 }

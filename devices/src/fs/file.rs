@@ -18,7 +18,7 @@ use super::directory::Records;
 use super::host;
 use super::inode::{Inode, name};
 use super::lock;
-use super::metrics::Metrics;
+use super::message::{read_file, write_file};
 use super::root::CachePolicy;
 use super::server::{MAX_WRITE, Request, Server};
 
@@ -137,8 +137,8 @@ impl Server {
         }
         let room = request.out.room().ok_or(Errno::INVAL)?;
         let data = request.out.data(room.min(args.size as usize))?;
-        let read = data.read_from(handle.file(), args.offset)?;
-        Metrics::count(&self.metrics().bytes_read, read);
+        let read = read_file(handle.file(), args.offset, &data)?;
+        self.metrics().bytes_read.add(read);
         Ok(read)
     }
 
@@ -157,13 +157,13 @@ impl Server {
         if handle.flags & OFlags::RWMODE == OFlags::RDONLY {
             return Err(Errno::BADF);
         }
-        let write = || data.write_to(handle.file(), args.offset);
+        let write = || write_file(handle.file(), args.offset, &data);
         let written = if args.write_flags & WRITE_KILL_SUIDGID != 0 && has_privileges(handle.file())? {
             credentials::without_fsetid(write)?
         } else {
             write()?
         };
-        Metrics::count(&self.metrics().bytes_written, written);
+        self.metrics().bytes_written.add(written);
         request.reply(&WriteOut {
             size: u32::try_from(written).map_err(|_| Errno::IO)?,
             padding: 0,
@@ -334,7 +334,8 @@ impl Server {
             .filter(|mode| known.contains(*mode))
             .ok_or(Errno::OPNOTSUPP)?;
         let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::INVAL);
-        (signed(args.offset)?, signed(args.length)?);
+        signed(args.offset)?;
+        signed(args.length)?;
         rustix::fs::fallocate(handle.file(), mode, args.offset, args.length)?;
         Ok(0)
     }
@@ -367,7 +368,8 @@ impl Server {
         let to = self.handles().get(args.nodeid_out, args.fh_out)?;
         to.inode.check_writable()?;
         let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::INVAL);
-        (signed(args.off_in)?, signed(args.off_out)?);
+        signed(args.off_in)?;
+        signed(args.off_out)?;
         let (mut off_in, mut off_out) = (args.off_in, args.off_out);
         // One request copies a bounded amount, so that it ends in bounded time; the guest asks for the rest.
         const MOST: usize = 64 << 20;

@@ -84,6 +84,16 @@ impl HandleTable {
         Ok(fh)
     }
 
+    /// The next number to give out.
+    pub(super) fn next_number(&self) -> u64 {
+        self.next.load(Ordering::Relaxed)
+    }
+
+    /// Gives out no number below `number` any more.
+    pub(super) fn skip_to(&self, number: u64) {
+        self.next.fetch_max(number, Ordering::Relaxed);
+    }
+
     /// Adds an open file under the number it had in a snapshot.
     pub(super) fn insert_as(
         &self,
@@ -94,7 +104,6 @@ impl HandleTable {
         flags: OFlags,
     ) -> Result<(), Errno> {
         let budget = admission.0.take().ok_or(Errno::NFILE)?;
-        self.next.fetch_max(fh.saturating_add(1), Ordering::Relaxed);
         let handle = Arc::new(Handle {
             inode,
             flags,

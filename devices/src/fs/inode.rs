@@ -288,7 +288,18 @@ impl InodeStore {
         Ok(inode)
     }
 
-    /// Puts a node of a snapshot back under its old id.
+    /// The next id to give out.
+    pub(super) fn next_id(&self) -> u64 {
+        self.next_id.load(Ordering::Relaxed)
+    }
+
+    /// Gives out no id below `id` any more.
+    pub(super) fn skip_to(&self, id: u64) {
+        self.next_id.fetch_max(id, Ordering::Relaxed);
+    }
+
+    /// Puts a node of a snapshot back under its old id, which [`InodeStore::skip_to`] has skipped. No request may be
+    /// under way.
     pub(super) fn restore(
         &self,
         id: u64,
@@ -297,13 +308,13 @@ impl InodeStore {
         fd: OwnedFd,
         stat: &Statx,
     ) -> Result<(), Errno> {
-        if id <= ROOT_ID || lookups == 0 || self.get(id).is_ok() {
+        let fresh = self.next_id();
+        if id <= ROOT_ID || id >= fresh || lookups == 0 || self.get(id).is_ok() {
             return Err(Errno::INVAL);
         }
-        // The next id is kept above all restored ones by the caller.
-        let fresh = self.next_id.swap(id, Ordering::Relaxed);
+        self.next_id.store(id, Ordering::Relaxed);
         let inode = self.intern(attachment, fd, stat);
-        self.next_id.store(fresh.max(id + 1), Ordering::Relaxed);
+        self.next_id.store(fresh, Ordering::Relaxed);
         let inode = inode?;
         if inode.id != id {
             return Err(Errno::EXIST);

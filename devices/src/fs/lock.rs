@@ -19,17 +19,19 @@ use rustix::io::Errno;
 use super::abi::FileLock;
 use super::host;
 
+type Owners = HashMap<u64, Arc<OwnedFd>>;
+
 /// Lock owners of one node. Most nodes have none.
 #[derive(Debug, Default)]
 pub struct OwnerLocks {
-    owners: Mutex<Option<Box<HashMap<u64, Arc<OwnedFd>>>>>,
+    owners: Mutex<Option<Box<Owners>>>,
 }
 
 /// Owners per node. Each costs a host descriptor.
 const MAX_OWNERS: usize = 256;
 
 impl OwnerLocks {
-    fn owners(&self) -> MutexGuard<'_, Option<Box<HashMap<u64, Arc<OwnedFd>>>>> {
+    fn owners(&self) -> MutexGuard<'_, Option<Box<Owners>>> {
         self.owners
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())

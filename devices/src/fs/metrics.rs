@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What one file system device counts.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::metrics::Counter;
 
 /// Counters, each growing from the device's creation on.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    pub(super) requests: AtomicU64,
-    pub(super) errors: AtomicU64,
-    pub(super) malformed: AtomicU64,
-    pub(super) bytes_read: AtomicU64,
-    pub(super) bytes_written: AtomicU64,
-    pub(super) lock_waits: AtomicU64,
+    pub(super) requests: Counter,
+    pub(super) errors: Counter,
+    pub(super) malformed: Counter,
+    pub(super) bytes_read: Counter,
+    pub(super) bytes_written: Counter,
+    pub(super) lock_waits: Counter,
 }
 
 /// The counters at one moment.
@@ -36,19 +36,14 @@ pub struct MetricsSnapshot {
 }
 
 impl Metrics {
-    pub(super) fn count(counter: &AtomicU64, by: usize) {
-        counter.fetch_add(by as u64, Ordering::Relaxed);
-    }
-
     pub(super) fn snapshot(&self) -> MetricsSnapshot {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         MetricsSnapshot {
-            requests: get(&self.requests),
-            errors: get(&self.errors),
-            malformed: get(&self.malformed),
-            bytes_read: get(&self.bytes_read),
-            bytes_written: get(&self.bytes_written),
-            lock_waits: get(&self.lock_waits),
+            requests: self.requests.get(),
+            errors: self.errors.get(),
+            malformed: self.malformed.get(),
+            bytes_read: self.bytes_read.get(),
+            bytes_written: self.bytes_written.get(),
+            lock_waits: self.lock_waits.get(),
             nodes: 0,
             descriptors: 0,
         }

@@ -39,24 +39,30 @@ mod attributes;
 mod config;
 mod credentials;
 mod dax;
+mod device;
 mod directory;
 mod file;
 mod handle;
+mod handler;
 mod host;
 mod inode;
 mod lock;
 mod message;
 mod metrics;
 mod names;
+mod persist;
 mod root;
 mod server;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
 mod xattr;
 
 pub use config::{FsConfig, FsError};
 pub use dax::DaxWindow;
-pub use message::{Reader, Slices, Writer};
+pub use device::{DaxPlacement, Fs, FsHandle};
+pub use message::{Reader, Writer};
 pub use metrics::MetricsSnapshot;
 pub use root::{AttachError, AttachOptions, CachePolicy};
 pub use server::{Outcome, Server};

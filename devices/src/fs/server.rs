@@ -4,10 +4,11 @@
 //! [`Server::handle`] parses a request, checks that it is one that was negotiated, runs it, and writes the reply. No
 //! lock is held across input or output, except that two reads of one open directory wait for one another.
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -18,13 +19,14 @@ use super::abi::{
 };
 use super::config::{FsConfig, FsError};
 use super::credentials::Caller;
-use super::dax::{self, DaxWindow, MapRequest};
+use super::dax::{self, DaxWindow, MapRequest, MapSource};
 use super::handle::HandleTable;
 use super::host::ProcFd;
 use super::inode::{FdBudget, Inode, InodeStore};
-use super::message::{Reader, Slices, Writer};
+use super::message::{Reader, Writer};
 use super::metrics::{Metrics, MetricsSnapshot};
 use super::root::{AttachError, AttachOptions, Attachment, Root};
+use crate::virtio::Slices;
 
 /// Most bytes of data in one request: 256 pages, the most that Linux sends.
 pub const MAX_WRITE: u32 = 1 << 20;
@@ -361,7 +363,7 @@ impl Server {
 
     /// Handles one request whose header was read from `reader` by [`Server::header`].
     pub fn handle(&self, header: InHeader, reader: Reader<'_>, out: Writer<'_>) -> Outcome {
-        Metrics::count(&self.metrics.requests, 1);
+        self.metrics.requests.increment();
         let mut request = Request { header, out, reader };
         let opcode = Opcode::new(header.opcode);
         let forgets = match opcode {
@@ -392,14 +394,14 @@ impl Server {
             };
         }
         if result.is_err() {
-            Metrics::count(&self.metrics.errors, 1);
+            self.metrics.errors.increment();
         }
         let len = request.out.finish(header.unique, result);
         Outcome::Done { len }
     }
 
     pub(super) fn malformed(&self) -> Outcome {
-        Metrics::count(&self.metrics.malformed, 1);
+        self.metrics.malformed.increment();
         Outcome::Malformed
     }
 
@@ -503,6 +505,11 @@ impl Server {
         features
     }
 
+    /// Whether a snapshot's feature word is one that INIT could have led to.
+    pub(super) fn knows_features(&self, features: u64) -> bool {
+        features & !(self.offered() | INITIALIZED) == 0
+    }
+
     fn init(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
         let args: InitIn = request.read()?;
         let mut reply = InitOut {
@@ -580,25 +587,44 @@ impl Server {
         // The kernel gives no handle (-1): the node is what is mapped.
         let inode = self.inode(request.header.nodeid)?;
         let writable = args.flags & SETUPMAPPING_FLAG_WRITE != 0;
+        self.map(dax, &inode, args.moffset, args.len, args.foffset, writable)?;
+        Ok(0)
+    }
+
+    /// Maps a part of a node's data into the window.
+    pub(super) fn map(
+        &self,
+        dax: &DaxWindow,
+        inode: &Inode,
+        window_offset: u64,
+        len: u64,
+        file_offset: u64,
+        writable: bool,
+    ) -> Result<(), Errno> {
         let flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
-        if inode.kind != FileType::RegularFile {
-            return Err(Errno::INVAL);
-        }
-        let file = self.open_file(&inode, flags, false)?;
+        let file = self.open_file(inode, flags, false)?;
         dax.map(&MapRequest {
-            file: std::os::fd::AsFd::as_fd(&file),
-            file_offset: args.foffset,
-            window_offset: args.moffset,
-            len: args.len,
-            writable,
-            attachment: inode.attachment.id,
+            file: file.as_fd(),
+            window_offset,
+            len,
+            source: MapSource {
+                attachment: inode.attachment.id,
+                nodeid: inode.id,
+                file_offset,
+                writable,
+            },
         })?;
         if !inode.attachment.is_live() {
             // Detached while we mapped: the sweep may have come before.
             dax.detach(inode.attachment.id);
             return Err(Errno::STALE);
         }
-        Ok(0)
+        Ok(())
+    }
+
+    /// The window, if there is one.
+    pub(super) fn window(&self) -> Option<&DaxWindow> {
+        self.dax.as_deref()
     }
 
     fn removemapping(&self, request: &mut Request<'_>) -> Result<usize, Errno> {

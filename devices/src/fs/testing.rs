@@ -11,9 +11,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::abi::{InHeader, InitIn, InitInExt, InitOut, Opcode, OutHeader};
 use super::config::FsConfig;
-use super::message::{Reader, Slices, Writer};
+use super::message::{Reader, Writer};
 use super::root::AttachOptions;
 use super::server::{Outcome, Server};
+use crate::virtio::Slices;
 
 /// A new directory under the system's temporary one, removed with everything in it when dropped.
 #[derive(Debug)]
@@ -101,14 +102,11 @@ impl Driver {
     pub fn raw(&self, mut bytes: Vec<u8>, room: usize) -> (Outcome, Vec<u8>) {
         let mut reply = vec![0xa5; room];
         // In odd pieces, as a guest may.
-        let mut input = Slices::default();
-        for part in bytes.chunks_mut(13) {
-            input.push(VolatileSlice::from(part));
-        }
-        let mut output = Slices::default();
-        for part in reply.chunks_mut(11) {
-            output.push(VolatileSlice::from(part));
-        }
+        let pieces = |bytes| -> Slices<'_> {
+            let pieces = <[u8]>::chunks_mut(bytes, 1013);
+            pieces.map(VolatileSlice::from).collect::<Vec<_>>().into()
+        };
+        let (input, output) = (pieces(&mut bytes), pieces(&mut reply));
         let (mut reader, writer) = (Reader::new(input), Writer::new(output));
         let outcome = match Server::header(&mut reader) {
             Ok(header) => self.server.handle(header, reader, writer),

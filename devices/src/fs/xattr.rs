@@ -82,7 +82,10 @@ impl Server {
         let inode = self.inodes().get(request.header.nodeid)?;
         let fd = inode.fd(self.proc())?;
         let path = host::magic_path(fd.as_fd());
-        self.reply_sized(request, args.size, |buffer| {
+        if args.size == 0 {
+            return reply_length(request, rustix::fs::getxattr_query(&*path, &*name)?);
+        }
+        reply_filled(request, args.size, |buffer| {
             rustix::fs::getxattr(&*path, &*name, buffer)
         })
     }
@@ -90,34 +93,19 @@ impl Server {
     pub(super) fn listxattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
         let args: GetxattrIn = request.read()?;
         if request.header.nodeid == ROOT_ID {
-            return self.reply_sized(request, args.size, |_| Ok(0));
+            return if args.size == 0 {
+                reply_length(request, 0)
+            } else {
+                Ok(0)
+            };
         }
         let inode = self.inodes().get(request.header.nodeid)?;
         let fd = inode.fd(self.proc())?;
         let path = host::magic_path(fd.as_fd());
-        self.reply_sized(request, args.size, |buffer| rustix::fs::listxattr(&*path, buffer))
-    }
-
-    /// Answers with what `get` puts into a buffer, or with its length if `size` is zero.
-    fn reply_sized(
-        &self,
-        request: &Request<'_>,
-        size: u32,
-        mut get: impl FnMut(&mut [u8]) -> Result<usize, Errno>,
-    ) -> Result<usize, Errno> {
-        if size == 0 {
-            // Most values are short, and an empty buffer asks for the length.
-            let length = get(&mut [])?;
-            return request.reply(&GetxattrOut {
-                size: u32::try_from(length).map_err(|_| Errno::TOOBIG)?,
-                padding: 0,
-            });
+        if args.size == 0 {
+            return reply_length(request, rustix::fs::listxattr_query(&*path)?);
         }
-        let size = (size as usize).min(SIZE_MAX);
-        let room = request.out.room().unwrap_or(0);
-        let mut buffer = vec![0; size.min(room)];
-        let length = get(&mut buffer)?;
-        request.reply_bytes(buffer.get(..length).ok_or(Errno::RANGE)?)
+        reply_filled(request, args.size, |buffer| rustix::fs::listxattr(&*path, buffer))
     }
 
     pub(super) fn removexattr(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
@@ -130,6 +118,29 @@ impl Server {
         rustix::fs::removexattr(host::magic_path(fd.as_fd()), &*name)?;
         Ok(0)
     }
+}
+
+fn reply_length(request: &Request<'_>, length: usize) -> Result<usize, Errno> {
+    request.reply(&GetxattrOut {
+        size: u32::try_from(length).map_err(|_| Errno::TOOBIG)?,
+        padding: 0,
+    })
+}
+
+/// Answers with what `get` puts into a buffer of `size` bytes (or less, if the guest has less room).
+fn reply_filled(
+    request: &Request<'_>,
+    size: u32,
+    get: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
+) -> Result<usize, Errno> {
+    let room = request.out.room().unwrap_or(0);
+    let mut buffer = vec![0; (size as usize).min(SIZE_MAX).min(room)];
+    if buffer.is_empty() {
+        // To the host an empty buffer would be a question for the length.
+        return Err(Errno::RANGE);
+    }
+    let length = get(&mut buffer)?;
+    request.reply_bytes(buffer.get(..length).ok_or(Errno::RANGE)?)
 }
 
 #[cfg(test)]
