@@ -2,21 +2,29 @@
 //! Boots a kernel in one cell: serial console on standard output, figures on standard error.
 //!
 //! `boot KERNEL [--initrd FILE] [--append TEXT] [--memory MIB] [--cpus N] [--acpi] [--chip auto|split|kernel]
-//! [--hugepages no|transparent|reserved] [--timeout SECONDS] [--until TEXT] [--quiet]`
+//! [--hugepages no|transparent|reserved] [--dax MIB] [--timeout SECONDS] [--until TEXT] [--quiet]`
 //!
-//! Ends with the guest, when its console has shown TEXT, or at the timeout, and prints the exits.
+//! Ends with the guest, when its console has shown TEXT, with the first bytes on vsock port 1025 (the agent's ready
+//! message), or at the timeout, and prints the exits.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use cloister_boot::x86_64::Description;
+use cloister_devices::fs::FsConfig;
+use cloister_devices::vsock::VsockConfig;
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::{
-    Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, HugePages, InterruptChip, KernelBoot,
-    SerialConfig,
+    Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, DeviceHandle, HugePages, InterruptChip,
+    KernelBoot, SerialConfig,
 };
+
+/// Where the agent says that it is ready.
+const READY_PORT: u32 = 1025;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
@@ -48,7 +56,7 @@ fn options() -> Result<Options> {
         description: Description::MpTable,
     };
     let (mut memory_mib, mut vcpus, mut chip, mut huge_pages) = (256, 1, InterruptChip::Auto, HugePages::No);
-    let (mut timeout, mut until, mut quiet) = (Duration::from_secs(60), None, false);
+    let (mut timeout, mut until, mut quiet, mut dax_window) = (Duration::from_secs(60), None, false, None);
     while let Some(option) = args.next() {
         let mut value = || args.next().ok_or(format!("{option} needs a value"));
         match option.as_str() {
@@ -61,6 +69,7 @@ fn options() -> Result<Options> {
             "--timeout" => timeout = Duration::from_secs(value()?.parse()?),
             "--until" => until = Some(value()?),
             "--quiet" => quiet = true,
+            "--dax" => dax_window = Some(value()?.parse::<u64>()? << 20),
             "--chip" => {
                 chip = match value()?.as_str() {
                     "split" => InterruptChip::Split,
@@ -89,6 +98,11 @@ fn options() -> Result<Options> {
     config.interrupt_chip = chip;
     config.huge_pages = huge_pages;
     config.serial = Some(SerialConfig { output });
+    config.devices.push(DeviceConfig::Fs {
+        config: FsConfig::default(),
+        dax_window,
+    });
+    config.devices.push(DeviceConfig::Vsock(VsockConfig::new(3)));
     config.devices.push(DeviceConfig::Rng);
     Ok(Options {
         config,
@@ -109,6 +123,22 @@ fn run() -> Result<()> {
     let begin = Instant::now();
     let cell = Cell::create(config, &host)?;
     let created = begin.elapsed();
+    let ready = Arc::new(Mutex::new(None));
+    for device in cell.devices() {
+        if let DeviceHandle::Vsock(vsock) = device {
+            let listener = vsock.listen(READY_PORT)?;
+            let ready = Arc::clone(&ready);
+            // Ends with the cell at the latest: the listener fails then.
+            std::thread::spawn(move || {
+                let first = listener
+                    .accept()
+                    .and_then(|(mut stream, _)| stream.read(&mut [0; 64]));
+                if matches!(first, Ok(1..)) {
+                    *ready.lock().unwrap_or_else(PoisonError::into_inner) = Some(begin.elapsed());
+                }
+            });
+        }
+    }
     cell.start()?;
     let started = begin.elapsed();
     let reason = loop {
@@ -119,11 +149,16 @@ fn run() -> Result<()> {
             let tail = cell.console_tail().bytes();
             tail.windows(text.len()).any(|window| window == text.as_bytes())
         };
-        if begin.elapsed() > timeout || until.as_ref().is_some_and(shown) {
+        let is_ready = ready.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if is_ready || begin.elapsed() > timeout || until.as_ref().is_some_and(shown) {
             break None;
         }
     };
     let total = begin.elapsed();
+    match *ready.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some(ready) => eprintln!("agent ready after {ready:?}"),
+        None => eprintln!("no agent became ready"),
+    }
     eprintln!("created {created:?}, started {started:?}, ended {total:?}: {reason:?}");
     eprintln!("exits to this program: {:?}", cell.stats());
     if reason.is_none() {

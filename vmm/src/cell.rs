@@ -26,6 +26,7 @@ use cloister_boot::x86_64::cpuid::{self, CpuidConfig};
 use cloister_boot::x86_64::layout::{IOAPIC, Layout, POWER_PORT, VIRTIO_MMIO_FIRST_GSI};
 use cloister_boot::x86_64::{self as boot, BootRequest, MmioDevice};
 use cloister_devices::GuestRam;
+use cloister_devices::fs::DaxPlacement;
 use cloister_devices::output_tail::OutputTail;
 use cloister_devices::rate_limit::RateLimit;
 use cloister_devices::serial::{COM1_GSI, COM1_PORT, PORT_COUNT, Serial};
@@ -37,10 +38,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::Bus;
 use crate::config::{Boot, CellConfig, SerialConfig};
-use crate::device_set::{self, DeviceHandle, OnFailure, Placed, Surroundings};
+use crate::device_set::{self, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
 use crate::error::{CreateError, LifecycleError};
 use crate::host::{CellHost, HostInner, Task};
-use crate::memory::Memory;
+use crate::memory::{Memory, SlotRange};
 use crate::stats::{self, CellStats, KvmStat};
 use crate::stop::StopReason;
 use crate::vcpu::{VcpuControl, VcpuThread, lock_fd};
@@ -263,6 +264,7 @@ pub(crate) struct Machine {
     serial: Option<Arc<SerialPorts>>,
     chip: Chip,
     vm: Arc<VmFd>,
+    windows: Vec<DaxPlacement>,
     memory: Memory,
 }
 
@@ -278,6 +280,7 @@ impl Machine {
             serial,
             chip,
             vm,
+            windows,
             memory,
         } = self;
         for thread in threads {
@@ -287,7 +290,7 @@ impl Machine {
         drop((ports, registers, serial, devices));
         drop(vcpus);
         drop((chip, vm));
-        drop(memory);
+        drop((windows, memory));
         cell.lock().taken_down = true;
         cell.changed.notify_all();
     }
@@ -455,10 +458,21 @@ impl Cell {
         }
     }
 
-    /// Running → Paused. Returns when no vCPU runs any more.
+    /// Running → Paused. Returns when no vCPU runs any more and no device touches the RAM.
     pub fn pause(&self) -> Result<(), LifecycleError> {
         let _one = self.lifecycle();
-        self.pause_locked()
+        self.pause_locked()?;
+        // Not under the lock: a device that fails meanwhile needs it to say so.
+        for page in self.pages() {
+            page.lock().pause();
+        }
+        Ok(())
+    }
+
+    fn pages(&self) -> Vec<Arc<RegisterPage>> {
+        let inner = self.shared.lock();
+        let devices = inner.machine.iter().flat_map(|machine| &machine.devices);
+        devices.map(|device| Arc::clone(&device.transport)).collect()
     }
 
     fn pause_locked(&self) -> Result<(), LifecycleError> {
@@ -487,6 +501,15 @@ impl Cell {
     /// Paused → Running.
     pub fn resume(&self) -> Result<(), LifecycleError> {
         let _one = self.lifecycle();
+        if self.state() == CellState::Paused {
+            for page in self.pages() {
+                let mut page = page.lock();
+                if let Err(error) = page.resume() {
+                    // Only a process that falls apart has no event loop: stop what can be stopped.
+                    page.health().fail(error);
+                }
+            }
+        }
         self.resume_locked()
     }
 
@@ -696,15 +719,21 @@ fn build(
             ram: memory.ram(),
             event_loop: host.event_loop(),
             tail: &shared.tail,
+            workers: &host.workers,
             on_failure: &on_failure,
         },
+        layout,
     )?;
+    let windows: Vec<DaxPlacement> = devices
+        .iter()
+        .filter_map(|device| device.window.clone())
+        .collect();
     let addresses = Machine::addresses(&devices);
     let first_gsi = u8::try_from(VIRTIO_MMIO_FIRST_GSI).unwrap_or(0);
     let pins = first_gsi.saturating_add(u8::try_from(devices.len()).unwrap_or(u8::MAX));
 
     let vm = Arc::new(create_vm(host)?);
-    set_memory(&vm, &memory)?;
+    set_memory(&vm, &memory, &windows)?;
     let chip = Chip::create(&vm, config.interrupt_chip, pins)?;
     let serial = make_serial(config.serial, shared, &boot)?;
     let (ports, registers) = make_buses(shared, &devices, serial.as_ref(), &chip)?;
@@ -751,6 +780,7 @@ fn build(
         serial,
         chip,
         vm,
+        windows,
         memory,
     })
 }
@@ -775,8 +805,14 @@ fn create_vm(host: &HostInner) -> Result<VmFd, CreateError> {
     }
 }
 
-fn set_memory(vm: &VmFd, memory: &Memory) -> Result<(), CreateError> {
-    for (slot, range) in (0u32..).zip(memory.slots()) {
+/// One slot per range of RAM, and one per DAX window: what is not mapped in a window faults in the host.
+fn set_memory(vm: &VmFd, memory: &Memory, windows: &[DaxPlacement]) -> Result<(), CreateError> {
+    let windows = windows.iter().map(|placement| SlotRange {
+        guest: placement.base,
+        size: placement.window.len(),
+        host: placement.window.host_address(),
+    });
+    for (slot, range) in (0u32..).zip(memory.slots().into_iter().chain(windows)) {
         let region = kvm_userspace_memory_region {
             slot,
             flags: 0,
@@ -784,7 +820,7 @@ fn set_memory(vm: &VmFd, memory: &Memory) -> Result<(), CreateError> {
             memory_size: range.size,
             userspace_addr: range.host,
         };
-        // SAFETY: the range is one whole mapping of guest RAM, which `Machine` drops after the VM.
+        // SAFETY: the range is one whole mapping of RAM or of a window, which `Machine` drops after the VM.
         unsafe { vm.set_user_memory_region(region) }.map_err(|source| CreateError::Kvm {
             what: "KVM_SET_USER_MEMORY_REGION",
             source,

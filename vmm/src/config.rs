@@ -6,10 +6,15 @@ use std::os::fd::OwnedFd;
 
 use cloister_boot::x86_64::layout::{self, Layout};
 use cloister_boot::x86_64::{Description, cpuid::MAX_VCPUS};
+use cloister_devices::block::BlockConfig;
 use cloister_devices::console::TerminalSize;
+use cloister_devices::fs::FsConfig;
+use cloister_devices::net::NetConfig;
 use cloister_devices::virtio::VirtioDevice;
+use cloister_devices::vsock::VsockConfig;
 
 use crate::cell::SavedCell;
+use crate::memory::HUGE_PAGE;
 use crate::x86_64::interrupt_chip::KERNEL_PINS;
 use crate::x86_64::ioapic::MAX_PINS;
 
@@ -116,6 +121,19 @@ pub enum DeviceConfig {
         /// The terminal's size, if it is one.
         size: Option<TerminalSize>,
     },
+    /// A file system.
+    Fs {
+        /// Its settings.
+        config: FsConfig,
+        /// Size of its DAX window in bytes, a multiple of 2 MiB; none without one.
+        dax_window: Option<u64>,
+    },
+    /// Sockets between guest and host.
+    Vsock(VsockConfig),
+    /// A network card.
+    Net(NetConfig),
+    /// A disk.
+    Block(BlockConfig),
     /// Any other device, made by the caller.
     Custom {
         /// Name in messages.
@@ -131,6 +149,10 @@ impl DeviceConfig {
         match self {
             Self::Rng => "rng",
             Self::Console { .. } => "console",
+            Self::Fs { .. } => "fs",
+            Self::Vsock(_) => "vsock",
+            Self::Net(_) => "net",
+            Self::Block(_) => "block",
             Self::Custom { name, .. } => name,
         }
     }
@@ -159,6 +181,12 @@ pub enum ConfigError {
     /// Empty, too long, or with characters that are not printable.
     #[error("a cell's name has 1 to {MAX_NAME} printable ASCII characters without blanks")]
     Name,
+    /// A DAX window of an odd size.
+    #[error("a DAX window of {size} bytes is not a multiple of 2 MiB")]
+    DaxWindow {
+        /// Asked for, in bytes.
+        size: u64,
+    },
     /// More devices than interrupts.
     #[error("{found} virtio devices, at most {max} have interrupts")]
     TooManyDevices {
@@ -212,6 +240,16 @@ impl CellConfig {
                 found: self.devices.len(),
                 max,
             });
+        }
+        for device in &self.devices {
+            if let DeviceConfig::Fs {
+                dax_window: Some(size),
+                ..
+            } = device
+                && (*size == 0 || !size.is_multiple_of(HUGE_PAGE))
+            {
+                return Err(ConfigError::DaxWindow { size: *size });
+            }
         }
         Ok(Layout::new(self.memory_mib)?)
     }

@@ -8,13 +8,18 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cloister_boot::x86_64::MmioDevice;
-use cloister_boot::x86_64::layout::{VIRTIO_MMIO_BASE, VIRTIO_MMIO_FIRST_GSI, VIRTIO_MMIO_SIZE};
+use cloister_boot::x86_64::layout::{Layout, VIRTIO_MMIO_BASE, VIRTIO_MMIO_FIRST_GSI, VIRTIO_MMIO_SIZE};
 use cloister_devices::GuestRam;
+use cloister_devices::block::{Block, BlockHandle};
 use cloister_devices::console::{Console, ConsoleConfig, ConsoleHandle};
 use cloister_devices::event_loop::EventLoop;
+use cloister_devices::fs::{DaxPlacement, DaxWindow, Fs, FsHandle};
+use cloister_devices::net::{Net, NetHandle};
 use cloister_devices::output_tail::OutputTail;
 use cloister_devices::rng::Rng;
 use cloister_devices::virtio::{Health, MmioTransport, VirtioDevice};
+use cloister_devices::vsock::{Vsock, VsockHandle};
+use cloister_devices::worker_pool::WorkerPool;
 use kvm_ioctls::{IoEventAddress, VmFd};
 
 use crate::bus::BusDevice;
@@ -32,6 +37,14 @@ const INTERRUPT_STATUS: u64 = 0x60;
 pub enum DeviceHandle {
     /// A console.
     Console(ConsoleHandle),
+    /// A file system: what is attached to it.
+    Fs(FsHandle),
+    /// Sockets: connections both ways.
+    Vsock(VsockHandle),
+    /// A network card.
+    Net(NetHandle),
+    /// A disk.
+    Block(BlockHandle),
     /// A device without one.
     None,
 }
@@ -45,6 +58,7 @@ pub(crate) struct Placed {
     pub(crate) address: MmioDevice,
     pub(crate) transport: Arc<RegisterPage>,
     pub(crate) handle: DeviceHandle,
+    pub(crate) window: Option<DaxPlacement>,
 }
 
 /// A device's register page on the bus.
@@ -96,20 +110,26 @@ pub(crate) struct Surroundings<'a> {
     pub(crate) ram: &'a Arc<GuestRam>,
     pub(crate) event_loop: &'a Arc<EventLoop>,
     pub(crate) tail: &'a OutputTail,
+    pub(crate) workers: &'a Arc<WorkerPool>,
     /// Told when a device fails: its name and why.
     pub(crate) on_failure: &'a dyn Fn() -> OnFailure,
 }
 
-/// Makes `configs` in order.
-pub(crate) fn make(configs: Vec<DeviceConfig>, around: &Surroundings) -> Result<Vec<Placed>, CreateError> {
+/// Makes `configs` in order. Shared-memory windows get their guest addresses from `layout`.
+pub(crate) fn make(
+    configs: Vec<DeviceConfig>,
+    around: &Surroundings,
+    layout: &mut Layout,
+) -> Result<Vec<Placed>, CreateError> {
     let mut placed = Vec::new();
     let places = (VIRTIO_MMIO_BASE..).step_by(usize::try_from(VIRTIO_MMIO_SIZE).unwrap_or(1));
     for ((config, base), gsi) in configs.into_iter().zip(places).zip(VIRTIO_MMIO_FIRST_GSI..) {
         let name = config.name().to_owned();
-        let (device, handle) = make_one(config, around).map_err(|source| CreateError::Device {
-            device: name.clone(),
-            source,
-        })?;
+        let (device, handle, window) =
+            make_one(config, around, layout).map_err(|source| CreateError::Device {
+                device: name.clone(),
+                source,
+            })?;
         let health = Arc::new(Health::new(format!("{} {name}", around.cell)));
         health.observe((around.on_failure)());
         let ram = Arc::clone(around.ram);
@@ -129,29 +149,61 @@ pub(crate) fn make(configs: Vec<DeviceConfig>, around: &Surroundings) -> Result<
             },
             transport: Arc::new(RegisterPage(Mutex::new(transport))),
             handle,
+            window,
         });
     }
     Ok(placed)
 }
 
-type Made = (Box<dyn VirtioDevice>, DeviceHandle);
+type Made = (Box<dyn VirtioDevice>, DeviceHandle, Option<DaxPlacement>);
 
 fn make_one(
     config: DeviceConfig,
     around: &Surroundings,
+    layout: &mut Layout,
 ) -> Result<Made, Box<dyn std::error::Error + Send + Sync>> {
     Ok(match config {
-        DeviceConfig::Rng => (Box::new(Rng::new()), DeviceHandle::None),
+        DeviceConfig::Rng => (Box::new(Rng::new()), DeviceHandle::None, None),
         DeviceConfig::Console { input, output, size } => {
+            let tail = around.tail.clone();
             let console = Console::new(ConsoleConfig {
                 input,
                 output,
+                tail,
                 size,
-                tail: around.tail.clone(),
             })?;
             let handle = DeviceHandle::Console(console.handle());
-            (Box::new(console), handle)
+            (Box::new(console), handle, None)
         }
-        DeviceConfig::Custom { device, .. } => (device, DeviceHandle::None),
+        DeviceConfig::Fs { config, dax_window } => {
+            let window = match dax_window {
+                None => None,
+                Some(size) => {
+                    let window = Arc::new(DaxWindow::new(size)?);
+                    Some(DaxPlacement {
+                        window,
+                        base: layout.add_window(size)?,
+                    })
+                }
+            };
+            let fs = Fs::new(config, Arc::clone(around.workers), window.clone())?;
+            let handle = DeviceHandle::Fs(fs.handle());
+            (Box::new(fs), handle, window)
+        }
+        DeviceConfig::Vsock(config) => {
+            let (vsock, handle) = Vsock::new(config)?;
+            (Box::new(vsock), DeviceHandle::Vsock(handle), None)
+        }
+        DeviceConfig::Net(config) => {
+            let net = Net::new(config)?;
+            let handle = DeviceHandle::Net(net.handle());
+            (Box::new(net), handle, None)
+        }
+        DeviceConfig::Block(config) => {
+            let block = Block::new(config, Arc::clone(around.workers))?;
+            let handle = DeviceHandle::Block(block.handle());
+            (Box::new(block), handle, None)
+        }
+        DeviceConfig::Custom { device, .. } => (device, DeviceHandle::None, None),
     })
 }
