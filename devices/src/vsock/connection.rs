@@ -22,7 +22,10 @@
 //! # Credit (section 5.10.6.3)
 //!
 //! From the guest: what it sends beyond the last `fwd_cnt` it was told must stay within `buf_alloc`, so the backlog never
-//! exceeds `buf_alloc`. To the guest: at most `peer_buf_alloc - (tx_cnt -
+//! exceeds `buf_alloc`. Once it used up half of that it gets new credit for all that was passed on, but only when the
+//! host's program has read most of it (the socket is writable in epoll's sense). With a send buffer of the right size
+//! (`CREDIT_IN_SOCKET`) everything within the credit then fits into the socket, and the backlog, which costs two more
+//! copies, stays empty even if the host is slower than the guest. To the guest: at most `peer_buf_alloc - (tx_cnt -
 //! peer_fwd_cnt)` bytes. All counters are modulo 2^32.
 
 use std::io;
@@ -30,6 +33,7 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::SendFlags;
 
 use super::backlog::Backlog;
@@ -37,6 +41,10 @@ use super::host::Completion;
 use super::packet::{Header, shutdown};
 use crate::host_io;
 use crate::virtio::Slices;
+
+/// The socket's send buffer in multiples of the credit. Linux reports a unix socket as writable while a quarter of its
+/// send buffer is used at most; then it has room for another three quarters, counting the overhead.
+const CREDIT_IN_SOCKET: usize = 2;
 
 /// What tells the connections of a cell apart; the CIDs are always the host's and the guest's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -121,8 +129,13 @@ pub(super) struct Connection {
     // Guest to host.
     backlog: Backlog,
     buf_alloc: u32,
+    /// Bytes passed on to the host.
+    passed: u32,
+    /// The part of them that the guest is to know of, and the last it was told.
     fwd_cnt: u32,
     announced_fwd_cnt: u32,
+    /// The guest needs credit, but the host has to read first.
+    waits_for_reader: bool,
 
     // Host to guest.
     tx_cnt: u32,
@@ -145,6 +158,9 @@ impl Connection {
     pub const MAX_READ: usize = 64 << 10;
 
     pub fn new(key: Key, stream: UnixStream, state: State, buf_alloc: u32) -> Self {
+        // The kernel doubles this, for its own overhead, and caps it. Less room only means more copies.
+        let buffer = buf_alloc as usize * CREDIT_IN_SOCKET;
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, buffer);
         Self {
             key,
             state,
@@ -168,8 +184,10 @@ impl Connection {
             announced_shutdown: 0,
             backlog: Backlog::default(),
             buf_alloc,
+            passed: 0,
             fwd_cnt: 0,
             announced_fwd_cnt: 0,
+            waits_for_reader: false,
             tx_cnt: 0,
             peer_buf_alloc: 0,
             peer_fwd_cnt: 0,
@@ -231,7 +249,7 @@ impl Connection {
         if self.guest_shutdown & shutdown::SEND != 0 {
             return Err(Violation::AfterShutdown);
         }
-        let unread = self.fwd_cnt.wrapping_sub(self.announced_fwd_cnt) as usize + self.backlog.len();
+        let unread = self.passed.wrapping_sub(self.announced_fwd_cnt) as usize + self.backlog.len();
         if unread + length > self.buf_alloc as usize {
             return Err(Violation::Credit);
         }
@@ -260,12 +278,15 @@ impl Connection {
         Ok(Flow::Going)
     }
 
-    /// Moves the backlog on after epoll said that the socket has room.
-    pub fn flush(&mut self) -> Flow {
+    /// epoll said that the socket has room: moves the backlog on, gives new credit.
+    pub fn writable(&mut self) -> Flow {
         let Some(stream) = &self.stream else {
             return Flow::Going;
         };
         if self.backlog.is_empty() {
+            if self.waits_for_reader {
+                self.give_credit();
+            }
             return Flow::Going;
         }
         match rustix::net::send(
@@ -302,6 +323,7 @@ impl Connection {
     /// The host does not read any more.
     fn refuse(&mut self) -> Flow {
         self.host_refuses = true;
+        self.waits_for_reader = false;
         let lost = self.backlog.len();
         self.backlog.consume(lost);
         self.forwarded(lost);
@@ -313,9 +335,43 @@ impl Connection {
     /// Counts bytes that left for the host; when enough came together the guest gets to know.
     fn forwarded(&mut self, count: usize) {
         // At most `buf_alloc` bytes, which is a u32.
-        self.fwd_cnt = self.fwd_cnt.wrapping_add(u32::try_from(count).unwrap_or(0));
-        let unannounced = self.fwd_cnt.wrapping_sub(self.announced_fwd_cnt);
-        if unannounced >= self.buf_alloc / 2 && self.guest_shutdown & shutdown::SEND == 0 {
+        self.passed = self.passed.wrapping_add(u32::try_from(count).unwrap_or(0));
+        let used = self.passed.wrapping_sub(self.announced_fwd_cnt);
+        if used < self.buf_alloc / 2 || self.guest_shutdown & shutdown::SEND != 0 || self.waits_for_reader {
+            return;
+        }
+        if self.is_writable() {
+            self.give_credit();
+        } else {
+            self.waits_for_reader = true;
+        }
+    }
+
+    fn give_credit(&mut self) {
+        self.waits_for_reader = false;
+        self.fwd_cnt = self.passed;
+        self.pending.credit_update = true;
+    }
+
+    /// Whether epoll would report the socket as writable. A closed one is.
+    fn is_writable(&self) -> bool {
+        let Some(stream) = self.stream.as_ref().filter(|_| !self.host_refuses) else {
+            return true;
+        };
+        let mut fds = [PollFd::new(stream, PollFlags::OUT)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // An error, then, shows when data is sent.
+        !matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(0))
+    }
+
+    /// The guest asks how much credit it has.
+    pub fn credit_requested(&mut self) {
+        if self.is_writable() {
+            self.give_credit();
+        } else {
             self.pending.credit_update = true;
         }
     }
@@ -323,6 +379,10 @@ impl Connection {
     /// SHUTDOWN from the guest. Flags only ever add up.
     pub fn guest_shut_down(&mut self, flags: u32) {
         self.guest_shutdown |= flags & shutdown::BOTH;
+        if self.guest_shutdown & shutdown::SEND != 0 {
+            // No more is to come that would need credit.
+            self.waits_for_reader = false;
+        }
         if self.guest_shutdown & shutdown::RECEIVE != 0 {
             self.readable = false;
             if let Some(stream) = &self.stream {
@@ -462,7 +522,7 @@ impl Connection {
             return None;
         }
         let read = self.can_read() && !self.readable;
-        let write = !self.backlog.is_empty();
+        let write = !self.backlog.is_empty() || self.waits_for_reader;
         // With nothing to do but to wait for the host to close, HUP is the only news.
         let waits_for_hang_up = !self.can_read() && !self.host_gone;
         (read || write || waits_for_hang_up).then_some(Interest { read, write })

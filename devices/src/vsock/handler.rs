@@ -47,7 +47,7 @@ enum Failure {
 
 /// How long the driver may have to wait to hear that tx buffers were used. It only gets their memory back then, so
 /// this rides along with the next interrupt for the rx queue if there is one soon, as with a reply to a request.
-const TX_SIGNAL_DELAY: Duration = Duration::from_millis(2);
+const TX_SIGNAL_DELAY: Duration = Duration::from_millis(10);
 
 pub(super) struct VsockHandler {
     rx: RxRing,

@@ -210,7 +210,7 @@ impl Mux {
             }
             // Its fields have been taken already.
             op::CREDIT_UPDATE => {}
-            op::CREDIT_REQUEST => connection.pending.credit_update = true,
+            op::CREDIT_REQUEST => connection.credit_requested(),
             op::SHUTDOWN => connection.guest_shut_down(header.flags),
             op::RESPONSE if connection.state == State::Connecting => {
                 self.host.counters.established.increment();
@@ -383,7 +383,7 @@ impl Mux {
         if event.readable && connection.can_read() {
             connection.readable = true;
         }
-        if (event.writable || event.hung_up) && connection.flush() == Flow::Failed {
+        if (event.writable || event.hung_up) && connection.writable() == Flow::Failed {
             self.host.counters.resets.increment();
             let detached = connection.detached;
             self.remove(token, !detached);

@@ -8,7 +8,7 @@ use cloister_devices::vsock::VsockHandle;
 use cloister_tests::driver::{Descriptor, Machine, wait_until};
 
 use super::guest::{GUEST_CID, Guest, HOST_CID, NO_SEND, Packet, op};
-use super::{PORT, assert_asleep, connected, device, fill, pattern};
+use super::{LARGE, PORT, SMALL, assert_asleep, connected, device, fill, pattern};
 
 /// Proof that the device works for those who keep the rules.
 fn assert_usable(guest: &mut Guest<'_>, handle: &VsockHandle) {
@@ -29,12 +29,18 @@ fn assert_usable(guest: &mut Guest<'_>, handle: &VsockHandle) {
 
 #[test]
 fn credit_overrun_resets_the_connection() {
+    for chunk in [SMALL, LARGE] {
+        overrun(chunk);
+    }
+}
+
+fn overrun(chunk: usize) {
     let machine = Machine::new();
     let (device, handle) = device();
     let mut guest = Guest::start(&machine, device);
     let (mut stream, _host) = connected(&mut guest, &handle, 7);
     let data: Vec<u8> = (0..8 << 20).map(|at| pattern(1, at)).collect();
-    fill(&mut guest, &mut stream, &data);
+    fill(&mut guest, &mut stream, &data, chunk);
     guest.send(&stream.packet(op::RW).with_payload(b"x"));
     guest.expect(op::RST, 7, stream.host_port);
     assert_usable(&mut guest, &handle);

@@ -274,7 +274,8 @@ fn what_the_guest_sent_before_it_closed_arrives_although_the_host_is_slow() {
     let mut guest = Guest::start(&machine, device);
     let (mut stream, mut host) = connected(&mut guest, &handle, 7);
     let data: Vec<u8> = (0..4 << 20).map(|at| pattern(3, at)).collect();
-    let sent = fill(&mut guest, &mut stream, &data);
+    let sent = fill(&mut guest, &mut stream, &data, SMALL);
+    assert!(handle.metrics().host_stalls > 0, "nothing was buffered");
     stream.shutdown(&mut guest, NO_SEND | NO_RECEIVE);
     // As Linux does when it waited long enough.
     guest.send(&stream.packet(op::RST));
@@ -289,10 +290,13 @@ fn what_the_guest_sent_before_it_closed_arrives_although_the_host_is_slow() {
 }
 
 /// Sends until the host takes no more: socket and credit are used up. Gives the number of bytes.
-fn fill(guest: &mut Guest<'_>, stream: &mut Stream, data: &[u8]) -> usize {
+///
+/// The host's socket has room for a whole credit of large packets. In small ones its overhead fills the buffer before,
+/// and the device has to keep the rest.
+fn fill(guest: &mut Guest<'_>, stream: &mut Stream, data: &[u8], chunk: usize) -> usize {
     let mut sent = 0;
     loop {
-        sent += stream.send_some(guest, &data[sent..]);
+        sent += stream.send_some(guest, &data[sent..data.len().min(sent + chunk)]);
         assert!(sent < data.len(), "the host takes everything");
         if stream.credit() == 0 {
             match guest.receive_for(Duration::from_millis(100)) {
@@ -303,14 +307,27 @@ fn fill(guest: &mut Guest<'_>, stream: &mut Stream, data: &[u8]) -> usize {
     }
 }
 
+const SMALL: usize = 200;
+const LARGE: usize = 64 << 10;
+
 #[test]
 fn a_host_that_does_not_read_stops_its_connection_only() {
+    stalled_reader(LARGE);
+}
+
+#[test]
+fn a_host_that_does_not_read_small_packets_stops_its_connection_only() {
+    stalled_reader(SMALL);
+}
+
+fn stalled_reader(chunk: usize) {
     let machine = Machine::new();
     let (device, handle) = device();
     let mut guest = Guest::start(&machine, device);
     let (mut stalled, mut slow) = connected(&mut guest, &handle, 7);
     let data: Vec<u8> = (0..8 << 20).map(|at| pattern(1, at)).collect();
-    let mut sent = fill(&mut guest, &mut stalled, &data);
+    let mut sent = fill(&mut guest, &mut stalled, &data, chunk);
+    assert_eq!(handle.metrics().host_stalls > 0, chunk == SMALL);
     assert_asleep(&handle);
 
     let (mut other, mut fast) = connected(&mut guest, &handle, 8);
@@ -329,7 +346,7 @@ fn a_host_that_does_not_read_stops_its_connection_only() {
         received
     });
     while sent < data.len() {
-        sent += stalled.send_some(&mut guest, &data[sent..]);
+        sent += stalled.send_some(&mut guest, &data[sent..data.len().min(sent + chunk)]);
         if stalled.credit() == 0 {
             let packet = guest.receive();
             stalled.handle(&mut guest, packet);
