@@ -36,8 +36,8 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::bus::Bus;
-use crate::config::{Boot, CellConfig, SerialConfig};
+use crate::bus::{Bus, BusDevice};
+use crate::config::{Boot, CellConfig, HugePages, SerialConfig};
 use crate::device_set::{self, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
 use crate::error::{CreateError, LifecycleError};
 use crate::host::{CellHost, HostInner, Task};
@@ -47,7 +47,9 @@ use crate::stop::StopReason;
 use crate::vcpu::{VcpuControl, VcpuThread, lock_fd};
 use crate::x86_64::interrupt_chip::{Chip, KERNEL_PINS};
 use crate::x86_64::ioapic::{Asserted, REGISTERS_SIZE};
-use crate::x86_64::ports::{KEYBOARD_COMMAND, KeyboardReset, POWER_PORTS, PowerPorts, SerialPorts};
+use crate::x86_64::ports::{
+    ABSENT, Absent, KEYBOARD_COMMAND, KeyboardReset, POWER_PORTS, PowerPorts, SerialPorts,
+};
 use crate::x86_64::vcpu_state;
 
 /// Stack of a vCPU's thread in bytes: register accesses need little.
@@ -703,7 +705,18 @@ fn build(
         Boot::Restore { saved, memory } => (Some(memory), Source::Saved(saved)),
         Boot::Kernel(kernel) => (None, Source::Kernel(kernel)),
     };
-    let memory = Memory::new(layout, config.huge_pages, config.overcommit, memory_file)?;
+    let huge_mount = if config.huge_pages == HugePages::Transparent {
+        host.huge_mount()
+    } else {
+        None
+    };
+    let memory = Memory::new(
+        layout,
+        config.huge_pages,
+        config.overcommit,
+        memory_file,
+        huge_mount,
+    )?;
     let on_failure = || -> OnFailure {
         let cell = Arc::downgrade(shared);
         Box::new(move |device, why| {
@@ -872,6 +885,10 @@ fn make_buses(
         Arc::new(PowerPorts(on_stop())),
     )?;
     ports.insert(u64::from(KEYBOARD_COMMAND), 1, Arc::new(KeyboardReset(on_stop())))?;
+    let absent: Arc<dyn BusDevice> = Arc::new(Absent);
+    for (start, len) in ABSENT {
+        ports.insert(start, len, Arc::clone(&absent))?;
+    }
     if let Some(serial) = serial {
         ports.insert(
             u64::from(COM1_PORT),

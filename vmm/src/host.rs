@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the cells of a process share, and the housekeeper that cleans up after them.
 
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use kvm_ioctls::{Cap, Kvm};
 use crate::cell::{Machine, Shared};
 use crate::error::HostError;
 use crate::kick;
+use crate::memory;
 
 /// How often the housekeeper looks for stuck devices while cells run.
 const WATCH_INTERVAL: Duration = Duration::from_millis(250);
@@ -90,6 +92,8 @@ pub(crate) struct HostInner {
     pub(crate) workers: Arc<WorkerPool>,
     event_loops: Vec<Arc<EventLoop>>,
     next_loop: AtomicUsize,
+    /// A tmpfs with huge pages, made when first asked for; `None` when it could not be.
+    huge_mount: OnceLock<Option<OwnedFd>>,
     /// `None` only while dropping.
     housekeeper: Option<Sender<Task>>,
     thread: Option<JoinHandle<()>>,
@@ -174,6 +178,7 @@ impl CellHost {
                 workers: Arc::new(workers),
                 event_loops,
                 next_loop: AtomicUsize::new(0),
+                huge_mount: OnceLock::new(),
                 housekeeper: Some(sender),
                 thread: Some(thread),
             }),
@@ -191,6 +196,18 @@ impl HostInner {
     pub(crate) fn event_loop(&self) -> &Arc<EventLoop> {
         let n = self.next_loop.fetch_add(1, Ordering::Relaxed);
         &self.event_loops[n % self.event_loops.len()]
+    }
+
+    /// Where memory files with transparent huge pages are made.
+    pub(crate) fn huge_mount(&self) -> Option<BorrowedFd<'_>> {
+        let mount = self.huge_mount.get_or_init(|| {
+            let made = memory::huge_tmpfs();
+            if let Err(error) = &made {
+                log::info!("no tmpfs with huge pages of our own ({error}): shmem_enabled decides");
+            }
+            made.ok()
+        });
+        mount.as_ref().map(AsFd::as_fd)
     }
 
     /// The way to the housekeeper.

@@ -93,6 +93,7 @@ impl Memory {
         huge_pages: HugePages,
         overcommit: bool,
         file: Option<OwnedFd>,
+        huge_mount: Option<BorrowedFd>,
     ) -> Result<Self, Error> {
         let size = layout.ram_size();
         let mib = size >> 20;
@@ -104,8 +105,10 @@ impl Memory {
             return Err(Error::HugePageMultiple { mib });
         }
         let file = match file {
-            Some(file) => check_file(File::from(file), size)?,
-            None => create_file(size, huge_pages).map_err(|source| Error::Create { mib, source })?,
+            Some(file) => check_file(File::from(file), size, huge_pages)?,
+            None => {
+                create_file(size, huge_pages, huge_mount).map_err(|source| Error::Create { mib, source })?
+            }
         };
         let file = Arc::new(file);
         let huge = huge_pages == HugePages::Reserved;
@@ -152,7 +155,33 @@ impl Memory {
     }
 }
 
-fn create_file(size: u64, huge_pages: HugePages) -> std::io::Result<File> {
+/// A tmpfs that is mounted nowhere and gives huge pages. Needs CAP_SYS_ADMIN.
+pub(crate) fn huge_tmpfs() -> std::io::Result<OwnedFd> {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    };
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(context.as_fd(), "huge", "always")?;
+    // No limit of its own: cells have theirs.
+    fsconfig_set_string(context.as_fd(), "size", "0")?;
+    fsconfig_create(context.as_fd())?;
+    let flags = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    Ok(fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, flags)?)
+}
+
+fn create_file(size: u64, huge_pages: HugePages, huge_mount: Option<BorrowedFd>) -> std::io::Result<File> {
+    if huge_pages == HugePages::Transparent
+        && let Some(mount) = huge_mount
+    {
+        use rustix::fs::{Mode, OFlags};
+        // Nameless and never linked: nobody but holders of the descriptor can resize it, as if it were sealed.
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::EXCL;
+        let file = File::from(rustix::fs::openat(mount, ".", flags, Mode::RUSR | Mode::WUSR)?);
+        file.set_len(size)?;
+        return Ok(file);
+    }
     let mut flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     if huge_pages == HugePages::Reserved {
         flags |= MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
@@ -164,9 +193,12 @@ fn create_file(size: u64, huge_pages: HugePages) -> std::io::Result<File> {
 }
 
 /// A file that could shrink under us would kill the process with SIGBUS.
-fn check_file(file: File, expected: u64) -> Result<File, Error> {
+fn check_file(file: File, expected: u64, huge_pages: HugePages) -> Result<File, Error> {
     let found = file.metadata().map_or(0, |m| m.len());
-    let sealed = rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK));
+    let seals = rustix::fs::fcntl_get_seals(&file).unwrap_or(SealFlags::empty());
+    // A file of our own tmpfs cannot be sealed: what is known of it is that its seals are sealed.
+    let own = huge_pages == HugePages::Transparent && seals == SealFlags::SEAL;
+    let sealed = seals.contains(SealFlags::SHRINK) || own;
     if found != expected || !sealed {
         return Err(Error::WrongFile { found, expected });
     }
@@ -214,7 +246,7 @@ mod tests {
     #[test]
     fn the_file_is_sealed_and_shared_by_both_ranges() {
         let layout = Layout::new(3400).unwrap();
-        let memory = Memory::new(&layout, HugePages::No, true, None).unwrap();
+        let memory = Memory::new(&layout, HugePages::No, true, None, None).unwrap();
         let seals = rustix::fs::fcntl_get_seals(memory.file()).unwrap();
         assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
         let slots = memory.slots();
@@ -226,6 +258,7 @@ mod tests {
             HugePages::No,
             true,
             Some(memory.file().try_clone_to_owned().unwrap()),
+            None,
         )
         .unwrap();
         assert_eq!(
@@ -236,9 +269,10 @@ mod tests {
 
     #[test]
     fn a_file_of_another_size_or_without_seals_is_refused() {
-        let small = Memory::new(&Layout::new(1).unwrap(), HugePages::No, false, None).unwrap();
+        let small = Memory::new(&Layout::new(1).unwrap(), HugePages::No, false, None, None).unwrap();
         let file = small.file().try_clone_to_owned().unwrap();
-        let error = Memory::new(&Layout::new(2).unwrap(), HugePages::No, false, Some(file)).unwrap_err();
+        let error =
+            Memory::new(&Layout::new(2).unwrap(), HugePages::No, false, Some(file), None).unwrap_err();
         assert!(
             matches!(
                 error,
@@ -251,19 +285,29 @@ mod tests {
         );
         let loose = File::from(rustix::fs::memfd_create("loose", MemfdFlags::CLOEXEC).unwrap());
         loose.set_len(1 << 20).unwrap();
-        assert!(Memory::new(&Layout::new(1).unwrap(), HugePages::No, false, Some(loose.into())).is_err());
+        assert!(
+            Memory::new(
+                &Layout::new(1).unwrap(),
+                HugePages::No,
+                false,
+                Some(loose.into()),
+                None
+            )
+            .is_err()
+        );
     }
 
     #[test]
     fn more_than_the_host_has_is_refused_unless_allowed() {
         let layout = Layout::new(1024 * 1024).unwrap();
-        let error = Memory::new(&layout, HugePages::No, false, None).unwrap_err();
+        let error = Memory::new(&layout, HugePages::No, false, None, None).unwrap_err();
         assert!(matches!(error, Error::MoreThanHost { .. }), "{error}");
     }
 
     #[test]
     fn huge_pages_come_whole() {
-        let error = Memory::new(&Layout::new(3).unwrap(), HugePages::Reserved, false, None).unwrap_err();
+        let error =
+            Memory::new(&Layout::new(3).unwrap(), HugePages::Reserved, false, None, None).unwrap_err();
         assert!(matches!(error, Error::HugePageMultiple { mib: 3 }), "{error}");
     }
 }

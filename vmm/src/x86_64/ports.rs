@@ -64,6 +64,21 @@ impl BusDevice for KeyboardReset {
     }
 }
 
+/// Ports of old hardware that every kernel tries without meaning harm: two PICs, the PIT, the CMOS clock (through
+/// which Linux starts processors, too) and the delay port. Start and length.
+pub const ABSENT: [(u64, u64); 5] = [(0x20, 2), (0xa0, 2), (0x40, 4), (0x70, 2), (0x80, 1)];
+
+/// Hardware that is not there, and is no reason to write a log about.
+pub struct Absent;
+
+impl BusDevice for Absent {
+    fn read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
 /// The serial port on the bus. A string instruction brings several bytes for one register: each is one access.
 pub struct SerialPorts(pub Mutex<Option<Serial>>);
 
