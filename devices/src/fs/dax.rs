@@ -162,9 +162,8 @@ impl DaxWindow {
     /// so), but only exactly: a mapping that is cut through is refused.
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(), Errno> {
         self.check(request.window_offset, request.len)?;
-        if request.source.file_offset % ALIGNMENT != 0
-            || request.source.file_offset.checked_add(request.len).is_none()
-        {
+        let file_offset = request.source.file_offset;
+        if !file_offset.is_multiple_of(ALIGNMENT) || file_offset.checked_add(request.len).is_none() {
             return Err(Errno::INVAL);
         }
         let mut mappings = self.mappings();

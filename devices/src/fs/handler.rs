@@ -19,7 +19,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
@@ -53,8 +53,7 @@ struct State {
     queue: ActiveQueue,
     /// Workers at this queue.
     workers: usize,
-    /// While quiescing: requests that may still be taken.
-    allowance: Option<usize>,
+    /// No worker may enter, and those that are in take nothing more.
     closed: bool,
 }
 
@@ -255,9 +254,9 @@ impl FsQueue {
         state.queue.signal()
     }
 
-    /// The next chain; `None` if there is none (or none may be taken), with notifications on.
+    /// The next chain; `None` if there is none (then notifications are on) or none may be taken.
     fn next(&self, state: &mut State) -> Result<Option<Chain>, QueueError> {
-        if state.closed || self.common.health.is_failed() || state.allowance == Some(0) {
+        if state.closed || self.common.health.is_failed() {
             return Ok(None);
         }
         state.queue.disable_notification()?;
@@ -265,9 +264,6 @@ impl FsQueue {
         if chain.is_none() && state.queue.enable_notification()? {
             // Once more and no further: a guest that plays with the index has to notify.
             chain = state.queue.pop()?;
-        }
-        if let (Some(left), Some(_)) = (&mut state.allowance, &chain) {
-            *left -= 1;
         }
         Ok(chain)
     }
@@ -403,8 +399,8 @@ impl FsHandler {
                 state: Mutex::new(State {
                     queue,
                     workers: 0,
-                    allowance: None,
-                    closed: false,
+                    // Until the event loop has it.
+                    closed: true,
                 }),
                 left: Condvar::new(),
                 common: Arc::clone(&common),
@@ -418,11 +414,22 @@ impl FsHandler {
         })
     }
 
-    fn live(&self) -> impl Iterator<Item = &Arc<FsQueue>> {
-        self.queues.iter().flatten()
+    /// Lets workers in, and has them look at what is in the queues already.
+    fn open(&self) {
+        for queue in self.live() {
+            let mut state = queue.lock();
+            if state.closed {
+                state.closed = false;
+                let _ = state.queue.notification().write(1);
+            }
+        }
     }
 
-    fn wait_until_nobody_works(&self) {
+    /// Lets no worker in any more, and waits for those that are.
+    fn close(&self) {
+        for queue in self.live() {
+            queue.lock().closed = true;
+        }
         for queue in self.live() {
             let mut state = queue.lock();
             while state.workers > 0 {
@@ -432,6 +439,10 @@ impl FsHandler {
                     .unwrap_or_else(|poisoned| poisoned.into_inner());
             }
         }
+    }
+
+    fn live(&self) -> impl Iterator<Item = &Arc<FsQueue>> {
+        self.queues.iter().flatten()
     }
 }
 
@@ -450,21 +461,23 @@ impl MutEventSubscriber for FsHandler {
             return;
         }
         drop(timer);
-        for queue in self.queues.iter().flatten() {
-            let state = queue.lock();
-            let task: Arc<dyn Task> = Arc::clone(queue) as _;
-            match self.pool.watch(state.queue.notification(), task) {
-                Ok(watch) => self.watches.push(watch),
-                Err(error) => {
-                    self.common
-                        .health
-                        .fail(format_args!("cannot watch its queue: {error}"));
-                    return;
+        // The first time only; when a paused device comes back they are there.
+        if self.watches.is_empty() {
+            for queue in self.queues.iter().flatten() {
+                let state = queue.lock();
+                let task: Arc<dyn Task> = Arc::clone(queue) as _;
+                match self.pool.watch(state.queue.notification(), task) {
+                    Ok(watch) => self.watches.push(watch),
+                    Err(error) => {
+                        self.common
+                            .health
+                            .fail(format_args!("cannot watch its queue: {error}"));
+                        return;
+                    }
                 }
             }
-            // What is in the queue already (after a restore nobody notifies).
-            let _ = state.queue.notification().write(1);
         }
+        self.open();
     }
 
     fn process(&mut self, _: Events, _: &mut EventOps) {
@@ -476,6 +489,8 @@ impl MutEventSubscriber for FsHandler {
         // Armed once: there is one expiry to take.
         let _ = timer.wait();
         drop(timer);
+        // Quiesced without leaving the event loop.
+        self.open();
         // Lock calls do not wait, but they are system calls on files: a worker's work.
         let common = Arc::clone(&self.common);
         self.pool.submit(move || {
@@ -487,35 +502,14 @@ impl MutEventSubscriber for FsHandler {
 }
 
 impl ActiveDevice for FsHandler {
-    /// Serves what is in the queues and ends lock requests that wait with EINTR. With the vCPUs paused that is
-    /// bounded, and a notification that comes late finds nothing to do; a guest that goes on (it resets the device on
-    /// one vCPU and uses it on another) is cut off after one queue's worth.
+    /// Ends lock requests that wait with EINTR; what is in the rings and not begun stays there. A device that is still
+    /// on its event loop goes on from there; one that was taken off goes on when it comes back.
     fn quiesce(&mut self) {
-        for queue in self.live() {
-            let mut state = queue.lock();
-            state.allowance = Some(state.queue.size().into());
-        }
-        for queue in self.live() {
-            // A notification may be under way still: look for chains here, on a thread that is meant for them.
-            let (sender, done) = mpsc::channel();
-            let task = Arc::clone(queue);
-            self.pool.submit(move || {
-                task.run();
-                let _ = sender.send(());
-            });
-            // Fails only if the job is gone, and then so is its work.
-            let _ = done.recv();
-        }
-        self.wait_until_nobody_works();
-        let mut result = self.common.interrupt(|_| true);
-        for queue in self.live() {
-            let mut state = queue.lock();
-            state.allowance = None;
-            result = result.and(state.queue.enable_notification().map(drop));
-        }
-        if let Err(error) = result {
+        self.close();
+        if let Err(error) = self.common.interrupt(|_| true) {
             self.common.health.fail(error);
         }
+        self.common.arm();
     }
 
     fn save(&self) -> Result<SavedState, StateError> {
@@ -533,10 +527,7 @@ impl ActiveDevice for FsHandler {
 impl Drop for FsHandler {
     fn drop(&mut self) {
         self.watches.clear();
-        for queue in self.live() {
-            queue.lock().closed = true;
-        }
-        self.wait_until_nobody_works();
+        self.close();
         // Parked requests hold their queue, and so would keep guest memory.
         self.common.parked().clear();
     }
