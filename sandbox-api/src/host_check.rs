@@ -33,7 +33,12 @@ pub struct Finding {
 
 fn finding(name: &'static str, verdict: Verdict, found: impl Into<String>, remedy: &'static str) -> Finding {
     let remedy = (verdict != Verdict::Ok && !remedy.is_empty()).then_some(remedy);
-    Finding { name, verdict, found: found.into(), remedy }
+    Finding {
+        name,
+        verdict,
+        found: found.into(),
+        remedy,
+    }
 }
 
 /// Said by `check` and by `run`, word for word.
@@ -45,7 +50,9 @@ const PVM_REMEDY: &str = "use a host with hardware virtualisation, or switch nes
 /// # Errors
 /// The message.
 pub fn can_run() -> Result<(), String> {
-    let first = [virtualisation(), kvm_device()].into_iter().find(|finding| finding.verdict == Verdict::Failure);
+    let first = [virtualisation(), kvm_device()]
+        .into_iter()
+        .find(|finding| finding.verdict == Verdict::Failure);
     match first {
         None => Ok(()),
         Some(finding) => Err(match finding.remedy {
@@ -64,8 +71,14 @@ pub fn all() -> Vec<Finding> {
 }
 
 fn flags(cpuinfo: &str) -> Vec<&str> {
-    let line = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
-    line.split_whitespace().skip_while(|word| *word != ":").skip(1).collect()
+    let line = cpuinfo
+        .lines()
+        .find(|line| line.starts_with("flags"))
+        .unwrap_or_default();
+    line.split_whitespace()
+        .skip_while(|word| *word != ":")
+        .skip(1)
+        .collect()
 }
 
 fn virtualisation() -> Finding {
@@ -78,7 +91,11 @@ fn virtualisation() -> Finding {
     } else {
         None
     };
-    let nested = if flags.contains(&"hypervisor") { ", nested: this host is a virtual machine itself" } else { "" };
+    let nested = if flags.contains(&"hypervisor") {
+        ", nested: this host is a virtual machine itself"
+    } else {
+        ""
+    };
     match (extension, KvmKind::detect()) {
         (Some(extension), _) => finding("virtualisation", Verdict::Ok, format!("{extension}{nested}"), ""),
         (None, KvmKind::Pvm) => finding("virtualisation", Verdict::Failure, PVM, PVM_REMEDY),
@@ -99,7 +116,19 @@ fn kvm_device() -> Finding {
                 .into_iter()
                 .filter(|module| Path::new("/sys/module").join(module).exists())
                 .collect();
-            finding(name, Verdict::Ok, format!("opens (module: {})", if modules.is_empty() { "built in".to_owned() } else { modules.join(", ") }), "")
+            finding(
+                name,
+                Verdict::Ok,
+                format!(
+                    "opens (module: {})",
+                    if modules.is_empty() {
+                        "built in".to_owned()
+                    } else {
+                        modules.join(", ")
+                    }
+                ),
+                "",
+            )
         }
         Err(Errno::NOENT | Errno::NODEV | Errno::NXIO) => finding(
             name,
@@ -107,10 +136,18 @@ fn kvm_device() -> Finding {
             "there is no /dev/kvm",
             "modprobe kvm_intel or kvm_amd; if that fails, switch virtualisation on in the firmware",
         ),
-        Err(Errno::ACCESS | Errno::PERM) => {
-            finding(name, Verdict::Failure, "no right to open /dev/kvm", "run as root, or join the group kvm")
-        }
-        Err(error) => finding(name, Verdict::Failure, format!("cannot open /dev/kvm: {}", std::io::Error::from(error)), ""),
+        Err(Errno::ACCESS | Errno::PERM) => finding(
+            name,
+            Verdict::Failure,
+            "no right to open /dev/kvm",
+            "run as root, or join the group kvm",
+        ),
+        Err(error) => finding(
+            name,
+            Verdict::Failure,
+            format!("cannot open /dev/kvm: {}", std::io::Error::from(error)),
+            "",
+        ),
     }
 }
 
@@ -124,19 +161,45 @@ fn kvm_capabilities() -> Option<Finding> {
         ("immediate exit", Cap::ImmediateExit),
         ("MSR list", Cap::GetMsrFeatures),
     ];
-    let missing: Vec<&str> = needed.iter().filter(|(_, cap)| !kvm.check_extension(*cap)).map(|(name, _)| *name).collect();
+    let missing: Vec<&str> = needed
+        .iter()
+        .filter(|(_, cap)| !kvm.check_extension(*cap))
+        .map(|(name, _)| *name)
+        .collect();
     if kvm.get_api_version() != 12 || !missing.is_empty() {
-        let found = format!("API version {}, missing: {}", kvm.get_api_version(), missing.join(", "));
-        return Some(finding("KVM", Verdict::Failure, found, "use Linux 5.10 or later on the host"));
+        let found = format!(
+            "API version {}, missing: {}",
+            kvm.get_api_version(),
+            missing.join(", ")
+        );
+        return Some(finding(
+            "KVM",
+            Verdict::Failure,
+            found,
+            "use Linux 5.10 or later on the host",
+        ));
     }
-    let split = if kvm.check_extension(Cap::SplitIrqchip) { "split interrupt chip" } else { "no split interrupt chip" };
-    Some(finding("KVM", Verdict::Ok, format!("API version 12, {} vCPUs at most, {split}", kvm.get_max_vcpus()), ""))
+    let split = if kvm.check_extension(Cap::SplitIrqchip) {
+        "split interrupt chip"
+    } else {
+        "no split interrupt chip"
+    };
+    Some(finding(
+        "KVM",
+        Verdict::Ok,
+        format!("API version 12, {} vCPUs at most, {split}", kvm.get_max_vcpus()),
+        "",
+    ))
 }
 
 fn root() -> Finding {
     let is_root = rustix::process::geteuid().is_root();
     let verdict = if is_root { Verdict::Ok } else { Verdict::Failure };
-    let found = if is_root { "root" } else { "not root: images cannot be unpacked and mounted" };
+    let found = if is_root {
+        "root"
+    } else {
+        "not root: images cannot be unpacked and mounted"
+    };
     finding("user", verdict, found, "run cloister as root")
 }
 
@@ -144,12 +207,23 @@ fn kernel() -> Finding {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy().into_owned();
     let version = version(&release);
-    let verdict = if version >= (5, 10) { Verdict::Ok } else { Verdict::Failure };
-    finding("kernel", verdict, format!("Linux {release}"), "use Linux 5.10 or later")
+    let verdict = if version >= (5, 10) {
+        Verdict::Ok
+    } else {
+        Verdict::Failure
+    };
+    finding(
+        "kernel",
+        verdict,
+        format!("Linux {release}"),
+        "use Linux 5.10 or later",
+    )
 }
 
 fn version(release: &str) -> (u32, u32) {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|part| part.parse().unwrap_or(0));
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|part| part.parse().unwrap_or(0));
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
@@ -157,8 +231,18 @@ fn overlay() -> Finding {
     // Opening a context loads the module, which /proc/filesystems would not.
     match rustix::mount::fsopen("overlay", rustix::mount::FsOpenFlags::FSOPEN_CLOEXEC) {
         Ok(_) => finding("overlayfs", Verdict::Ok, "present", ""),
-        Err(Errno::PERM) => finding("overlayfs", Verdict::Failure, "may not be mounted by this user", "run cloister as root"),
-        Err(_) => finding("overlayfs", Verdict::Failure, "this kernel has no overlayfs", "modprobe overlay"),
+        Err(Errno::PERM) => finding(
+            "overlayfs",
+            Verdict::Failure,
+            "may not be mounted by this user",
+            "run cloister as root",
+        ),
+        Err(_) => finding(
+            "overlayfs",
+            Verdict::Failure,
+            "this kernel has no overlayfs",
+            "modprobe overlay",
+        ),
     }
 }
 
@@ -168,7 +252,10 @@ fn tun() -> Finding {
         Err(error) => finding(
             "/dev/net/tun",
             Verdict::Warning,
-            format!("cannot be opened: {}; only --net none works", std::io::Error::from(error)),
+            format!(
+                "cannot be opened: {}; only --net none works",
+                std::io::Error::from(error)
+            ),
             "modprobe tun",
         ),
     }
@@ -176,9 +263,17 @@ fn tun() -> Finding {
 
 fn nft() -> Finding {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    match std::env::split_paths(&path).map(|dir| dir.join("nft")).find(|program| program.is_file()) {
+    match std::env::split_paths(&path)
+        .map(|dir| dir.join("nft"))
+        .find(|program| program.is_file())
+    {
         Some(program) => finding("nft", Verdict::Ok, program.display().to_string(), ""),
-        None => finding("nft", Verdict::Warning, "not on PATH; --net nat does not work", "install the package nftables"),
+        None => finding(
+            "nft",
+            Verdict::Warning,
+            "not on PATH; --net nat does not work",
+            "install the package nftables",
+        ),
     }
 }
 
@@ -186,7 +281,12 @@ fn cgroups() -> Finding {
     if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
         finding("cgroups", Verdict::Ok, "version 2", "")
     } else {
-        finding("cgroups", Verdict::Warning, "version 1 or none", "boot with systemd.unified_cgroup_hierarchy=1")
+        finding(
+            "cgroups",
+            Verdict::Warning,
+            "version 1 or none",
+            "boot with systemd.unified_cgroup_hierarchy=1",
+        )
     }
 }
 
@@ -198,8 +298,17 @@ fn memory() -> Finding {
         .and_then(|rest| rest.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
         .unwrap_or(0)
         .saturating_mul(1024);
-    let verdict = if available >= 256 << 20 { Verdict::Ok } else { Verdict::Warning };
-    finding("memory", verdict, format!("{} available", crate::cli::table::binary_size(available)), "free some memory: a VM takes 512m unless --memory says otherwise")
+    let verdict = if available >= 256 << 20 {
+        Verdict::Ok
+    } else {
+        Verdict::Warning
+    };
+    finding(
+        "memory",
+        verdict,
+        format!("{} available", crate::cli::table::binary_size(available)),
+        "free some memory: a VM takes 512m unless --memory says otherwise",
+    )
 }
 
 #[cfg(test)]
@@ -218,7 +327,10 @@ mod tests {
     #[test]
     fn a_failure_has_a_remedy() {
         for finding in all() {
-            assert!(finding.verdict == Verdict::Ok || finding.remedy.is_some() || finding.name == "/dev/kvm", "{finding:?}");
+            assert!(
+                finding.verdict == Verdict::Ok || finding.remedy.is_some() || finding.name == "/dev/kvm",
+                "{finding:?}"
+            );
         }
     }
 }

@@ -8,6 +8,7 @@ pub mod cli;
 pub mod clock;
 pub mod error;
 pub mod files;
+pub mod host_check;
 pub mod ids;
 pub mod image;
 pub mod net;

@@ -3,8 +3,11 @@
 
 pub mod agent;
 pub mod guest;
+pub mod host;
 pub mod log;
+pub mod machine;
 pub mod rewrite;
 pub mod state;
 pub mod streams;
 pub mod task;
+pub mod terminal;

@@ -413,6 +413,17 @@ impl TaskService {
         Ok(response)
     }
 
+    /// Deletes the container, for its host.
+    ///
+    /// # Errors
+    /// What the agent says.
+    pub async fn delete_container(
+        self: &Arc<Self>,
+        request: api::DeleteRequest,
+    ) -> Result<api::DeleteResponse> {
+        self.delete_process(request).await
+    }
+
     async fn delete_process(self: &Arc<Self>, request: api::DeleteRequest) -> Result<api::DeleteResponse> {
         let container = self.container(&request.id)?;
         let process = self.process(&request.id, &request.exec_id)?;
@@ -458,9 +469,13 @@ fn check_id(id: &str) -> Result<()> {
 }
 
 fn open_share(share: &Share) -> Result<OwnedFd> {
-    let failed = |e: std::io::Error| unknown(&format!("volume {}", share.source.display()), e);
-    let opened = rustix::fs::openat(CWD, &share.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
-    overlay::clone_tree(opened.map_err(|e| failed(e.into()))?.as_fd()).map_err(failed)
+    // The device takes its own clone of the mount, read-only if it is to be.
+    rustix::fs::openat(CWD, &share.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|e| {
+        unknown(
+            &format!("volume {}", share.source.display()),
+            std::io::Error::from(e),
+        )
+    })
 }
 
 /// Makes the working directory and the mount points that the root file system lacks: a read-only one is attached so, and
@@ -544,13 +559,11 @@ fn mount_root(request: &api::CreateTaskRequest) -> Result<OwnedFd> {
             )
         })
     };
-    let cloned =
-        |path: &Path| overlay::clone_tree(open(path)?.as_fd()).map_err(|e| unknown("root file system", e));
     match request.rootfs.as_slice() {
-        [] => cloned(&Path::new(&request.bundle).join("rootfs")),
+        [] => open(&Path::new(&request.bundle).join("rootfs")),
         [mount] if mount.type_ == "overlay" => overlay::mount_options(&mount.options)
             .map_err(|e| unknown("root file system", crate::error::chain(&e))),
-        [mount] if mount.type_ == "bind" => cloned(Path::new(&mount.source)),
+        [mount] if mount.type_ == "bind" => open(Path::new(&mount.source)),
         [mount] => Err(status(
             Code::UNIMPLEMENTED,
             format!("a root file system of type {:?} is not supported", mount.type_),

@@ -35,7 +35,11 @@ impl Drop for Raw {
 
 /// Width and height of the terminal on stdout or stdin, in characters.
 pub fn size() -> Option<(u16, u16)> {
-    let ask = |fd: std::os::fd::BorrowedFd<'_>| tcgetwinsize(fd).ok().filter(|size: &Winsize| size.ws_col > 0 && size.ws_row > 0);
+    let ask = |fd: std::os::fd::BorrowedFd<'_>| {
+        tcgetwinsize(fd)
+            .ok()
+            .filter(|size: &Winsize| size.ws_col > 0 && size.ws_row > 0)
+    };
     let size = ask(io::stdout().as_fd()).or_else(|| ask(io::stdin().as_fd()))?;
     Some((size.ws_col, size.ws_row))
 }

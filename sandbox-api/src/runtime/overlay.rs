@@ -178,19 +178,6 @@ fn in_own_namespace(data: &str) -> io::Result<OwnedFd> {
     )?)
 }
 
-/// A copy of the mount tree at an opened directory or file, as a descriptor that the host's mount namespace does not
-/// know. Later mounts on the host do not show in it.
-///
-/// # Errors
-/// No rights.
-pub fn clone_tree(opened: BorrowedFd<'_>) -> io::Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    Ok(rustix::mount::open_tree(opened, "", flags)?)
-}
-
 fn fd_path(fd: BorrowedFd<'_>) -> String {
     format!("/proc/self/fd/{}", fd.as_raw_fd())
 }

@@ -1,0 +1,765 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The life of a pod in the process that hosts it: [`start`] is the straight line from a record to a running process,
+//! [`run`] follows it to its end, and whatever was made is undone on every way out.
+
+use super::agent::{Agent, EventsServer};
+use super::guest::Guest;
+use super::log::Writer;
+use super::machine::{self, Machine, MachineConfig};
+use super::state::{self, Alive, Network, Pods, Record, Status};
+use super::streams::{Hub, Input, Output, Stdio};
+use super::task::{New, Served, TaskService};
+use super::terminal;
+use crate::clock;
+use crate::image::{self, Store};
+use crate::net::{self, dns, nat, publish, tap};
+use crate::runtime::{overlay, spec, user};
+use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, PowerOffRequest, Route};
+use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::task::DeleteRequest;
+use cloister_protocol::ttrpc::asynchronous::Server;
+use cloister_protocol::ttrpc::asynchronous::transport::Listener;
+use cloister_protocol::ttrpc::context::with_duration;
+use cloister_protocol::{EVENTS_PORT, STREAM_PORT, ttrpc};
+use cloister_vmm::{CellHost, CellHostConfig, StopReason};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+/// Time for the guest to power itself off.
+const POWER_OFF: Duration = Duration::from_secs(5);
+/// Time for the agent to answer what is quick.
+const QUICK: Duration = Duration::from_secs(30);
+/// Signals that end a start, and go to the container later; docker forwards the same and more.
+const SIGNALS: [i32; 7] = [
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGQUIT,
+    libc::SIGTERM,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGCONT,
+];
+/// So many SIGINT or SIGTERM and the VM is ended, whatever the container thinks of it.
+const IMPATIENCE: u32 = 3;
+
+/// Why a container did not come to run, or was lost.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its image.
+    #[error(transparent)]
+    Image(#[from] image::Error),
+    /// Its root directory.
+    #[error("cannot use {what} as the container's root")]
+    Root {
+        /// The folder.
+        what: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its record.
+    #[error(transparent)]
+    State(#[from] state::Error),
+    /// Its root file system.
+    #[error(transparent)]
+    Overlay(#[from] overlay::Error),
+    /// Its user.
+    #[error(transparent)]
+    User(#[from] user::Error),
+    /// Its specification.
+    #[error(transparent)]
+    Spec(#[from] spec::Error),
+    /// Its network.
+    #[error(transparent)]
+    Net(#[from] net::Error),
+    /// The host's hypervisor.
+    #[error(transparent)]
+    Host(#[from] cloister_vmm::HostError),
+    /// Its VM.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// The VM ended by itself.
+    #[error("the virtual machine ended {when}: {reason}\n{tail}")]
+    VmEnded {
+        /// "before its agent was ready", ...
+        when: &'static str,
+        /// Why.
+        reason: String,
+        /// Its last words.
+        tail: String,
+    },
+    /// The agent did not come.
+    #[error(
+        "the agent in the virtual machine was not ready after {seconds} s (--init-timeout gives it longer)\n{tail}"
+    )]
+    NotReady {
+        /// How long we waited.
+        seconds: u64,
+        /// The guest's last words.
+        tail: String,
+    },
+    /// The agent refused.
+    #[error("{what}: {message}")]
+    Agent {
+        /// The request.
+        what: &'static str,
+        /// Its answer.
+        message: String,
+    },
+    /// A signal came first.
+    #[error("interrupted by signal {0}")]
+    Interrupted(i32),
+    /// Something of the host.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Error {
+    /// docker's exit status for it.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            // The words of the runtime in the guest, which are docker's.
+            Self::Agent { message, .. }
+                if message.contains("exec: ") && message.contains("permission denied") =>
+            {
+                126
+            }
+            Self::Agent { message, .. } if message.contains("executable file not found") => 127,
+            Self::Agent { message, .. } if message.contains("exec: ") && message.contains("no such file") => {
+                127
+            }
+            Self::Agent { message, .. } if message.contains("is a directory") => 126,
+            Self::Interrupted(signal) => u8::try_from(signal.saturating_add(128)).unwrap_or(125),
+            _ => 125,
+        }
+    }
+}
+
+fn agent_error(what: &'static str) -> impl FnOnce(ttrpc::Error) -> Error {
+    move |error| {
+        let message = match error {
+            ttrpc::Error::RpcStatus(status) => status.message,
+            other => other.to_string(),
+        };
+        Error::Agent { what, message }
+    }
+}
+
+fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io { what, source }
+}
+
+/// The hosting process's own streams, as far as the container gets them.
+#[derive(Debug, Default)]
+pub struct Attach {
+    /// `-i`.
+    pub stdin: Option<OwnedFd>,
+    /// In the foreground.
+    pub stdout: Option<OwnedFd>,
+    /// In the foreground without a terminal.
+    pub stderr: Option<OwnedFd>,
+}
+
+/// What was made, in order; [`Pod::undo`] takes it apart in the reverse one.
+struct Pod<'a> {
+    pods: &'a Pods,
+    record: Record,
+    made_net: bool,
+    machine: Option<Arc<Machine>>,
+    events: Option<EventsServer>,
+    agent: Option<Agent>,
+    service: Option<Arc<TaskService>>,
+    server: Option<Server>,
+    relays: Option<publish::Relays>,
+}
+
+/// Hosts a pod from its record to its end, and leaves the record ended, or nothing with `--rm`. `started` is called when
+/// the container's process runs. Answers the exit status of the container.
+///
+/// # Errors
+/// Why it could not run, or was lost.
+pub fn host(
+    pods: &Pods,
+    store: &Store,
+    record: Record,
+    alive: Alive,
+    attach: Attach,
+    started: impl FnOnce(),
+) -> Result<u32, Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("pod")
+        .enable_all()
+        .build()
+        .map_err(io_error("start a runtime"))?;
+    let mut pod = Pod {
+        pods,
+        record,
+        made_net: false,
+        machine: None,
+        events: None,
+        agent: None,
+        service: None,
+        server: None,
+        relays: None,
+    };
+    let result = runtime.block_on(async {
+        let result = run(&mut pod, store, attach, started).await;
+        pod.undo().await;
+        result
+    });
+    // A thread that waits for the user's next key must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_millis(100));
+    let record = &mut pod.record;
+    record.status = Status::Exited;
+    record.finished = Some(clock::now());
+    record.pid = None;
+    match &result {
+        Ok(code) => record.exit_code = Some(*code),
+        Err(error) => {
+            record.exit_code = Some(u32::from(error.exit_code()));
+            record.error = Some(crate::error::chain(error));
+        }
+    }
+    let saved = pods.save(record).and_then(|()| {
+        if record.plan.auto_remove {
+            pods.remove(&record.id)
+        } else {
+            Ok(())
+        }
+    });
+    drop(alive);
+    saved?;
+    result
+}
+
+async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, started: impl FnOnce()) -> Result<u32, Error> {
+    let mut signals = signals().map_err(io_error("listen to signals"))?;
+    let (interrupt, interrupted) = watch::channel(None);
+    let id = pod.record.id.clone();
+    let is_attached = attach.stdout.is_some();
+    {
+        let starting = start(pod, store, attach, interrupted);
+        tokio::pin!(starting);
+        loop {
+            tokio::select! {
+                result = &mut starting => break result?,
+                Some(number) = signals.recv() => {
+                    if matches!(number, libc::SIGHUP | libc::SIGINT | libc::SIGQUIT | libc::SIGTERM) {
+                        interrupt.send_replace(Some(number));
+                    }
+                }
+            }
+        }
+    }
+    started();
+    let (Some(service), Some(machine)) = (pod.service.clone(), pod.machine.clone()) else {
+        return Err(Error::Io {
+            what: "keep the pod",
+            source: io::ErrorKind::NotFound.into(),
+        });
+    };
+
+    let raw = (pod.record.plan.wishes.terminal && is_attached && terminal::stdin_is_terminal())
+        .then(terminal::Raw::stdin)
+        .transpose()
+        .map_err(io_error("make the terminal raw"))?;
+    let exit = {
+        let waiting = service.wait_process(&id, "");
+        tokio::pin!(waiting);
+        let mut window = signal(SignalKind::window_change()).map_err(io_error("listen to signals"))?;
+        if is_attached && pod.record.plan.wishes.terminal {
+            resize(&service, &id).await;
+        }
+        let mut impatience = 0_u32;
+        loop {
+            tokio::select! {
+                exit = &mut waiting => break exit.map_err(agent_error("wait for the container"))?,
+                _ = window.recv() => resize(&service, &id).await,
+                Some(number) = signals.recv() => {
+                    if matches!(number, libc::SIGINT | libc::SIGTERM) {
+                        impatience += 1;
+                    }
+                    if impatience >= IMPATIENCE && is_attached {
+                        eprintln!("got {IMPATIENCE} SIGTERM/SIGINTs, forcefully exiting");
+                        machine.stop();
+                    } else if let Ok(number) = u32::try_from(number) {
+                        let service = Arc::clone(&service);
+                        let id = id.clone();
+                        tokio::spawn(async move {
+                            if let Err(error) = service.kill_process(&id, "", number, false).await {
+                                log::debug!("signal {number}: {error}");
+                            }
+                        });
+                    }
+                }
+            }
+        }
+    };
+    drop(raw);
+    let ended = machine.dead().borrow().clone();
+    match ended {
+        // The container was alive when its VM ended.
+        Some(reason) if exit.status == state::EXIT_KILLED && reason != StopReason::Requested => {
+            Err(Error::VmEnded {
+                when: "under its container",
+                reason: reason.to_string(),
+                tail: machine.last_words(),
+            })
+        }
+        _ => Ok(exit.status),
+    }
+}
+
+async fn resize(service: &TaskService, id: &str) {
+    if let Some((width, height)) = terminal::size()
+        && let Err(error) = service.resize(id, "", width, height).await
+    {
+        log::debug!("resize: {error}");
+    }
+}
+
+fn signals() -> io::Result<mpsc::Receiver<i32>> {
+    let (sender, receiver) = mpsc::channel(16);
+    for number in SIGNALS {
+        let mut stream = signal(SignalKind::from_raw(number))?;
+        let sender = sender.clone();
+        tokio::spawn(
+            async move { while stream.recv().await.is_some() && sender.send(number).await.is_ok() {} },
+        );
+    }
+    Ok(receiver)
+}
+
+fn check(interrupted: &watch::Receiver<Option<i32>>) -> Result<(), Error> {
+    interrupted
+        .borrow()
+        .map_or(Ok(()), |signal| Err(Error::Interrupted(signal)))
+}
+
+/// From a record to a running process.
+async fn start(
+    pod: &mut Pod<'_>,
+    store: &Store,
+    attach: Attach,
+    mut interrupted: watch::Receiver<Option<i32>>,
+) -> Result<(), Error> {
+    let plan = pod.record.plan.clone();
+    let id = pod.record.id.clone();
+    let hold = store.hold()?;
+
+    // The root file system, and what in it the specification needs.
+    let data = pod.pods.data_dir(&id);
+    let layers = match &plan.rootfs {
+        Some(dir) => vec![open_root(dir)?],
+        None => store.layer_roots(&pod.record.layers)?,
+    };
+    let upper =
+        overlay::make_upper(&data, layers.first().map(AsFd::as_fd)).map_err(|source| Error::Root {
+            what: data.display().to_string(),
+            source,
+        })?;
+    let root = overlay::mount(&layers, &upper)?;
+    drop((layers, upper));
+    let image_config = image_config(store, &pod.record)?;
+    let user_text = plan
+        .wishes
+        .user
+        .clone()
+        .or_else(|| image_config.user().clone())
+        .unwrap_or_default();
+    let user = user::resolve(root.as_fd(), &user_text)?;
+    let spec = spec::build(&image_config, &plan.wishes, &user, &plan.hostname, &id)?;
+    let bundle = pod.pods.state_dir(&id);
+    let json = serde_json::to_vec_pretty(&spec).unwrap_or_default();
+    crate::files::replace(&bundle.join("config.json"), &json)
+        .map_err(io_error("write the container's config.json"))?;
+    drop(hold);
+    check(&interrupted)?;
+
+    // The network of the pod.
+    let network = connect(pod, &plan.network).await?;
+    check(&interrupted)?;
+
+    // The virtual machine, up to its agent's first word.
+    let cells = CellHost::new(CellHostConfig::default())?;
+    let machine = Machine::start(
+        MachineConfig {
+            name: format!("pod-{}", pod.record.short_id()),
+            cpus: plan.cpus,
+            memory: plan.memory,
+            kernel: &plan.kernel,
+            initrd: &plan.initrd,
+            kernel_args: &plan.kernel_args,
+            tap: network.tap,
+        },
+        &cells,
+    )?;
+    pod.machine = Some(Arc::clone(&machine));
+    let accepted = machine
+        .listen(EVENTS_PORT)
+        .map_err(io_error("listen to the agent"))?;
+    let streams = machine
+        .listen(STREAM_PORT)
+        .map_err(io_error("listen to the agent"))?;
+    let events = EventsServer::start(accepted)
+        .await
+        .map_err(agent_error("serve the agent's events"))?;
+    let mut ready = events.ready.clone();
+    pod.events = Some(events);
+    let mut dead = machine.dead();
+    tokio::select! {
+        _ = ready.wait_for(Option::is_some) => {}
+        ended = dead.wait_for(Option::is_some) => {
+            let reason = ended.ok().and_then(|reason| reason.as_ref().map(ToString::to_string)).unwrap_or_default();
+            return Err(Error::VmEnded { when: "before its agent was ready", reason, tail: machine.last_words() });
+        }
+        () = tokio::time::sleep(Duration::from_millis(plan.init_timeout_ms)) => {
+            return Err(Error::NotReady { seconds: plan.init_timeout_ms / 1000, tail: machine.last_words() });
+        }
+        signal = interrupted.wait_for(Option::is_some) => {
+            return Err(Error::Interrupted(signal.ok().and_then(|signal| *signal).unwrap_or(libc::SIGTERM)));
+        }
+    }
+
+    // The agent takes over inside.
+    let agent = Agent::connect(&*machine).map_err(io_error("connect to the agent"))?;
+    pod.agent = Some(agent.clone());
+    let request = network.configure.into_request(&plan.hostname);
+    agent
+        .pod
+        .configure(with_duration(QUICK), &request)
+        .await
+        .map_err(agent_error("configure the pod"))?;
+
+    // The container.
+    let hub = Hub::new();
+    accept_streams(streams, &hub);
+    let as_guest: Arc<dyn Guest> = Arc::<Machine>::clone(&machine);
+    let service = TaskService::new(as_guest, agent, hub, reasons(machine.dead()));
+    pod.service = Some(Arc::clone(&service));
+    pod.server = Some(serve(&pod.pods.socket(&id), &service).await?);
+    let stdio = stdio(pod.pods, &pod.record, attach).map_err(io_error("open the container's log"))?;
+    check(&interrupted)?;
+    let new = New {
+        id: id.clone(),
+        bundle: bundle.display().to_string(),
+        spec,
+        root,
+        stdio,
+        terminal: plan.wishes.terminal,
+    };
+    let create = async {
+        service
+            .create_container(new)
+            .await
+            .map_err(agent_error("failed to create the container"))?;
+        if let Some(address) = network.address {
+            pod.relays = Some(publish::start(&plan.publish, address).await?);
+        }
+        service
+            .start_process(&id, "")
+            .await
+            .map_err(agent_error("failed to start the container"))?;
+        Ok::<(), Error>(())
+    };
+    let mut dead = machine.dead();
+    tokio::select! {
+        created = create => created?,
+        ended = dead.wait_for(Option::is_some) => {
+            let reason = ended.ok().and_then(|reason| reason.as_ref().map(ToString::to_string)).unwrap_or_default();
+            return Err(Error::VmEnded { when: "before its container ran", reason, tail: machine.last_words() });
+        }
+    }
+    pod.record.status = Status::Running;
+    pod.record.started = Some(clock::now());
+    pod.record.pid = Some(std::process::id());
+    pod.pods.save(&pod.record)?;
+    Ok(())
+}
+
+fn open_root(dir: &Path) -> Result<OwnedFd, Error> {
+    use rustix::fs::{CWD, Mode, OFlags};
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, dir, flags, Mode::empty()).map_err(|e| Error::Root {
+        what: dir.display().to_string(),
+        source: e.into(),
+    })
+}
+
+/// The part of the image's configuration that concerns a container; an empty one for a plain folder.
+pub fn image_config(store: &Store, record: &Record) -> Result<oci_spec::image::Config, Error> {
+    let Some(id) = &record.image_id else {
+        return Ok(oci_spec::image::Config::default());
+    };
+    let image = store.find(&id.to_string())?;
+    Ok(store.config(&image)?.config().clone().unwrap_or_default())
+}
+
+/// What the pod is told about its network.
+#[derive(Default)]
+struct Configure {
+    interface: Option<Interface>,
+    route: Option<Route>,
+    address: Option<IpAddr>,
+    resolv_conf: String,
+}
+
+impl Configure {
+    fn into_request(self, hostname: &str) -> ConfigureRequest {
+        let mut entropy = vec![0; 64];
+        crate::ids::fill(&mut entropy);
+        let files = DnsFiles {
+            hosts: dns::hosts(hostname, self.address),
+            // An empty one would not be written, and the container's bind mount would have no source.
+            resolv_conf: if self.resolv_conf.is_empty() {
+                "# no resolver\n".into()
+            } else {
+                self.resolv_conf
+            },
+            hostname: format!("{hostname}\n"),
+            ..Default::default()
+        };
+        let now = chrono::Utc::now()
+            .timestamp_nanos_opt()
+            .and_then(|nanos| u64::try_from(nanos).ok())
+            .unwrap_or(0);
+        ConfigureRequest {
+            hostname: hostname.to_owned(),
+            interfaces: self.interface.into_iter().collect(),
+            routes: self.route.into_iter().collect(),
+            files: MessageField::some(files),
+            unix_time_ns: now,
+            entropy,
+            ..Default::default()
+        }
+    }
+}
+
+#[derive(Default)]
+struct Connected {
+    tap: Option<(OwnedFd, [u8; 6])>,
+    address: Option<IpAddr>,
+    configure: Configure,
+}
+
+async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Error> {
+    match network {
+        Network::None => Ok(Connected::default()),
+        Network::Tap(name) => {
+            let mut mac = [0x02, 0xc1, 0, 0, 0, 0];
+            crate::ids::fill(&mut mac[2..]);
+            let interface = Interface {
+                mac: mac_text(mac),
+                name: "eth0".into(),
+                ..Default::default()
+            };
+            Ok(Connected {
+                tap: Some((tap::open(name)?, mac)),
+                address: None,
+                configure: Configure {
+                    interface: Some(interface),
+                    resolv_conf: host_resolvers(),
+                    ..Configure::default()
+                },
+            })
+        }
+        Network::Nat => {
+            let guard = pod.pods.lock()?;
+            let made = nat::create(pod.pods, &pod.record.id).await?;
+            pod.record.net = Some(made.record.clone());
+            pod.made_net = true;
+            pod.pods.save(&pod.record)?;
+            drop(guard);
+            let interface = Interface {
+                mac: mac_text(made.mac),
+                name: "eth0".into(),
+                addresses: vec![format!("{}/30", made.address)],
+                ..Default::default()
+            };
+            let route = Route {
+                destination: "0.0.0.0/0".into(),
+                gateway: made.gateway.to_string(),
+                interface: "eth0".into(),
+                ..Default::default()
+            };
+            let address: Ipv4Addr = made.address;
+            Ok(Connected {
+                tap: Some((made.tap, made.mac)),
+                address: Some(address.into()),
+                configure: Configure {
+                    interface: Some(interface),
+                    route: Some(route),
+                    address: Some(address.into()),
+                    resolv_conf: host_resolvers(),
+                },
+            })
+        }
+    }
+}
+
+fn mac_text(mac: [u8; 6]) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
+fn host_resolvers() -> String {
+    let (text, dropped) = dns::resolv_conf(&std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default());
+    if !dropped.is_empty() {
+        log::info!(
+            "resolvers on the host's loopback are of no use in the pod: {}",
+            dropped.join(", ")
+        );
+    }
+    text
+}
+
+fn accept_streams(mut streams: mpsc::Receiver<std::os::unix::net::UnixStream>, hub: &Arc<Hub>) {
+    let hub = Arc::clone(hub);
+    tokio::spawn(async move {
+        while let Some(stream) = streams.recv().await {
+            hub.accepted(stream);
+        }
+    });
+}
+
+fn reasons(mut dead: watch::Receiver<Option<StopReason>>) -> watch::Receiver<Option<String>> {
+    let (sender, receiver) = watch::channel(None);
+    tokio::spawn(async move {
+        let reason = dead
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|reason| reason.as_ref().map(ToString::to_string));
+        sender.send_replace(Some(reason.unwrap_or_default()));
+    });
+    receiver
+}
+
+async fn serve(socket: &Path, service: &Arc<TaskService>) -> Result<Server, Error> {
+    let listener = tokio::net::UnixListener::bind(socket).map_err(io_error("make the pod's task.sock"))?;
+    let served = Arc::new(Served(Arc::clone(service)));
+    let mut server = Server::new()
+        .add_listener(Listener::from(listener))
+        .register_service(cloister_protocol::create_task(served));
+    server.start().await.map_err(agent_error("serve task.sock"))?;
+    Ok(server)
+}
+
+fn stdio(pods: &Pods, record: &Record, attach: Attach) -> io::Result<Stdio> {
+    let log = Arc::new(Mutex::new(Writer::open(&pods.log(&record.id))?));
+    let output = |stream, copy| Output::Logged {
+        log: Arc::clone(&log),
+        stream,
+        copy,
+    };
+    let stdin = match attach.stdin {
+        Some(fd) => Input::Descriptor(fd),
+        None => Input::Null,
+    };
+    Ok(Stdio {
+        stdin,
+        stdout: output("stdout", attach.stdout),
+        stderr: output("stderr", attach.stderr),
+        names: Default::default(),
+    })
+}
+
+impl Pod<'_> {
+    /// Takes apart what was made.
+    async fn undo(&mut self) {
+        self.relays = None;
+        let id = self.record.id.clone();
+        if let Some(service) = self.service.take() {
+            let dead = self
+                .machine
+                .as_ref()
+                .is_some_and(|machine| machine.dead().borrow().is_some());
+            if !dead {
+                let request = DeleteRequest {
+                    id,
+                    ..Default::default()
+                };
+                let deleted = tokio::time::timeout(QUICK, service.delete_container(request)).await;
+                log::debug!("deleted: {deleted:?}");
+            }
+        }
+        if let (Some(machine), Some(agent)) = (&self.machine, &self.agent) {
+            let mut dead = machine.dead();
+            let off = async {
+                if dead.borrow().is_none() {
+                    let _ = agent
+                        .pod
+                        .power_off(with_duration(POWER_OFF), &PowerOffRequest::new())
+                        .await;
+                    let _ = dead.wait_for(Option::is_some).await;
+                }
+            };
+            if tokio::time::timeout(POWER_OFF, off).await.is_err() {
+                log::warn!("the guest did not power off in time");
+            }
+        }
+        self.agent = None;
+        if let Some(machine) = self.machine.take() {
+            machine.stop();
+            machine.taken_down().await;
+        }
+        if let Some(mut server) = self.server.take() {
+            let _ = server.shutdown().await;
+            let _ = std::fs::remove_file(self.pods.socket(&self.record.id));
+        }
+        if let Some(events) = self.events.take() {
+            events.stop().await;
+        }
+        if self.made_net {
+            remove_net(self.pods, &mut self.record);
+        }
+    }
+}
+
+/// Removes what a pod's network left on the host.
+fn remove_net(pods: &Pods, record: &mut Record) {
+    let Some(net) = record.net.take() else { return };
+    let removed = || -> Result<(), Error> {
+        let _guard = pods.lock()?;
+        let others = pods
+            .list()?
+            .iter()
+            .any(|other| other.id != record.id && other.net.is_some());
+        nat::remove(pods, &net, others)?;
+        Ok(())
+    };
+    if let Err(error) = removed() {
+        log::warn!("{}", crate::error::chain(&error));
+        // Tried again by whoever comes next.
+        record.net = Some(net);
+    }
+}
+
+/// Buries the pods whose hosting process was killed: records them as ended and removes what it left on the host.
+///
+/// # Errors
+/// The records cannot be read or written.
+pub fn reap(pods: &Pods) -> Result<(), state::Error> {
+    for (mut record, alive) in pods.dead()? {
+        // Just reserved, and about to be hosted: `reserve` holds the lock, so this one is really dead.
+        remove_net(pods, &mut record);
+        pods.bury(&mut record)?;
+        if record.plan.auto_remove {
+            pods.remove(&record.id)?;
+        }
+        drop(alive);
+    }
+    Ok(())
+}

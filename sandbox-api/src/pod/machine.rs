@@ -1,0 +1,306 @@
+// SPDX-License-Identifier: Apache-2.0
+//! A pod's VM: a cell with the devices a pod needs, and its ways in and out for asynchronous code.
+
+use super::guest::Guest;
+use cloister_devices::fs::{AttachOptions, CachePolicy, Fs, FsConfig, FsHandle};
+use cloister_devices::net::{Net, NetBackend, NetConfig};
+use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
+use cloister_protocol::SHARED_TAG;
+use cloister_vmm::config::BASE_COMMAND_LINE;
+use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, KernelBoot, StopReason};
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{mpsc, watch};
+
+/// Context id of every guest: each has a vsock of its own, so they need not differ.
+const GUEST_CID: u64 = 3;
+/// Names that begin so are roots of containers, which nobody but their guest changes.
+const ROOT_PREFIX: &str = "rootfs-";
+
+/// What a VM is to be.
+#[derive(Debug)]
+pub struct MachineConfig<'a> {
+    /// In messages and thread names.
+    pub name: String,
+    /// vCPUs.
+    pub cpus: u8,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// Guest kernel.
+    pub kernel: &'a Path,
+    /// Initramfs.
+    pub initrd: &'a Path,
+    /// More words for the kernel.
+    pub kernel_args: &'a [String],
+    /// A tap's queue and the guest's hardware address.
+    pub tap: Option<(OwnedFd, [u8; 6])>,
+}
+
+/// A VM that could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Kernel or initramfs.
+    #[error("cannot open the {what} {path}; give another one with {flag}, or build ours with `make guest`")]
+    File {
+        /// "guest kernel" or "initramfs".
+        what: &'static str,
+        /// Where it should be.
+        path: String,
+        /// The flag that names another one.
+        flag: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM refused.
+    #[error("cannot create the virtual machine")]
+    Create(#[from] cloister_vmm::CreateError),
+    /// A device refused.
+    #[error("cannot make the {0} device of the virtual machine")]
+    Device(&'static str, #[source] Box<dyn std::error::Error + Send + Sync>),
+    /// It did not start.
+    #[error("cannot start the virtual machine")]
+    Start(#[from] cloister_vmm::LifecycleError),
+    /// The host is short of something.
+    #[error("cannot watch the virtual machine")]
+    Io(#[from] io::Error),
+}
+
+/// A running VM.
+pub struct Machine {
+    cell: Arc<Cell>,
+    fs: FsHandle,
+    vsock: VsockHandle,
+    /// What is attached, kept open: a mount that exists only as a descriptor goes with its last one.
+    attached: Mutex<HashMap<String, OwnedFd>>,
+    dead: watch::Receiver<Option<StopReason>>,
+}
+
+impl Machine {
+    /// Creates and starts it. To be called in a runtime.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub fn start(config: MachineConfig<'_>, host: &CellHost) -> Result<Arc<Self>, Error> {
+        let open = |what, path: &Path, flag| {
+            File::open(path).map_err(|source| Error::File {
+                what,
+                path: path.display().to_string(),
+                flag,
+                source,
+            })
+        };
+        let kernel = open("guest kernel", config.kernel, "--kernel")?;
+        let initrd = open("initramfs", config.initrd, "--initrd")?;
+        let description = description(&kernel);
+
+        let queues = FsConfig {
+            tag: SHARED_TAG.to_owned(),
+            request_queues: config.cpus.into(),
+            ..FsConfig::default()
+        };
+        let fs = Fs::new(queues, Arc::clone(host.workers()), None)
+            .map_err(|e| Error::Device("file system", e.into()))?;
+        let fs_handle = fs.handle();
+        let (vsock, vsock_handle) =
+            Vsock::new(VsockConfig::new(GUEST_CID)).map_err(|e| Error::Device("vsock", e.into()))?;
+
+        let mut command_line = format!("{BASE_COMMAND_LINE} console=ttyS0");
+        for word in config.kernel_args {
+            command_line.push(' ');
+            command_line.push_str(word);
+        }
+        let boot = Boot::Kernel(KernelBoot {
+            kernel,
+            initrd: Some(initrd),
+            command_line,
+            description,
+        });
+        let mut cell = CellConfig::new(config.name, boot);
+        cell.vcpus = config.cpus;
+        cell.memory_mib = config.memory.div_ceil(1 << 20);
+        cell.devices.push(DeviceConfig::Custom {
+            name: "fs".into(),
+            device: Box::new(fs),
+        });
+        cell.devices.push(DeviceConfig::Custom {
+            name: "vsock".into(),
+            device: Box::new(vsock),
+        });
+        if let Some((tap, mac)) = config.tap {
+            cell.devices.push(net_device(tap, mac)?);
+        }
+        cell.devices.push(DeviceConfig::Rng);
+        let cell = Arc::new(Cell::create(cell, host)?);
+        let dead = watch_end(&cell)?;
+        cell.start()?;
+        Ok(Arc::new(Self {
+            cell,
+            fs: fs_handle,
+            vsock: vsock_handle,
+            attached: Mutex::default(),
+            dead,
+        }))
+    }
+
+    /// Becomes the reason when the VM has ended.
+    pub fn dead(&self) -> watch::Receiver<Option<StopReason>> {
+        self.dead.clone()
+    }
+
+    /// The guest's last words, made fit for a terminal.
+    pub fn last_words(&self) -> String {
+        let bytes = self.cell.console_tail().bytes();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<String> = text
+            .lines()
+            .rev()
+            .take(20)
+            .map(super::super::cli::table::printable)
+            .collect();
+        lines
+            .into_iter()
+            .rev()
+            .map(|line| format!("  | {}\n", line.trim_end_matches("\\r")))
+            .collect()
+    }
+
+    /// Ends the VM as it is.
+    pub fn stop(&self) {
+        self.cell.stop();
+    }
+
+    /// Waits until threads, descriptors and memory are gone.
+    pub async fn taken_down(self: Arc<Self>) {
+        let cell = Arc::clone(&self.cell);
+        let _ =
+            tokio::task::spawn_blocking(move || cell.wait_taken_down(Some(Duration::from_secs(10)))).await;
+    }
+
+    /// The guest's connections to a port of the host, as long as the VM lives.
+    ///
+    /// # Errors
+    /// The port is taken.
+    pub fn listen(&self, port: u32) -> io::Result<mpsc::Receiver<UnixStream>> {
+        let listener = self.vsock.listen(port)?;
+        listener.set_nonblocking(true)?;
+        let listener = AsyncFd::with_interest(Acceptor(listener), Interest::READABLE)?;
+        let (sender, receiver) = mpsc::channel(64);
+        tokio::spawn(async move {
+            loop {
+                let Ok(mut ready) = listener.readable().await else {
+                    break;
+                };
+                match ready.try_io(|acceptor| acceptor.get_ref().0.accept()) {
+                    Ok(Ok((stream, _))) => {
+                        if sender.send(stream).await.is_err() {
+                            break;
+                        }
+                    }
+                    Ok(Err(error)) if error.kind() == io::ErrorKind::NotConnected => break,
+                    Ok(Err(error)) => {
+                        log::warn!("vsock port {port}: {error}");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                    // Not ready after all.
+                    Err(_) => {}
+                }
+            }
+        });
+        Ok(receiver)
+    }
+}
+
+struct Acceptor(VsockListener);
+
+impl std::os::fd::AsRawFd for Acceptor {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+impl Guest for Machine {
+    fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        self.vsock.connect(port)
+    }
+
+    fn attach(&self, name: &str, tree: OwnedFd, read_only: bool) -> io::Result<()> {
+        let cache = if name.starts_with(ROOT_PREFIX) {
+            CachePolicy::Always
+        } else {
+            CachePolicy::Auto
+        };
+        let options = AttachOptions {
+            read_only,
+            cache,
+            ..AttachOptions::default()
+        };
+        self.fs
+            .attach(name, &tree, options)
+            .map_err(|e| io::Error::other(crate::error::chain(&e)))?;
+        self.attached
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(name.to_owned(), tree);
+        Ok(())
+    }
+
+    fn detach(&self, name: &str) -> io::Result<()> {
+        let detached = self.fs.detach(name).map_err(io::Error::other);
+        self.attached
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name);
+        detached
+    }
+}
+
+/// Distribution kernels (bzImage) find their devices by ACPI, ours by its command line.
+fn description(kernel: &File) -> cloister_boot::x86_64::Description {
+    let mut magic = [0; 4];
+    // Offset of the boot protocol's magic, Documentation/arch/x86/boot.rst.
+    let is_bzimage = kernel.read_exact_at(&mut magic, 0x202).is_ok() && &magic == b"HdrS";
+    if is_bzimage {
+        cloister_boot::x86_64::Description::Acpi
+    } else {
+        cloister_boot::x86_64::Description::MpTable
+    }
+}
+
+fn watch_end(cell: &Arc<Cell>) -> io::Result<watch::Receiver<Option<StopReason>>> {
+    let (sender, receiver) = watch::channel(None);
+    let event = cell.stopped_event().try_clone_to_owned()?;
+    let event = AsyncFd::with_interest(event, Interest::READABLE)?;
+    let weak = Arc::downgrade(cell);
+    tokio::spawn(async move {
+        if event.readable().await.is_ok() {
+            let reason = weak
+                .upgrade()
+                .and_then(|cell| cell.wait(Some(Duration::from_secs(1))));
+            sender.send_replace(Some(reason.unwrap_or(StopReason::Requested)));
+        }
+    });
+    Ok(receiver)
+}
+
+fn net_device(tap: OwnedFd, mac: [u8; 6]) -> Result<DeviceConfig, Error> {
+    let config = NetConfig {
+        backend: NetBackend::Tap(vec![tap]),
+        mac,
+        mtu: None,
+    };
+    let net = Net::new(config).map_err(|e| Error::Device("network", e.into()))?;
+    Ok(DeviceConfig::Custom {
+        name: "net".into(),
+        device: Box::new(net),
+    })
+}
