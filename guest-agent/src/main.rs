@@ -38,6 +38,7 @@ mod helper;
 mod log;
 mod mount;
 mod net;
+mod passwd;
 mod pod;
 mod power;
 mod process;
@@ -73,7 +74,12 @@ extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
         return helper::main(&args);
     }
     let started = boot::boottime_ns();
-    if std::process::id() == 1 && args.len() < 2 {
+    // The kernel passes on the words of its command line that it does not know; options of ours start with dashes.
+    let options = args
+        .iter()
+        .skip(1)
+        .any(|a| a.as_encoded_bytes().starts_with(b"--"));
+    if std::process::id() == 1 && !options {
         boot::main(started)
     } else {
         serve::main_as_process(&args, started)
