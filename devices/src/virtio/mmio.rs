@@ -115,6 +115,8 @@ impl QueueRegisters {
 
 /// A device on its event loop.
 struct Live {
+    /// The configuration as it was frozen; a device need not use all of it.
+    queues: Vec<QueueRegisters>,
     device: Arc<Mutex<dyn ActiveDevice>>,
     // Taken out of the loop before the device is dropped or reset.
     registration: Option<Registration>,
@@ -275,14 +277,10 @@ impl MmioTransport {
             register::QUEUE_SIZE_MAX => self.queue_max_size(),
             register::QUEUE_READY => match &self.phase {
                 Phase::Setup(queues) => self.selected(queues).is_some_and(|queue| queue.ready).into(),
-                // Which queues are live is frozen with their configuration.
-                Phase::Active(live) => {
-                    let ready = lock(&live.device)
-                        .queues()
-                        .get(self.queue_index())
-                        .is_some_and(Option::is_some);
-                    ready.into()
-                }
+                Phase::Active(live) => self
+                    .selected(&live.queues)
+                    .is_some_and(|queue| queue.ready)
+                    .into(),
                 Phase::Failed => 0,
             },
             register::INTERRUPT_STATUS => self.interrupt.status() & (USED_BUFFER | CONFIG_CHANGE),
@@ -512,10 +510,15 @@ impl MmioTransport {
         })
     }
 
-    fn go_live(&self, device: Arc<Mutex<dyn ActiveDevice>>) -> Result<Phase, ActivateError> {
+    fn go_live(
+        &self,
+        queues: Vec<QueueRegisters>,
+        device: Arc<Mutex<dyn ActiveDevice>>,
+    ) -> Result<Phase, ActivateError> {
         let handler: crate::event_loop::Handler = device.clone();
         let registration = self.event_loop.add(handler, Arc::clone(&self.health))?;
         Ok(Phase::Active(Live {
+            queues,
             device,
             registration: Some(registration),
         }))
@@ -532,7 +535,7 @@ impl MmioTransport {
         let phase = self
             .context(states)
             .and_then(|context| self.device.activate(context))
-            .and_then(|device| self.go_live(device));
+            .and_then(|device| self.go_live(queues, device));
         match phase {
             Ok(phase) => self.phase = phase,
             Err(error) => self.health.fail(report(&error)),
@@ -598,30 +601,17 @@ impl MmioTransport {
             Phase::Active(live) => {
                 let mut device = lock(&live.device);
                 device.quiesce();
-                let sizes = self.device.queue_max_sizes();
-                let queues = device
-                    .queues()
-                    .into_iter()
-                    .zip(sizes)
-                    .map(|(state, &max)| match state {
-                        Some(state) => SavedQueue {
-                            registers: QueueRegisters {
-                                max_size: state.max_size,
-                                size: state.size,
-                                ready: state.ready,
-                                desc_table: state.desc_table,
-                                avail_ring: state.avail_ring,
-                                used_ring: state.used_ring,
-                            },
-                            next_avail: state.next_avail,
-                            next_used: state.next_used,
-                        },
-                        None => SavedQueue {
-                            registers: QueueRegisters::new(max),
-                            next_avail: 0,
-                            next_used: 0,
-                        },
-                    });
+                let positions = device.queues().into_iter().chain(std::iter::repeat(None));
+                let queues = live.queues.iter().zip(positions).map(|(registers, position)| {
+                    // A queue that the device does not use stays where it was.
+                    let (next_avail, next_used) =
+                        position.map_or((0, 0), |state| (state.next_avail, state.next_used));
+                    SavedQueue {
+                        registers: registers.clone(),
+                        next_avail,
+                        next_used,
+                    }
+                });
                 (queues.collect(), Some(device.save()?))
             }
             Phase::Failed => {
@@ -698,7 +688,8 @@ impl MmioTransport {
                     .collect();
                 let context = self.context(states)?;
                 let device = self.device.restore_active(context, active)?;
-                self.phase = self.go_live(device)?;
+                let queues = state.queues.into_iter().map(|queue| queue.registers).collect();
+                self.phase = self.go_live(queues, device)?;
             }
         }
         self.interrupt
