@@ -17,11 +17,13 @@
 //! When a guest breaks the rules the device stops and says so through its [`virtio::Health`]; the process, the
 //! event loop and the other cells go on.
 
+pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod event_loop;
 pub mod fs;
 pub mod host_io;
+mod lanes;
 pub mod metrics;
 pub mod net;
 pub mod output_tail;

@@ -5,6 +5,7 @@
 
 use std::os::fd::OwnedFd;
 
+use cloister_devices::balloon::Balloon;
 use cloister_devices::block::{Block, BlockConfig, CacheMode, DiskKind};
 use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
 use cloister_devices::net::{Net, NetBackend, NetConfig};
@@ -48,6 +49,11 @@ pub const ALL: &[Specimen] = &[
     Specimen {
         name: "block",
         make: block,
+        busy_queue: 0,
+    },
+    Specimen {
+        name: "balloon",
+        make: balloon,
         busy_queue: 0,
     },
     Specimen {
@@ -136,5 +142,12 @@ fn net(_: &Machine) -> Animal {
     Animal {
         device: Box::new(Net::new(config).unwrap()),
         keep: vec![other_end],
+    }
+}
+
+fn balloon(machine: &Machine) -> Animal {
+    Animal {
+        device: Box::new(Balloon::new(true, machine.pool.clone())),
+        keep: Vec::new(),
     }
 }

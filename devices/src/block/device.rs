@@ -167,7 +167,7 @@ impl Block {
             health: context.health,
             metrics: Arc::clone(&self.metrics),
         });
-        let handler = BlockHandler::new(queues, Arc::clone(&shared));
+        let handler = BlockHandler::new(queues, &shared);
         self.shared = Some(shared);
         Ok(Arc::new(Mutex::new(handler)))
     }

@@ -8,18 +8,8 @@
 //! (CVE-2026-24054 is a bind mount that was taken for a block device). A read-only disk refuses writes here, whatever
 //! the descriptor would allow and the guest's driver believes.
 //!
-//! Disk I/O blocks, so requests run on the shared worker pool, straight between the file and guest memory. The event
-//! loop only starts *lanes*: a lane is a job that takes chains off its queue, one at a time, serves them and gives
-//! them back.
-//!
-//! ```text
-//!  kick ─▶ event loop ─▶ lane ─┬▶ take chain ─▶ preadv/pwritev/… ─▶ give back ─┐   queue empty: notifications on,
-//!                              └──────────── up to LANE_BUDGET times ◀─────────┘   the lane ends
-//! ```
-//!
-//! A lane that finds more chains starts another, up to a limit per device; after its budget it goes to the end of the
-//! pool's queue. So what a guest has waiting lies in its own rings, never in the host's memory, and the pool is
-//! shared fairly between cells.
+//! Disk I/O blocks, so requests run in lanes on the shared worker pool (`lanes.rs`), straight between the file and
+//! guest memory.
 //!
 //! *Nothing is lost*: FLUSH is fdatasync. In write-through mode (the driver did not take FLUSH, or turned the cache
 //! off by CONFIG_WCE, or the host's configuration says so) each write is followed by it before it is reported. Linux
