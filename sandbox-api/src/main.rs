@@ -1,3 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Placeholder of the first commit.
-fn main() {}
+//! The `cloister` command; all of it is in the library.
+
+fn main() -> std::process::ExitCode {
+    cloister_sandbox_api::cli::main()
+}

@@ -4,14 +4,14 @@
 use super::guest::Guest;
 use cloister_devices::fs::{AttachOptions, CachePolicy, Fs, FsConfig, FsHandle};
 use cloister_devices::net::{Net, NetBackend, NetConfig};
-use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
+use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
 use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, KernelBoot, StopReason};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -193,14 +193,14 @@ impl Machine {
     pub fn listen(&self, port: u32) -> io::Result<mpsc::Receiver<UnixStream>> {
         let listener = self.vsock.listen(port)?;
         listener.set_nonblocking(true)?;
-        let listener = AsyncFd::with_interest(Acceptor(listener), Interest::READABLE)?;
+        let listener = AsyncFd::register_with_interest(listener, Interest::READABLE)?;
         let (sender, receiver) = mpsc::channel(64);
         tokio::spawn(async move {
             loop {
                 let Ok(mut ready) = listener.readable().await else {
                     break;
                 };
-                match ready.try_io(|acceptor| acceptor.get_ref().0.accept()) {
+                match ready.try_io(|listener| listener.get_ref().accept()) {
                     Ok(Ok((stream, _))) => {
                         if sender.send(stream).await.is_err() {
                             break;
@@ -217,14 +217,6 @@ impl Machine {
             }
         });
         Ok(receiver)
-    }
-}
-
-struct Acceptor(VsockListener);
-
-impl std::os::fd::AsRawFd for Acceptor {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.as_fd().as_raw_fd()
     }
 }
 
@@ -279,7 +271,7 @@ fn description(kernel: &File) -> cloister_boot::x86_64::Description {
 fn watch_end(cell: &Arc<Cell>) -> io::Result<watch::Receiver<Option<StopReason>>> {
     let (sender, receiver) = watch::channel(None);
     let event = cell.stopped_event().try_clone_to_owned()?;
-    let event = AsyncFd::with_interest(event, Interest::READABLE)?;
+    let event = AsyncFd::register_with_interest(event, Interest::READABLE)?;
     let weak = Arc::downgrade(cell);
     tokio::spawn(async move {
         if event.readable().await.is_ok() {

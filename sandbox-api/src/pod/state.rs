@@ -210,6 +210,18 @@ pub struct Alive {
     _lock: File,
 }
 
+impl Alive {
+    /// The lock as a descriptor, to be inherited by the process that goes on hosting.
+    pub fn into_file(self) -> File {
+        self._lock
+    }
+
+    /// The inherited lock.
+    pub fn from_file(file: File) -> Self {
+        Self { _lock: file }
+    }
+}
+
 impl Pods {
     /// Uses (and makes) the folders.
     ///

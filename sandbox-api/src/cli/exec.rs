@@ -1,0 +1,371 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `exec`: another process in a running container, its streams through fifos, as containerd does it.
+
+use super::args::ExecArgs;
+use super::{Context, Failure, Outcome, client, parse};
+use crate::ids;
+use crate::pod::state::{Pods, Record};
+use crate::pod::terminal;
+use crate::runtime::{spec, user};
+use cloister_protocol::PROCESS_TYPE_URL;
+use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::protobuf::well_known_types::any::Any;
+use cloister_protocol::task::{
+    CloseIORequest, DeleteRequest, ExecProcessRequest, KillRequest, ResizePtyRequest, StartRequest,
+    TaskClient, WaitRequest,
+};
+use cloister_protocol::ttrpc::context::Context as Call;
+use oci_spec::runtime::{Process, Spec};
+use rustix::fs::{CWD, FileType, Mode, OFlags};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+
+pub fn exec(context: &Context, args: &ExecArgs) -> Outcome {
+    let (container, command) = args
+        .words
+        .split_first()
+        .ok_or_else(|| Failure::new("a container is needed"))?;
+    if args.tty && args.interactive && !args.detach && !terminal::stdin_is_terminal() {
+        return Err(Failure::new(
+            "the input device is not a TTY (leave out -t, or give it one)",
+        ));
+    }
+    let (pods, record) = client::running(context, container)?;
+    let process = process(context, &pods, &record, args, command)?;
+    let code = client::runtime()?.block_on(run(&pods, &record, args, process));
+    match code {
+        // Threads may sit in a read of the terminal; the process's end is theirs.
+        Ok(code) => Ok(code),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// The container's own process, changed as asked.
+fn process(
+    context: &Context,
+    pods: &Pods,
+    record: &Record,
+    args: &ExecArgs,
+    command: &[String],
+) -> Outcome<Process> {
+    let path = pods.state_dir(&record.id).join("config.json");
+    let spec: Spec = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let mut process = spec
+        .process()
+        .clone()
+        .ok_or_else(|| Failure::new("the container has no process"))?;
+    process.set_args(Some(command.to_vec()));
+    process.set_terminal(Some(args.tty));
+    let own = |name: &str| std::env::var(name).ok();
+    let mut added = Vec::new();
+    if args.tty {
+        added.push("TERM=xterm".to_owned());
+    }
+    for text in &args.env {
+        added.extend(parse::env(text, own).map_err(Failure::new)?);
+    }
+    let env = process.env().clone().unwrap_or_default();
+    process.set_env(Some(spec::environment(env.iter().chain(&added))));
+    if let Some(dir) = &args.workdir {
+        if !dir.starts_with('/') {
+            return Err(Failure::new(format!("Cwd must be an absolute path, not {dir:?}")).with_code(126));
+        }
+        process.set_cwd(PathBuf::from(dir));
+    }
+    if let Some(text) = &args.user {
+        let user = lookup(context, pods, record, text)?;
+        let mut oci = process.user().clone();
+        oci.set_uid(user.uid);
+        oci.set_gid(user.gid);
+        oci.set_additional_gids(Some(user.groups));
+        process.set_user(oci);
+        if user.uid != 0
+            && let Some(mut capabilities) = process.capabilities().clone()
+        {
+            capabilities.set_effective(Some(Default::default()));
+            capabilities.set_permitted(Some(Default::default()));
+            process.set_capabilities(Some(capabilities));
+        }
+    }
+    Ok(process)
+}
+
+/// The user files of a running container: its own, else those of its topmost layer that has some. The overlay itself is
+/// known to the hosting process only.
+fn lookup(context: &Context, pods: &Pods, record: &Record, text: &str) -> Outcome<user::User> {
+    let open = |path: &Path| {
+        rustix::fs::openat(
+            CWD,
+            path,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+    };
+    let mut roots: Vec<OwnedFd> = open(&pods.data_dir(&record.id).join("upper"))
+        .into_iter()
+        .collect();
+    match &record.plan.rootfs {
+        Some(dir) => roots.extend(open(dir)),
+        None => roots.extend(context.store()?.layer_roots(&record.layers)?.into_iter().rev()),
+    }
+    let has_passwd =
+        |root: &&OwnedFd| crate::image::open_in(root.as_fd(), Path::new("etc/passwd"), OFlags::PATH).is_ok();
+    let root = roots
+        .iter()
+        .find(has_passwd)
+        .or(roots.first())
+        .ok_or_else(|| Failure::new("no root file system"))?;
+    Ok(user::resolve(root.as_fd(), text)?)
+}
+
+/// A private folder of fifos; dropped, it is gone.
+struct Fifos(PathBuf);
+
+impl Fifos {
+    fn new(pods: &Pods, id: &str, exec: &str) -> io::Result<Self> {
+        let dir = pods.state_dir(id).join(format!("exec-{exec}"));
+        rustix::fs::mkdirat(CWD, &dir, Mode::RWXU)?;
+        let fifos = Self(dir);
+        for name in ["stdin", "stdout", "stderr"] {
+            rustix::fs::mknodat(
+                CWD,
+                fifos.0.join(name),
+                FileType::Fifo,
+                Mode::RUSR | Mode::WUSR,
+                0,
+            )?;
+        }
+        Ok(fifos)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Fifos {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Copies on a thread; the receiver hears of the end.
+fn copy_on_thread(
+    name: &str,
+    open_from: impl FnOnce() -> io::Result<File> + Send + 'static,
+    open_to: impl FnOnce() -> io::Result<File> + Send + 'static,
+) -> io::Result<oneshot::Receiver<()>> {
+    let (sender, receiver) = oneshot::channel();
+    let copy = move || {
+        let copied = (|| {
+            let (mut from, mut to) = (open_from()?, open_to()?);
+            let mut buffer = vec![0; 32 << 10];
+            loop {
+                match from.read(&mut buffer) {
+                    Ok(0) => return Ok(()),
+                    Ok(n) => to.write_all(buffer.get(..n).unwrap_or_default())?,
+                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                    Err(e) => return Err(e),
+                }
+            }
+        })();
+        if let Err(error) = copied {
+            log::debug!("stream: {error}");
+        }
+        let _ = sender.send(());
+    };
+    std::thread::Builder::new().name(name.to_owned()).spawn(copy)?;
+    Ok(receiver)
+}
+
+async fn run(pods: &Pods, record: &Record, args: &ExecArgs, process: Process) -> Outcome {
+    let task = client::connect(pods, record).await?;
+    let exec_id = ids::random_hex(16);
+    let fifos = Fifos::new(pods, &record.id, &exec_id)?;
+    let attached = !args.detach;
+    let name = |wanted: bool, name: &str| {
+        if wanted {
+            fifos.path(name).display().to_string()
+        } else {
+            String::new()
+        }
+    };
+    let request = ExecProcessRequest {
+        id: record.id.clone(),
+        exec_id: exec_id.clone(),
+        terminal: args.tty,
+        stdin: name(attached && args.interactive, "stdin"),
+        stdout: name(attached, "stdout"),
+        stderr: name(attached && !args.tty, "stderr"),
+        spec: MessageField::some(Any {
+            type_url: PROCESS_TYPE_URL.into(),
+            value: serde_json::to_vec(&process)?,
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    let mut ends = Vec::new();
+    let mut stdin_end = None;
+    if attached {
+        for (name, out) in [
+            ("stdout", io::stdout().as_fd().try_clone_to_owned()?),
+            ("stderr", io::stderr().as_fd().try_clone_to_owned()?),
+        ] {
+            if name == "stderr" && args.tty {
+                continue;
+            }
+            // Both ends, so that opening waits for nobody; ours is the last writer only until the service has its own.
+            let path = fifos.path(name);
+            let reader = File::from(
+                rustix::fs::openat(
+                    CWD,
+                    &path,
+                    OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+                    Mode::empty(),
+                )
+                .map_err(io::Error::from)?,
+            );
+            let writer = File::options().write(true).open(&path)?;
+            rustix::io::ioctl_fionbio(&reader, false).map_err(io::Error::from)?;
+            ends.push((
+                copy_on_thread(name, move || Ok(reader), move || Ok(File::from(out)))?,
+                writer,
+            ));
+        }
+    }
+    let started = start(&task, &request).await;
+    // From here on the service's are the only writers.
+    let ends: Vec<oneshot::Receiver<()>> = ends.into_iter().map(|(end, _writer)| end).collect();
+    started?;
+    if args.detach {
+        // Nobody will ask for it; the container's end takes it along.
+        return Ok(0);
+    }
+    if args.interactive {
+        let stdin = io::stdin().as_fd().try_clone_to_owned()?;
+        let path = fifos.path("stdin");
+        let open = move || File::options().write(true).open(path);
+        stdin_end = Some(copy_on_thread("stdin", move || Ok(File::from(stdin)), open)?);
+    }
+    let raw = (args.tty && terminal::stdin_is_terminal())
+        .then(terminal::Raw::stdin)
+        .transpose()?;
+    let code = follow(&task, &record.id, &exec_id, args.tty, stdin_end).await;
+    for end in ends {
+        let _ = end.await;
+    }
+    drop(raw);
+    let delete = DeleteRequest {
+        id: record.id.clone(),
+        exec_id,
+        ..Default::default()
+    };
+    let _ = task.delete(Call::default(), &delete).await;
+    drop(fifos);
+    code
+}
+
+async fn start(task: &TaskClient, request: &ExecProcessRequest) -> Outcome<()> {
+    let failed = |error| {
+        let failure = client::said(error);
+        let code = match &failure.message {
+            text if text.contains("executable file not found") || text.contains("no such file") => 127,
+            text if text.contains("permission denied") || text.contains("is a directory") => 126,
+            _ => 125,
+        };
+        failure.with_code(code)
+    };
+    task.exec(Call::default(), request).await.map_err(failed)?;
+    let start = StartRequest {
+        id: request.id.clone(),
+        exec_id: request.exec_id.clone(),
+        ..Default::default()
+    };
+    let started = task.start(Call::default(), &start).await.map_err(failed);
+    if started.is_err() {
+        let delete = DeleteRequest {
+            id: request.id.clone(),
+            exec_id: request.exec_id.clone(),
+            ..Default::default()
+        };
+        let _ = task.delete(Call::default(), &delete).await;
+    }
+    started.map(|_| ())
+}
+
+async fn resize(task: &TaskClient, id: &str, exec_id: &str) {
+    if let Some((width, height)) = terminal::size() {
+        let request = ResizePtyRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            width: width.into(),
+            height: height.into(),
+            ..Default::default()
+        };
+        let _ = task.resize_pty(Call::default(), &request).await;
+    }
+}
+
+/// Waits for the process; signals and window sizes go to it, the end of our stdin to its stdin.
+async fn follow(
+    task: &TaskClient,
+    id: &str,
+    exec_id: &str,
+    tty: bool,
+    stdin_end: Option<oneshot::Receiver<()>>,
+) -> Outcome {
+    let request = WaitRequest {
+        id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+        ..Default::default()
+    };
+    let wait = task.wait(Call::default(), &request);
+    tokio::pin!(wait);
+    let mut window = signal(SignalKind::window_change())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    let stdin_end = async move {
+        match stdin_end {
+            Some(end) => drop(end.await),
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(stdin_end);
+    let mut stdin_open = true;
+    if tty {
+        resize(task, id, exec_id).await;
+    }
+    loop {
+        let signal = tokio::select! {
+            response = &mut wait => {
+                let status = response.map_err(client::said)?.exit_status;
+                return Ok(u8::try_from(status).unwrap_or(125));
+            }
+            () = &mut stdin_end, if stdin_open => {
+                stdin_open = false;
+                let close = CloseIORequest { id: id.to_owned(), exec_id: exec_id.to_owned(), stdin: true, ..Default::default() };
+                let _ = task.close_io(Call::default(), &close).await;
+                continue;
+            }
+            _ = window.recv(), if tty => {
+                resize(task, id, exec_id).await;
+                continue;
+            }
+            _ = interrupt.recv() => libc::SIGINT,
+            _ = terminate.recv() => libc::SIGTERM,
+            _ = hangup.recv() => libc::SIGHUP,
+        };
+        let kill = KillRequest {
+            id: id.to_owned(),
+            exec_id: exec_id.to_owned(),
+            signal: u32::try_from(signal).unwrap_or(15),
+            ..Default::default()
+        };
+        let _ = task.kill(Call::default(), &kill).await;
+    }
+}

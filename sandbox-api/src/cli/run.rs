@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `run`: from the flags to a record, and the process that hosts it: this one, or a background copy of the program.
+//!
+//! The background copy inherits two descriptors: as stdin the lock that says the pod is alive, as stdout a pipe on
+//! which it says one line when the container runs, or why it does not.
+
+use super::args::{PullPolicy, RunArgs};
+use super::{Context, Failure, Outcome, containers, parse, print};
+use crate::clock;
+use crate::host_check;
+use crate::ids;
+use crate::image::{self, Image, Progress, PullOptions, Source, Store};
+use crate::pod::host::{self, Attach};
+use crate::pod::state::{Alive, Plan, Pods, Record, Status};
+use crate::pod::terminal;
+use crate::runtime::spec::{self, Wishes};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+/// The hosting process has nothing to say any more.
+const READY: &str = "ready\n";
+
+pub fn run(context: &Context, args: RunArgs) -> Outcome {
+    let failed = |failure: Failure| {
+        let code = if failure.code == 1 { 125 } else { failure.code };
+        failure.with_code(code)
+    };
+    run_inner(context, args).map_err(failed)
+}
+
+fn run_inner(context: &Context, args: RunArgs) -> Outcome {
+    // What can be refused without doing anything, first.
+    if let Some(name) = &args.name
+        && !ids::is_valid_name(name)
+    {
+        return Err(Failure::new(format!(
+            "Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed"
+        )));
+    }
+    if args.tty && args.interactive && !args.detach && !terminal::stdin_is_terminal() {
+        return Err(Failure::new(
+            "the input device is not a TTY (leave out -t, or give it one)",
+        ));
+    }
+    if !args.publish.is_empty() && args.net != crate::pod::state::Network::Nat {
+        return Err(Failure::new(
+            "-p needs --net nat: without an address of its own the pod's ports cannot be published",
+        ));
+    }
+    host_check::can_run().map_err(Failure::new)?;
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::new(
+            "root is needed to unpack and mount images; run cloister as root",
+        ));
+    }
+    let kernel = guest_file(args.kernel.as_ref(), "guest kernel", "vmlinux", "--kernel")?;
+    let initrd = guest_file(args.initrd.as_ref(), "initramfs", "initramfs.cpio", "--initrd")?;
+
+    let store = context.store()?;
+    // Until the record names the layers.
+    let hold = store.hold()?;
+    let chosen = choose(&store, &args)?;
+    let mut wishes = wishes(&args, chosen.words)?;
+    let config = match &chosen.image {
+        Some(image) => store.config(image)?.config().clone().unwrap_or_default(),
+        None => oci_spec::image::Config::default(),
+    };
+    let command = spec::command(&config, &wishes).map_err(Failure::new)?;
+    prepare_volumes(&mut wishes)?;
+
+    let pods = context.pods()?;
+    let id = ids::container_id();
+    let plan = Plan {
+        wishes,
+        cpus: args.cpus,
+        memory: args.memory,
+        network: args.net,
+        publish: args.publish,
+        hostname: args
+            .hostname
+            .unwrap_or_else(|| id.get(..12).unwrap_or(&id).to_owned()),
+        kernel,
+        initrd,
+        kernel_args: args.kernel_arg,
+        init_timeout_ms: args.init_timeout.saturating_mul(1000),
+        auto_remove: args.rm,
+        interactive: args.interactive,
+        stop_signal: args
+            .stop_signal
+            .unwrap_or_else(|| containers::stop_signal(config.stop_signal().as_deref())),
+        rootfs: chosen.rootfs,
+        labels: args.label.into_iter().collect(),
+    };
+    let record = Record {
+        id,
+        name: String::new(),
+        image: chosen.name,
+        image_id: chosen.image.as_ref().map(|image| image.id.clone()),
+        layers: chosen.image.map(|image| image.layers).unwrap_or_default(),
+        command,
+        plan,
+        status: Status::Created,
+        pid: Some(std::process::id()),
+        created: clock::now(),
+        started: None,
+        finished: None,
+        exit_code: None,
+        error: None,
+        net: None,
+    };
+    let (record, alive) = pods.reserve(record, args.name.as_deref())?;
+    drop(hold);
+    if args.detach {
+        return detach(context, &pods, &record, alive);
+    }
+    let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
+    let attach = Attach {
+        stdin: if record.plan.interactive {
+            Some(own(io::stdin().as_fd())?)
+        } else {
+            None
+        },
+        stdout: Some(own(io::stdout().as_fd())?),
+        stderr: Some(own(io::stderr().as_fd())?),
+    };
+    let code = host::host(&pods, &store, record, alive, attach, || ())?;
+    Ok(u8::try_from(code).unwrap_or(125))
+}
+
+/// The image, and the words that are its command.
+struct Chosen {
+    name: String,
+    image: Option<Image>,
+    rootfs: Option<PathBuf>,
+    words: Vec<String>,
+}
+
+fn choose(store: &Store, args: &RunArgs) -> Outcome<Chosen> {
+    let absolute = |path: &Path| {
+        path.canonicalize()
+            .and_then(|path| {
+                if path.is_dir() {
+                    Ok(path)
+                } else {
+                    Err(io::ErrorKind::NotADirectory.into())
+                }
+            })
+            .map_err(|e| Failure::new(format!("cannot use {} as a root directory: {e}", path.display())))
+    };
+    if let Some(dir) = &args.rootfs {
+        let rootfs = Some(absolute(dir)?);
+        return Ok(Chosen {
+            name: dir.display().to_string(),
+            image: None,
+            rootfs,
+            words: args.words.clone(),
+        });
+    }
+    let (name, words) = args
+        .words
+        .split_first()
+        .ok_or_else(|| Failure::new("an image is needed"))?;
+    let progress = Progress::for_stderr(args.quiet);
+    let source = Source::parse(name)?;
+    let image = match &source {
+        Source::Directory(dir) => {
+            let rootfs = Some(absolute(dir)?);
+            return Ok(Chosen {
+                name: name.clone(),
+                image: None,
+                rootfs,
+                words: words.to_vec(),
+            });
+        }
+        Source::Reference(reference) => match (store.find(reference), args.pull) {
+            (Ok(image), PullPolicy::Missing | PullPolicy::Never) => image,
+            (Err(image::Error::NotFound(_)), PullPolicy::Missing) | (_, PullPolicy::Always) => {
+                if args.pull == PullPolicy::Missing && !args.quiet {
+                    eprintln!("Unable to find image '{reference}' locally");
+                }
+                let options = PullOptions {
+                    insecure: args.insecure,
+                    ..PullOptions::default()
+                };
+                image::pull(store, reference, &options, &progress)?
+            }
+            (Err(error), _) => return Err(error.into()),
+        },
+        _ => image::import(store, &source, &progress)?,
+    };
+    Ok(Chosen {
+        name: name.clone(),
+        image: Some(image),
+        rootfs: None,
+        words: words.to_vec(),
+    })
+}
+
+fn wishes(args: &RunArgs, words: Vec<String>) -> Outcome<Wishes> {
+    let own = |name: &str| std::env::var(name).ok();
+    let mut env = Vec::new();
+    for file in &args.env_file {
+        let failed =
+            |why: &dyn std::fmt::Display| Failure::new(format!("--env-file {}: {why}", file.display()));
+        let content = std::fs::read_to_string(file).map_err(|e| failed(&e))?;
+        env.extend(parse::env_file(&content, own).map_err(|e| failed(&e))?);
+    }
+    for text in &args.env {
+        env.extend(parse::env(text, own).map_err(Failure::new)?);
+    }
+    let mut wishes = Wishes {
+        args: words,
+        entrypoint: args.entrypoint.clone(),
+        env,
+        workdir: args.workdir.clone(),
+        user: args.user.clone(),
+        terminal: args.tty,
+        read_only: args.read_only,
+        tmpfs: args.tmpfs.clone(),
+        volumes: args.volume.clone(),
+    };
+    for mount in &args.mount {
+        match mount.clone() {
+            parse::MountFlag::Bind(volume) => wishes.volumes.push(volume),
+            parse::MountFlag::Tmpfs(path, options) => wishes.tmpfs.push((path, options)),
+        }
+    }
+    let mut targets: Vec<&Path> = wishes
+        .volumes
+        .iter()
+        .map(|v| v.target.as_path())
+        .chain(wishes.tmpfs.iter().map(|(p, _)| p.as_path()))
+        .collect();
+    targets.sort_unstable();
+    if let Some(pair) = targets.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Failure::new(format!(
+            "Duplicate mount point: {}",
+            pair[0].display()
+        )));
+    }
+    Ok(wishes)
+}
+
+/// Makes the volumes' folders absolute, and those that do not exist, as docker does.
+fn prepare_volumes(wishes: &mut Wishes) -> Outcome<()> {
+    for volume in &mut wishes.volumes {
+        let failed =
+            |e: io::Error| Failure::new(format!("cannot use volume {}: {e}", volume.source.display()));
+        if !volume.source.exists() {
+            std::fs::create_dir_all(&volume.source).map_err(failed)?;
+        }
+        volume.source = volume.source.canonicalize().map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// A file of the guest: by flag or environment, beside the program, or installed.
+fn guest_file(given: Option<&PathBuf>, what: &str, name: &str, flag: &str) -> Outcome<PathBuf> {
+    let missing = |path: &Path| {
+        Failure::new(format!(
+            "there is no {what} at {}: build it with `make guest`, or name one with {flag}",
+            path.display()
+        ))
+    };
+    if let Some(path) = given {
+        return path.canonicalize().map_err(|_| missing(path));
+    }
+    let program = std::env::current_exe().ok();
+    let beside = program
+        .as_deref()
+        .and_then(Path::parent)
+        .map(|dir| dir.join("../guest").join(name));
+    let installed = Path::new("/usr/lib/cloister").join(name);
+    let candidates = beside.into_iter().chain([installed.clone()]);
+    candidates
+        .into_iter()
+        .find_map(|path| path.canonicalize().ok())
+        .ok_or_else(|| missing(&installed))
+}
+
+fn detach(context: &Context, pods: &Pods, record: &Record, alive: Alive) -> Outcome {
+    let log_path = pods.data_dir(&record.id).join("host.log");
+    let log = File::options()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(&log_path)?;
+    let program = std::env::current_exe()?;
+    let level = log::max_level().as_str().to_lowercase();
+    let mut child = Command::new(program)
+        .arg("--root")
+        .arg(context.root.canonicalize()?)
+        .arg("--state")
+        .arg(context.state.canonicalize()?)
+        .args(["--log-level", &level, "host-pod", &record.id])
+        .current_dir("/")
+        .stdin(Stdio::from(alive.into_file()))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::from(log))
+        .spawn()?;
+    let mut said = String::new();
+    if let Some(pipe) = &mut child.stdout {
+        pipe.read_to_string(&mut said)?;
+    }
+    if said == READY {
+        print(&format!("{}\n", record.id))?;
+        return Ok(0);
+    }
+    let status = child.wait()?;
+    let message = if said.is_empty() {
+        format!("the hosting process ended: {status}; see {}", log_path.display())
+    } else {
+        said
+    };
+    Err(Failure::new(message.trim_end()).with_code(
+        status
+            .code()
+            .and_then(|code| u8::try_from(code).ok())
+            .unwrap_or(125),
+    ))
+}
+
+/// The background copy.
+pub fn host_pod(context: &Context, id: &str) -> Outcome {
+    let alive = Alive::from_file(File::from(io::stdin().as_fd().try_clone_to_owned()?));
+    // Its end is what the parent waits for.
+    let report = Mutex::new(Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)));
+    let tell = |report: &Mutex<Option<File>>, text: &str| {
+        if let Some(mut pipe) = report.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            let _ = pipe.write_all(text.as_bytes());
+        }
+    };
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null).map_err(io::Error::from)?;
+    rustix::stdio::dup2_stdout(&null).map_err(io::Error::from)?;
+    // Out of the terminal's session: its Ctrl-C and its end are not for us.
+    let _ = rustix::process::setsid();
+
+    let pods = Pods::open(&context.state, &context.root)?;
+    let store = context.store()?;
+    let mut record = pods.load(id)?;
+    record.pid = Some(std::process::id());
+    pods.save(&record)?;
+    // `-di`: an input that never ends, until the container does.
+    let keep: Option<(OwnedFd, OwnedFd)> = if record.plan.interactive {
+        Some(io_pipe()?)
+    } else {
+        None
+    };
+    let (stdin, _writer) = keep.unzip();
+    let attach = Attach {
+        stdin,
+        ..Attach::default()
+    };
+    let result = host::host(&pods, &store, record, alive, attach, || tell(&report, READY));
+    match result {
+        Ok(code) => Ok(u8::try_from(code).unwrap_or(125)),
+        Err(error) => {
+            let message = crate::error::chain(&error);
+            tell(&report, &message);
+            log::error!("{message}");
+            Ok(error.exit_code())
+        }
+    }
+}
+
+fn io_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
+}
