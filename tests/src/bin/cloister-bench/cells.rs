@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::time::Duration;
 
-use cloister_vmm::{CellHost, CellHostConfig};
+use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 
 use crate::Context;
 use crate::ours::{Ours, chain};
@@ -56,6 +56,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
                 console: None,
                 devices: Vec::new(),
                 cid: 1000 + index,
+                huge_pages: HugePages::No,
             };
             let (cell, vsock) = config.create(&host)?;
             let listener = vsock.listen(READY_PORT)?;

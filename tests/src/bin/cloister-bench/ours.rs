@@ -10,7 +10,7 @@ use std::time::Duration;
 use cloister_boot::x86_64::Description;
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
 use cloister_vmm::config::BASE_COMMAND_LINE;
-use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, KernelBoot, SerialConfig};
+use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, HugePages, KernelBoot, SerialConfig};
 
 /// What to run: the same as [`crate::qemu::Qemu`] describes for the peer.
 pub struct Ours<'a> {
@@ -28,6 +28,8 @@ pub struct Ours<'a> {
     pub devices: Vec<DeviceConfig>,
     /// Its vsock address.
     pub cid: u32,
+    /// Pages that back its memory.
+    pub huge_pages: HugePages,
 }
 
 impl Ours<'_> {
@@ -48,6 +50,7 @@ impl Ours<'_> {
         let mut config = CellConfig::new(format!("bench-{}", self.cid), Boot::Kernel(boot));
         config.memory_mib = self.memory_mib.into();
         config.serial = self.console.map(|output| SerialConfig { output: Some(output) });
+        config.huge_pages = self.huge_pages;
         config.devices = self.devices;
         let device = Box::new(vsock);
         config.devices.push(DeviceConfig::Custom {

@@ -3,7 +3,7 @@
 
 use std::io;
 
-use cloister_vmm::{CellHost, CellHostConfig};
+use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 
 use crate::Context;
 use crate::guest_lines::GuestFigures;
@@ -33,6 +33,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
             console: Some(console.into()),
             devices: Vec::new(),
             cid: 300 + round,
+            huge_pages: HugePages::Transparent,
         };
         let (cell, vsock) = config.create(&host)?;
         vsock_server::serve(|port| {
