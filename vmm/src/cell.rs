@@ -45,7 +45,7 @@ use crate::memory::{Memory, SlotRange};
 use crate::stats::{self, CellStats, KvmStat};
 use crate::stop::StopReason;
 use crate::vcpu::{VcpuControl, VcpuThread, lock_fd};
-use crate::x86_64::interrupt_chip::{Chip, KERNEL_PINS};
+use crate::x86_64::interrupt_chip::Chip;
 use crate::x86_64::ioapic::{Asserted, REGISTERS_SIZE};
 use crate::x86_64::ports::{
     ABSENT, Absent, KEYBOARD_COMMAND, KeyboardReset, POWER_PORTS, PowerPorts, SerialPorts,
@@ -770,11 +770,7 @@ fn build(
                 command_line: &kernel.command_line,
                 description: kernel.description,
                 vcpus: config.vcpus,
-                ioapic_pins: if matches!(chip, Chip::Kernel) {
-                    KERNEL_PINS
-                } else {
-                    pins
-                },
+                other_gsis: if serial.is_some() { &[COM1_GSI] } else { &[] },
                 devices: &addresses,
             };
             let loaded = boot::load(memory.ram().as_ref(), layout, &request)?;

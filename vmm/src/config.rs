@@ -21,9 +21,9 @@ use crate::x86_64::ioapic::MAX_PINS;
 /// Longest name of a cell in bytes.
 pub const MAX_NAME: usize = 64;
 
-/// What every kernel of ours is told, whatever else: how to end (see `stop`), and that its clock and its random numbers
-/// can be trusted. Only words that our kernel knows: it hands others to init as arguments.
-pub const BASE_COMMAND_LINE: &str = "quiet reboot=t panic=-1 tsc=reliable random.trust_cpu=on";
+/// What every kernel of ours is told, whatever else: to keep to itself what is less than critical (each letter on a serial
+/// port is two exits), how to end (see `stop`), and that its clock and its random numbers can be trusted. Only words that our kernel knows: it hands others to init as arguments.
+pub const BASE_COMMAND_LINE: &str = "loglevel=3 reboot=t panic=-1 tsc=reliable random.trust_cpu=on";
 
 /// One virtual machine.
 #[derive(Debug)]
@@ -54,11 +54,11 @@ pub struct CellConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum HugePages {
     /// Ordinary pages.
-    #[default]
     No,
     /// Transparent huge pages, from a tmpfs of the program's own where it may make one (CAP_SYS_ADMIN), otherwise
     /// where the host's setting `shmem_enabled` gives them. A guest then takes memory in steps of 2 MiB, and KVM maps
     /// it with a five-hundredth of the exits.
+    #[default]
     Transparent,
     /// Reserved huge pages of 2 MiB (hugetlbfs): all of the RAM, or an error.
     Reserved,
@@ -206,7 +206,7 @@ impl CellConfig {
             name: name.into(),
             vcpus: 1,
             memory_mib: 256,
-            huge_pages: HugePages::No,
+            huge_pages: HugePages::default(),
             overcommit: false,
             interrupt_chip: InterruptChip::Auto,
             boot,

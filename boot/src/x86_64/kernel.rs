@@ -19,6 +19,8 @@ const ELF_HEADER_SIZE: usize = 64;
 const PROGRAM_HEADER_SIZE: usize = 56;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+/// Name of the notes that Linux puts into itself, with its NUL.
+const LINUX_NOTE: &[u8] = b"Linux\0";
 /// Most bytes of notes looked through for the PVH note.
 const MAX_NOTES: u64 = 1 << 20;
 /// Where the setup header lies in a bzImage.
@@ -149,6 +151,7 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, layout: &Layout, file: &File) -> Res
 /// A segment of an ELF file that was checked against the file's size.
 struct Segment {
     kind: u32,
+    offset: u64,
     address: u64,
     file_size: u64,
     end: u64,
@@ -184,6 +187,10 @@ fn load_elf<M: GuestMemoryBackend>(mem: &M, layout: &Layout, file: &mut FileAt) 
             .any(|s| (s.address..s.address + s.file_size).contains(&address))
     };
     let kind = match loaded.pvh_boot_cap {
+        // Linux can be entered both ways. By PVH it would first look for Xen, with 256 CPUID exits.
+        PvhBootCapability::PvhEntryPresent(_) if inside(entry) && is_linux(file, &segments)? => {
+            Kind::Elf64 { entry }
+        }
         PvhBootCapability::PvhEntryPresent(GuestAddress(address)) => match u32::try_from(address) {
             Ok(entry) if inside(address) => Kind::ElfPvh { entry },
             _ => return Err(Error::Entry { entry: address }),
@@ -197,6 +204,35 @@ fn load_elf<M: GuestMemoryBackend>(mem: &M, layout: &Layout, file: &mut FileAt) 
         end: loads.iter().map(|s| s.end).max().unwrap_or(HIGH_MEMORY),
         command_line_limit: None,
     })
+}
+
+/// Whether a note says that this is Linux (include/linux/build-salt.h: every vmlinux has notes by that name).
+fn is_linux(file: &FileAt, segments: &[Segment]) -> Result<bool, Error> {
+    for segment in segments.iter().filter(|s| s.kind == PT_NOTE) {
+        // Its size was bounded when the headers were read.
+        let mut notes = vec![0; usize::try_from(segment.file_size).unwrap_or(0)];
+        file.read_exact_at(&mut notes, segment.offset)
+            .map_err(Error::Read)?;
+        let mut rest = notes.as_slice();
+        while let Some((header, body)) = rest.split_at_checked(12) {
+            let padded = |at| {
+                usize::try_from(u32_at(header, at))
+                    .unwrap_or(usize::MAX)
+                    .checked_next_multiple_of(4)
+            };
+            let (Some(name), Some(content)) = (padded(0), padded(4)) else {
+                break;
+            };
+            if body.starts_with(LINUX_NOTE) {
+                return Ok(true);
+            }
+            let Some(next) = name.checked_add(content).and_then(|skip| body.get(skip..)) else {
+                break;
+            };
+            rest = next;
+        }
+    }
+    Ok(false)
 }
 
 /// Reads and checks the ELF header and the program headers.
@@ -265,6 +301,7 @@ fn read_elf_headers(file: &FileAt) -> Result<(u64, Vec<Segment>), Error> {
         })?;
         segments.push(Segment {
             kind,
+            offset,
             address,
             file_size,
             end,
@@ -450,6 +487,18 @@ pub(crate) mod tests {
         assert_eq!(mem.read_obj::<u8>(GuestAddress(0x10_0002)).unwrap(), 0xf4);
         assert_eq!((kernel.start, kernel.end), (0x10_0000, 0x10_0103));
         let kernel = load(&mem, &layout, &memfd(&elf(&[0xf4], false))).unwrap();
+        assert!(matches!(kernel.kind, Kind::Elf64 { entry: 0x10_0000 }));
+    }
+
+    #[test]
+    fn linux_is_entered_in_64_bits_although_it_has_the_pvh_note() {
+        let (mem, layout) = memory(4);
+        let mut image = elf(&[0x90, 0x90, 0xf4], true);
+        // One more note behind the first: "Linux", four bytes.
+        header(&mut image, 64 + 56, PT_NOTE, 0x800, 0, 44, 44);
+        image[0x814..0x820].copy_from_slice(&[6, 0, 0, 0, 4, 0, 0, 0, 0, 1, 0, 0]);
+        image[0x820..0x826].copy_from_slice(LINUX_NOTE);
+        let kernel = load(&mem, &layout, &memfd(&image)).unwrap();
         assert!(matches!(kernel.kind, Kind::Elf64 { entry: 0x10_0000 }));
     }
 

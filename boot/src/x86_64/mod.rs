@@ -5,7 +5,7 @@
 //!
 //! | kind | recognised by | entered |
 //! | --- | --- | --- |
-//! | ELF with a PVH note | ELF magic, note `Xen` type 18 | 32-bit protected mode, paging off, EBX = `hvm_start_info` |
+//! | ELF with a PVH note | ELF magic, note `Xen` type 18, no note `Linux` | 32-bit protected mode, paging off, EBX = `hvm_start_info` |
 //! | ELF | ELF magic | 64-bit long mode, identity map, RSI = zero page |
 //! | bzImage | `HdrS` at 0x202 | 64-bit long mode at +0x200, RSI = zero page (Linux boot protocol 2.12) |
 //!
@@ -65,8 +65,8 @@ pub struct BootRequest<'a> {
     pub description: Description,
     /// Number of vCPUs; APIC ids are 0 to `vcpus` - 1.
     pub vcpus: u8,
-    /// Number of pins the IOAPIC has.
-    pub ioapic_pins: u8,
+    /// Interrupts that are wired beside the devices', for example the serial port's 4.
+    pub other_gsis: &'a [u32],
     /// The virtio-mmio devices.
     pub devices: &'a [MmioDevice],
 }
@@ -135,7 +135,9 @@ pub fn load<M: GuestMemoryBackend>(mem: &M, layout: &Layout, request: &BootReque
             for device in request.devices {
                 line.push_virtio_mmio(device.base, device.size, device.gsi)?;
             }
-            mp_table::write(mem, request.vcpus, request.ioapic_pins)?;
+            let devices = request.devices.iter().map(|device| device.gsi);
+            let gsis: Vec<u32> = request.other_gsis.iter().copied().chain(devices).collect();
+            mp_table::write(mem, request.vcpus, &gsis)?;
             None
         }
         Description::Acpi => Some(acpi::write(mem, request.vcpus, request.devices)?),

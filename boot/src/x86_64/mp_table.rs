@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The MP table (Intel MultiProcessor Specification 1.4), by which a kernel without ACPI finds processors, the
-//! IOAPIC and how ISA interrupts are wired: pin n of the IOAPIC is interrupt n, edge-triggered, active high.
+//! IOAPIC and how ISA interrupts are wired: pin n of the IOAPIC is interrupt n, edge-triggered, active high. Only
+//! pins that are wired are listed: Linux programs each that is, at eight exits a pin.
 
 use super::layout::{BASE_MEMORY_END, IOAPIC, LOCAL_APIC, MP_TABLE};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -33,25 +34,32 @@ pub enum Error {
         /// vCPUs asked for.
         vcpus: u8,
         /// Pins asked for.
-        pins: u8,
+        pins: usize,
         /// Bytes needed.
         size: usize,
         /// Bytes there.
         room: u64,
     },
+    /// An interrupt that no pin has.
+    #[error("interrupt {0} has no pin")]
+    Gsi(u32),
     /// Guest memory ends before it.
     #[error("cannot write at {MP_TABLE:#x}")]
     Memory(#[source] vm_memory::GuestMemoryError),
 }
 
-/// Writes the table for `vcpus` processors with APIC ids from 0 and an IOAPIC of `pins` pins.
-pub fn write<M: GuestMemoryBackend>(mem: &M, vcpus: u8, pins: u8) -> Result<(), Error> {
-    let bytes = table(vcpus, pins);
+/// Writes the table for `vcpus` processors with APIC ids from 0 and an IOAPIC whose pins `gsis` are wired.
+pub fn write<M: GuestMemoryBackend>(mem: &M, vcpus: u8, gsis: &[u32]) -> Result<(), Error> {
+    let mut pins = Vec::new();
+    for gsi in gsis {
+        pins.push(u8::try_from(*gsi).map_err(|_| Error::Gsi(*gsi))?);
+    }
+    let bytes = table(vcpus, &pins);
     let room = BASE_MEMORY_END - MP_TABLE;
     if bytes.len() as u64 > room || vcpus > MAX_VCPUS {
         return Err(Error::TooLarge {
             vcpus,
-            pins,
+            pins: pins.len(),
             size: bytes.len(),
             room,
         });
@@ -61,7 +69,7 @@ pub fn write<M: GuestMemoryBackend>(mem: &M, vcpus: u8, pins: u8) -> Result<(), 
 }
 
 /// The floating pointer and, right behind it, the table.
-fn table(vcpus: u8, pins: u8) -> Vec<u8> {
+fn table(vcpus: u8, pins: &[u8]) -> Vec<u8> {
     const POINTER_SIZE: u32 = 16;
     const HEADER_SIZE: usize = 44;
     // An APIC id that no processor has.
@@ -85,7 +93,7 @@ fn table(vcpus: u8, pins: u8) -> Vec<u8> {
     let mut ioapic = vec![ENTRY_IOAPIC, ioapic_id, IOAPIC_VERSION, 1];
     ioapic.extend_from_slice(&low(IOAPIC));
     entry(&ioapic);
-    for pin in 0..pins {
+    for &pin in pins {
         // Flags 0: as the bus has it, which for ISA is edge-triggered, active high.
         entry(&[ENTRY_INTERRUPT, INTERRUPT_VECTORED, 0, 0, 0, pin, ioapic_id, pin]);
     }
@@ -144,7 +152,7 @@ mod tests {
     #[test]
     fn checksums_and_counts_agree_with_the_entries() {
         for (vcpus, pins) in [(1, 5), (2, 24), (32, 24)] {
-            let bytes = table(vcpus, pins);
+            let bytes = table(vcpus, &(0..pins).collect::<Vec<u8>>());
             assert_eq!(&bytes[..4], b"_MP_");
             assert_eq!(checksum(&bytes[..16]), 0);
             let length = usize::from(u16::from_le_bytes([bytes[20], bytes[21]]));
@@ -167,9 +175,9 @@ mod tests {
     #[test]
     fn too_many_are_refused() {
         let mem = vm_memory::GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        assert!(write(&mem, 32, 24).is_ok());
+        assert!(write(&mem, 32, &(0..24).collect::<Vec<u32>>()).is_ok());
         assert!(matches!(
-            write(&mem, 64, 24),
+            write(&mem, 64, &(0..24).collect::<Vec<u32>>()),
             Err(Error::TooLarge { vcpus: 64, .. })
         ));
     }

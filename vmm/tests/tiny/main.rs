@@ -111,7 +111,7 @@ fn both_interrupt_chips_and_all_kinds_of_pages() {
     let (reason, _) = run(
         &host,
         CellConfig {
-            huge_pages: HugePages::Transparent,
+            huge_pages: HugePages::No,
             ..config(guests::hello())
         },
     );
