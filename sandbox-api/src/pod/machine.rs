@@ -193,7 +193,8 @@ impl Machine {
     pub fn listen(&self, port: u32) -> io::Result<mpsc::Receiver<UnixStream>> {
         let listener = self.vsock.listen(port)?;
         listener.set_nonblocking(true)?;
-        let listener = AsyncFd::register_with_interest(listener, Interest::READABLE)?;
+        // SAFETY: the listener owns its descriptor, answers the same one each time, and closes it when dropped.
+        let listener = unsafe { AsyncFd::register_with_interest(listener, Interest::READABLE) }?;
         let (sender, receiver) = mpsc::channel(64);
         tokio::spawn(async move {
             loop {
@@ -271,7 +272,8 @@ fn description(kernel: &File) -> cloister_boot::x86_64::Description {
 fn watch_end(cell: &Arc<Cell>) -> io::Result<watch::Receiver<Option<StopReason>>> {
     let (sender, receiver) = watch::channel(None);
     let event = cell.stopped_event().try_clone_to_owned()?;
-    let event = AsyncFd::register_with_interest(event, Interest::READABLE)?;
+    // SAFETY: an OwnedFd is the same open descriptor until it is dropped.
+    let event = unsafe { AsyncFd::register_with_interest(event, Interest::READABLE) }?;
     let weak = Arc::downgrade(cell);
     tokio::spawn(async move {
         if event.readable().await.is_ok() {
