@@ -107,6 +107,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         qemu_times.push(qemu(context, 200 + pair)?);
     }
     let Some(boot) = last else { return Ok(()) };
+    let small_pages = ours(context, &host, 99, HugePages::No)?;
     let conditions = format!(
         "1 vCPU, {MEMORY_MIB} MiB, our kernel and initramfs, no serial port, vsock only, transparent huge pages"
     );
@@ -151,7 +152,6 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         "",
         &format!("{conditions}; {stats:?}"),
     )?;
-    let small_pages = ours(context, &host, 99, HugePages::No)?;
     let exits = f64::from(u32::try_from(small_pages.all).unwrap_or(u32::MAX));
     let own = format!("{conditions}, but no huge pages: one exit per page that the guest touches first");
     add("boot.exits_4k_pages", exits, "exits", "", "", &own)?;
