@@ -89,7 +89,8 @@ impl EventsServer {
 
     /// Closes the connections.
     pub async fn stop(mut self) {
-        let _ = self.server.shutdown().await;
+        // Not `shutdown`: it panics when the stream of connections has ended, as it does with the VM.
+        self.server.disconnect().await;
     }
 }
 
