@@ -17,9 +17,9 @@ use cloister_protocol::containerd_shim_protos::cgroups_v2::metrics::{
 };
 use cloister_protocol::events::{TASK_OOM_EVENT_TOPIC, TaskOOM};
 use cloister_protocol::protobuf::MessageField;
-use oci_spec::runtime::LinuxResources;
 use rustix::fs::inotify;
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -159,7 +159,7 @@ impl Cgroup {
     ///
     /// # Errors
     /// As of write(2), with the file and the value.
-    pub fn update(&self, resources: &LinuxResources) -> io::Result<()> {
+    pub fn update(&self, resources: &Value) -> io::Result<()> {
         for (file, value) in limits(resources) {
             if file == "memory.swap.max" && !has_swap() {
                 continue;
@@ -462,66 +462,64 @@ fn number_or_max(number: i64) -> String {
     u64::try_from(number).map_or_else(|_| "max".to_owned(), |n| n.to_string())
 }
 
-/// Files to write, in order, for the limits an Update names.
-fn limits(resources: &LinuxResources) -> Vec<(String, String)> {
+/// Files to write, in order, for the limits an Update names (OCI `LinuxResources` as JSON).
+fn limits(resources: &Value) -> Vec<(String, String)> {
     let mut files = Vec::new();
     let mut put = |file: &str, value: String| files.push((file.to_owned(), value));
-    if let Some(memory) = resources.memory() {
-        // 0 means "not given" in the messages of CRI.
-        let max = memory.limit().filter(|n| *n != 0);
-        if let Some(swap) = memory.swap().filter(|n| *n != 0) {
-            // OCI counts memory and swap together, the kernel swap alone.
-            let alone = match max {
-                Some(max) if swap > 0 && max > 0 => swap.saturating_sub(max).max(0),
-                _ => swap,
-            };
-            put("memory.swap.max", number_or_max(alone));
-        }
-        if let Some(max) = max {
-            put("memory.max", number_or_max(max));
-        }
-        if let Some(low) = memory.reservation().filter(|n| *n != 0) {
-            put("memory.low", number_or_max(low));
-        }
+    // 0 means "not given" in the messages of CRI, and so does "" below.
+    let number = |path: &str| {
+        resources
+            .pointer(path)
+            .and_then(Value::as_i64)
+            .filter(|n| *n != 0)
+    };
+    let text = |path: &str| {
+        resources
+            .pointer(path)
+            .and_then(Value::as_str)
+            .filter(|s| !s.is_empty())
+    };
+    let max = number("/memory/limit");
+    if let Some(swap) = number("/memory/swap") {
+        // OCI counts memory and swap together, the kernel swap alone.
+        let alone = match max {
+            Some(max) if swap > 0 && max > 0 => swap.saturating_sub(max).max(0),
+            _ => swap,
+        };
+        put("memory.swap.max", number_or_max(alone));
     }
-    if let Some(cpu) = resources.cpu() {
-        if let Some(shares) = cpu.shares().filter(|n| *n != 0) {
-            put("cpu.weight", cpu_weight(shares).to_string());
-        }
-        let period = cpu.period().filter(|n| *n != 0);
-        match (cpu.quota().filter(|n| *n != 0), period) {
-            (Some(quota), period) => {
-                let mut value = number_or_max(quota);
-                if let Some(period) = period {
-                    value = format!("{value} {period}");
-                }
-                put("cpu.max", value);
-            }
-            (None, Some(period)) => put("cpu.max", format!("max {period}")),
-            (None, None) => {}
-        }
-        if let Some(cpus) = cpu.cpus().as_ref().filter(|s| !s.is_empty()) {
-            put("cpuset.cpus", cpus.clone());
-        }
-        if let Some(mems) = cpu.mems().as_ref().filter(|s| !s.is_empty()) {
-            put("cpuset.mems", mems.clone());
-        }
+    if let Some(max) = max {
+        put("memory.max", number_or_max(max));
     }
-    if let Some(pids) = resources.pids() {
-        put(
-            "pids.max",
-            if pids.limit() > 0 {
-                pids.limit().to_string()
-            } else {
-                "max".to_owned()
-            },
-        );
+    if let Some(low) = number("/memory/reservation") {
+        put("memory.low", number_or_max(low));
     }
-    if let Some(unified) = resources.unified() {
-        let mut all: Vec<_> = unified.iter().filter(|(file, _)| is_control_file(file)).collect();
-        all.sort();
-        for (file, value) in all {
-            put(file, value.clone());
+    if let Some(shares) = number("/cpu/shares").and_then(|n| u64::try_from(n).ok()) {
+        put("cpu.weight", cpu_weight(shares).to_string());
+    }
+    match (number("/cpu/quota"), number("/cpu/period")) {
+        (Some(quota), Some(period)) => put("cpu.max", format!("{} {period}", number_or_max(quota))),
+        (Some(quota), None) => put("cpu.max", number_or_max(quota)),
+        (None, Some(period)) => put("cpu.max", format!("max {period}")),
+        (None, None) => {}
+    }
+    if let Some(cpus) = text("/cpu/cpus") {
+        put("cpuset.cpus", cpus.to_owned());
+    }
+    if let Some(mems) = text("/cpu/mems") {
+        put("cpuset.mems", mems.to_owned());
+    }
+    if let Some(pids) = number("/pids/limit") {
+        put("pids.max", number_or_max(pids));
+    }
+    for (file, value) in resources
+        .get("unified")
+        .and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+    {
+        if let Some(value) = value.as_str().filter(|_| is_control_file(file)) {
+            put(file, value.to_owned());
         }
     }
     files
@@ -536,12 +534,8 @@ fn is_control_file(name: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn resources(json: &str) -> LinuxResources {
-        serde_json::from_str(json).unwrap()
-    }
-
     fn pairs(json: &str) -> Vec<(String, String)> {
-        limits(&resources(json))
+        limits(&serde_json::from_str(json).unwrap())
     }
 
     #[test]

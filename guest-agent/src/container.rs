@@ -28,7 +28,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use rustix::process::Signal;
 
 use crate::cgroup::{self, Cgroup};
-use crate::error::{Result, already_exists, failed_precondition, invalid_argument, not_found, unknown};
+use crate::error::{Result, already_exists, failed_precondition, not_found, unknown};
 use crate::events::{Publisher, timestamp};
 use crate::process::{GivenNames, Process};
 use crate::reaper::{Exit, Reaper};
@@ -70,6 +70,8 @@ pub struct Container {
     pub cgroup: Cgroup,
     /// bundles/ID
     pub bundle: PathBuf,
+    /// It has a seccomp profile.
+    seccomp: bool,
     /// Where its root file system was mounted, if the agent did that.
     rootfs: Option<PathBuf>,
     inner: Mutex<Inner>,
@@ -313,18 +315,14 @@ impl Context {
                 })?;
             }
         }
-        if prepared
-            .spec
-            .hooks()
-            .as_ref()
-            .is_some_and(|h| h.poststart().is_some() || h.poststop().is_some())
+        if ["/hooks/poststart", "/hooks/poststop"]
+            .iter()
+            .any(|hook| prepared.json.pointer(hook).is_some())
         {
             log::warn!("container {id}: poststart and poststop hooks are not run");
         }
-        prepared
-            .spec
-            .save(bundle.join("config.json"))
-            .map_err(|e| unknown(format!("spec of container {id}: {}", crate::error::chain(&e))))?;
+        fs::write(bundle.join("config.json"), prepared.json.to_string())
+            .map_err(|e| unknown(format!("spec of container {id}: {e}")))?;
         let state = self.state_dir();
         fs::create_dir_all(&state).map_err(|e| unknown(format!("state directory: {e}")))?;
 
@@ -343,6 +341,10 @@ impl Context {
             init,
             cgroup: Cgroup::new(&prepared.cgroup),
             bundle: bundle.to_owned(),
+            seccomp: prepared
+                .json
+                .pointer("/linux/seccomp")
+                .is_some_and(|s| !s.is_null()),
             rootfs,
             inner: Mutex::default(),
             lifecycle: tokio::sync::Mutex::default(),
@@ -438,7 +440,8 @@ impl Context {
         let container = self.container(&request.id)?;
         spec::check_id(&request.exec_id)?;
         let names = Names::parse(&request.stdin, &request.stdout, &request.stderr, request.terminal)?;
-        let (process, console_size) = spec::prepare_exec(request.spec.get_or_default(), request.terminal)?;
+        let (process, console_size) =
+            spec::prepare_exec(request.spec.get_or_default(), request.terminal, container.seccomp)?;
         if container.init.exit().is_some() {
             return Err(failed_precondition("cannot exec in a stopped container"));
         }
@@ -447,8 +450,7 @@ impl Context {
             return Err(already_exists(format!("id {}", request.exec_id)));
         }
         let file = container.bundle.join(format!("exec-{}.json", request.exec_id));
-        let json = serde_json::to_vec(&process).map_err(|e| invalid_argument(format!("OCI process: {e}")))?;
-        fs::write(&file, json)
+        fs::write(&file, process.to_string())
             .map_err(|e| unknown(format!("OCI process of exec {}: {e}", request.exec_id)))?;
         let given = GivenNames {
             stdin: request.stdin,

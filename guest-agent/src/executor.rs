@@ -124,6 +124,9 @@ fn environment(given: &[String], complete: &HashMap<String, String>) -> Vec<CStr
             result.extend(CString::new(format!("{name}={value}")).ok());
         }
     }
+    if !seen.contains("HOME") {
+        result.push(c"HOME=/".to_owned());
+    }
     result
 }
 
@@ -234,6 +237,11 @@ mod tests {
             find("/etc/passwd/x", "").unwrap_err(),
             "exec: \"/etc/passwd/x\": not a directory"
         );
+    }
+
+    #[test]
+    fn there_is_always_a_home() {
+        assert_eq!(environment(&[], &HashMap::new()), [c"HOME=/".to_owned()]);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::container::Container as State;
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::oci_spec::runtime::{Capabilities, Capability, LinuxSeccomp, Process, Spec};
+use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
 use crate::executor::AgentExecutor;
@@ -64,34 +64,10 @@ pub fn main(args: &[OsString]) -> i32 {
 }
 
 /// The seccomp profile of a container, for a process that joins it: libcontainer forgets it there.
-///
-/// Without "no new privileges" only a process with CAP_SYS_ADMIN may load a profile, and that has to happen after
-/// libcontainer has set the capabilities. So the process gets this one on top, outside the bounding set: execve, which
-/// comes next, takes it away again.
-fn seccomp_of(state: &str, id: &str, process_file: &str) -> Result<Option<LinuxSeccomp>, String> {
+fn seccomp_of(state: &str, id: &str) -> Result<Option<LinuxSeccomp>, String> {
     let state = State::load(Path::new(state).join(id)).map_err(|e| error::chain(&e))?;
     let spec = Spec::load(state.bundle().join("config.json")).map_err(|e| error::chain(&e))?;
-    let Some(seccomp) = spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()) else {
-        return Ok(None);
-    };
-    let text = std::fs::read(process_file).map_err(|e| format!("{process_file}: {e}"))?;
-    let mut process: Process = serde_json::from_slice(&text).map_err(|e| format!("{process_file}: {e}"))?;
-    if process.no_new_privileges() != Some(true)
-        && let Some(mut capabilities) = process.capabilities().clone()
-    {
-        let with_admin = |set: &Option<Capabilities>| {
-            let mut set = set.clone().unwrap_or_default();
-            set.insert(Capability::SysAdmin);
-            Some(set)
-        };
-        let effective = with_admin(capabilities.effective());
-        let permitted = with_admin(capabilities.permitted());
-        capabilities.set_effective(effective).set_permitted(permitted);
-        process.set_capabilities(Some(capabilities));
-        let text = serde_json::to_vec(&process).map_err(|e| format!("{process_file}: {e}"))?;
-        std::fs::write(process_file, text).map_err(|e| format!("{process_file}: {e}"))?;
-    }
-    Ok(Some(seccomp))
+    Ok(spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()))
 }
 
 fn run(
@@ -105,7 +81,7 @@ fn run(
     let explain = |e: libcontainer::error::LibcontainerError| error::chain(&e);
     let console = (console != "-").then(|| PathBuf::from(console));
     let first = command == "create";
-    let seccomp = if first { None } else { seccomp_of(state, id, path)? };
+    let seccomp = if first { None } else { seccomp_of(state, id)? };
     let control = control.try_clone().map_err(|e| e.to_string())?;
     let executor = AgentExecutor::new(control, first, seccomp);
     let builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! OCI specs as they come from the host, made fit for libcontainer.
+//!
+//! They are handled as plain JSON: what the agent does not know passes through to libcontainer, which reads the file.
 
 use std::path::{Path, PathBuf};
 
 use cloister_protocol::protobuf::well_known_types::any::Any;
-use oci_spec::runtime::{LinuxNamespaceType, Process, Root, Spec};
+use serde_json::{Map, Value};
 
 use crate::error::{Result, invalid_argument};
 
@@ -32,7 +34,7 @@ pub fn check_id(id: &str) -> Result<()> {
 #[derive(Debug)]
 pub struct Prepared {
     /// config.json
-    pub spec: Spec,
+    pub json: Value,
     /// The container's cgroup, relative to the root of the tree.
     pub cgroup: PathBuf,
     /// Size the terminal starts with: width, height in characters.
@@ -42,59 +44,75 @@ pub struct Prepared {
 /// Reads the spec of a container from Create's options.
 ///
 /// `mounted_root` is set when the agent mounts the root file system itself. Fields that make libcontainer refuse a spec
-/// though they mean nothing in a pod are dropped: the hostname of a container that shares the pod's UTS namespace, labels of security modules, a limit of swap
-/// space on a kernel without any.
+/// though they mean nothing in a pod are dropped: the hostname of a container that shares the pod's UTS namespace, labels
+/// of security modules, a limit of swap space on a kernel without any.
 ///
 /// # Errors
 /// InvalidArgument.
 pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Path>) -> Result<Prepared> {
-    let mut spec: Spec = serde_json::from_slice(&options.value)
+    let wrong = |what: &str| invalid_argument(format!("the OCI spec of container {id} {what}"));
+    let mut json: Value = serde_json::from_slice(&options.value)
         .map_err(|e| invalid_argument(format!("the OCI spec of container {id} cannot be read: {e}")))?;
+    let spec = json.as_object_mut().ok_or_else(|| wrong("is no object"))?;
+    let root = member(spec, "root").ok_or_else(|| wrong("has a root that is no object"))?;
     if let Some(path) = mounted_root {
-        let mut root = spec.root().clone().unwrap_or_default();
-        root.set_path(path.to_owned());
-        spec.set_root(Some(root));
+        let path = path
+            .to_str()
+            .ok_or_else(|| wrong("has a bundle whose path is no text"))?;
+        root.insert("path".to_owned(), path.into());
     }
-    let rooted = spec
-        .root()
-        .as_ref()
-        .map(Root::path)
-        .is_some_and(|path| path.is_absolute());
-    if !rooted {
-        return Err(invalid_argument(format!(
-            "container {id} has neither rootfs mounts nor an absolute root path"
-        )));
-    }
-    let mut process = spec
-        .process()
-        .clone()
-        .ok_or_else(|| invalid_argument(format!("container {id} has no process")))?;
-    let console_size = fit_process(&mut process, terminal);
-    spec.set_process(Some(process));
-    let mut linux = spec.linux().clone().unwrap_or_default();
-    linux.set_mount_label(None).set_intel_rdt(None);
-    if !has_swap()
-        && let Some(resources) = linux.resources_mut()
-        && let Some(memory) = resources.memory_mut()
+    if !root
+        .get("path")
+        .and_then(Value::as_str)
+        .is_some_and(|path| path.starts_with('/'))
     {
-        memory.set_swap(None);
+        return Err(wrong("has neither rootfs mounts nor an absolute root path"));
     }
-    let own_uts = linux.namespaces().as_ref().is_some_and(|all| {
-        all.iter()
-            .any(|ns| ns.typ() == LinuxNamespaceType::Uts && ns.path().is_none())
-    });
+    let process = spec
+        .get_mut("process")
+        .and_then(Value::as_object_mut)
+        .ok_or_else(|| wrong("has no process"))?;
+    let console_size = fit_process(process, terminal);
+    let linux = member(spec, "linux").ok_or_else(|| wrong("has a linux section that is no object"))?;
+    linux.remove("mountLabel");
+    linux.remove("intelRdt");
+    if !has_swap()
+        && let Some(memory) = linux
+            .get_mut("resources")
+            .and_then(|r| r.get_mut("memory")?.as_object_mut())
+    {
+        memory.remove("swap");
+    }
+    let own_uts = linux
+        .get("namespaces")
+        .and_then(Value::as_array)
+        .is_some_and(|all| {
+            all.iter()
+                .any(|ns| ns["type"] == "uts" && ns["path"].as_str().is_none_or(str::is_empty))
+        });
+    let cgroup = cgroup_path(
+        id,
+        linux.get("cgroupsPath").and_then(Value::as_str).map(Path::new),
+    )?;
+    let path = format!("/{}", cgroup.to_str().unwrap_or_default());
+    linux.insert("cgroupsPath".to_owned(), path.into());
     if !own_uts {
-        spec.set_hostname(None);
-        spec.set_domainname(None);
+        spec.remove("hostname");
+        spec.remove("domainname");
     }
-    let cgroup = cgroup_path(id, linux.cgroups_path().as_deref())?;
-    linux.set_cgroups_path(Some(Path::new("/").join(&cgroup)));
-    spec.set_linux(Some(linux));
     Ok(Prepared {
-        spec,
+        json,
         cgroup,
         console_size,
     })
+}
+
+/// An object in an object, made if it is not there; None if it is something else.
+fn member<'a>(object: &'a mut Map<String, Value>, key: &str) -> Option<&'a mut Map<String, Value>> {
+    object
+        .entry(key)
+        .or_insert_with(|| Value::Object(Map::new()))
+        .as_object_mut()
 }
 
 /// A container's cgroup below the root of the tree; `cloister/ID` when the spec names none.
@@ -122,33 +140,53 @@ pub fn has_swap() -> bool {
 
 /// What holds for every process. Security labels name profiles of the host's kernel, which the guest's does not have: the
 /// VM is what they would protect. Returns the size of the terminal.
-fn fit_process(process: &mut Process, terminal: bool) -> Option<(u16, u16)> {
-    process
-        .set_terminal(Some(terminal))
-        .set_apparmor_profile(None)
-        .set_selinux_label(None);
-    if process.no_new_privileges() == Some(false) {
+fn fit_process(process: &mut Map<String, Value>, terminal: bool) -> Option<(u16, u16)> {
+    process.insert("terminal".to_owned(), terminal.into());
+    process.remove("apparmorProfile");
+    process.remove("selinuxLabel");
+    if process.get("noNewPrivileges") == Some(&Value::Bool(false)) {
         // libcontainer takes "present" for "true" when it decides how to load a seccomp profile.
-        process.set_no_new_privileges(None);
+        process.remove("noNewPrivileges");
     }
-    console_size(process)
+    let size = process.get("consoleSize")?;
+    let of = |key: &str| {
+        size.get(key)?
+            .as_u64()
+            .and_then(|n| u16::try_from(n).ok())
+            .filter(|n| *n > 0)
+    };
+    Some((of("width")?, of("height")?))
 }
 
-fn console_size(process: &Process) -> Option<(u16, u16)> {
-    let size = process.console_size()?;
-    let of = |n: u64| u16::try_from(n).ok().filter(|n| *n > 0);
-    Some((of(size.width())?, of(size.height())?))
-}
-
-/// Reads the process of an exec.
+/// Reads the process of an exec. `seccomp` tells that the container has a profile. Returns the JSON for libcontainer, and
+/// the size of the terminal.
+///
+/// Without "no new privileges" only a process with CAP_SYS_ADMIN may load a profile, and that happens after libcontainer
+/// has set the capabilities (see [`crate::executor`]). So the process gets this one on top, outside the bounding set:
+/// execve, which comes next, takes it away again.
 ///
 /// # Errors
 /// InvalidArgument.
-pub fn prepare_exec(options: &Any, terminal: bool) -> Result<(Process, Option<(u16, u16)>)> {
-    let mut process: Process = serde_json::from_slice(&options.value)
+pub fn prepare_exec(options: &Any, terminal: bool, seccomp: bool) -> Result<(Value, Option<(u16, u16)>)> {
+    let mut json: Value = serde_json::from_slice(&options.value)
         .map_err(|e| invalid_argument(format!("the OCI process cannot be read: {e}")))?;
-    let size = fit_process(&mut process, terminal);
-    Ok((process, size))
+    let process = json
+        .as_object_mut()
+        .ok_or_else(|| invalid_argument("the OCI process is no object"))?;
+    let size = fit_process(process, terminal);
+    let new_privileges = process.get("noNewPrivileges") != Some(&Value::Bool(true));
+    if seccomp
+        && new_privileges
+        && let Some(sets) = process.get_mut("capabilities").and_then(Value::as_object_mut)
+    {
+        for set in ["effective", "permitted"] {
+            let set = sets.entry(set).or_insert_with(|| Value::Array(Vec::new()));
+            if let Some(set) = set.as_array_mut() {
+                set.push(Value::from("CAP_SYS_ADMIN"));
+            }
+        }
+    }
+    Ok((json, size))
 }
 
 #[cfg(test)]
@@ -162,37 +200,71 @@ mod tests {
         }
     }
 
-    const SPEC: &str = r#"{"ociVersion":"1.1.0","hostname":"h","root":{"path":"rootfs"},
-        "process":{"terminal":false,"cwd":"/","args":["sh"],"user":{"uid":0,"gid":0},"consoleSize":{"width":100,"height":30}},
+    const SPEC: &str = r#"{"ociVersion":"1.1.0","hostname":"h","root":{"path":"rootfs","readonly":true},"future":[1],
+        "process":{"terminal":false,"cwd":"/","args":["sh"],"user":{"uid":0,"gid":0},"apparmorProfile":"x",
+            "noNewPrivileges":false,"consoleSize":{"width":100,"height":30}},
         "linux":{"cgroupsPath":"/k8s.io/./abc","namespaces":[{"type":"mount"},{"type":"uts","path":"/proc/1/ns/uts"}]}}"#;
 
     #[test]
     fn a_spec_is_made_fit() {
         let got = prepare("c1", &any(SPEC), true, Some(Path::new("/b/rootfs"))).unwrap();
         assert_eq!(got.cgroup, Path::new("k8s.io/abc"));
-        assert_eq!(got.spec.root().as_ref().unwrap().path(), Path::new("/b/rootfs"));
-        assert_eq!(got.spec.hostname(), &None);
-        assert_eq!(got.spec.process().as_ref().unwrap().terminal(), Some(true));
+        assert_eq!(got.json["linux"]["cgroupsPath"], "/k8s.io/abc");
+        assert_eq!(got.json["root"]["path"], "/b/rootfs");
+        assert_eq!(got.json["root"]["readonly"], true);
+        assert_eq!(got.json["process"]["terminal"], true);
+        assert_eq!(got.json["future"][0], 1, "what we do not know is passed on");
         assert_eq!(got.console_size, Some((100, 30)));
+        for gone in [
+            "/hostname",
+            "/process/apparmorProfile",
+            "/process/noNewPrivileges",
+        ] {
+            assert_eq!(got.json.pointer(gone), None, "{gone}");
+        }
     }
 
     #[test]
     fn a_hostname_of_its_own_is_kept() {
         let spec = SPEC.replace(r#","path":"/proc/1/ns/uts""#, "");
         let got = prepare("c1", &any(&spec), false, Some(Path::new("/b"))).unwrap();
-        assert_eq!(got.spec.hostname().as_deref(), Some("h"));
+        assert_eq!(got.json["hostname"], "h");
     }
 
     #[test]
     fn bad_specs_are_refused() {
-        assert!(prepare("c1", &any("{"), false, None).is_err());
+        let root = Some(Path::new("/b"));
+        for bad in [
+            "{",
+            "[]",
+            "{}",
+            r#"{"process":[]}"#,
+            r#"{"process":{},"linux":1}"#,
+            r#"{"process":{},"root":""}"#,
+        ] {
+            assert!(prepare("c1", &any(bad), false, root).is_err(), "{bad}");
+        }
         assert!(
             prepare("c1", &any(SPEC), false, None).is_err(),
             "relative root and no mounts"
         );
         let spec = SPEC.replace("/k8s.io/./abc", "/../../x");
-        assert!(prepare("c1", &any(&spec), false, Some(Path::new("/b"))).is_err());
-        assert!(prepare_exec(&any("[]"), false).is_err());
+        assert!(prepare("c1", &any(&spec), false, root).is_err());
+        assert!(prepare_exec(&any("[]"), false, false).is_err());
+    }
+
+    #[test]
+    fn an_exec_may_load_its_seccomp_profile() {
+        let process = r#"{"args":["sh"],"capabilities":{"bounding":["CAP_KILL"],"permitted":["CAP_KILL"]}}"#;
+        let (json, _) = prepare_exec(&any(process), false, true).unwrap();
+        assert_eq!(json["capabilities"]["permitted"][1], "CAP_SYS_ADMIN");
+        assert_eq!(json["capabilities"]["effective"][0], "CAP_SYS_ADMIN");
+        assert_eq!(json["capabilities"]["bounding"].as_array().unwrap().len(), 1);
+        let (json, _) = prepare_exec(&any(process), false, false).unwrap();
+        assert_eq!(json["capabilities"].get("effective"), None);
+        let strict = process.replace(r#""args""#, r#""noNewPrivileges":true,"args""#);
+        let (json, _) = prepare_exec(&any(&strict), false, true).unwrap();
+        assert_eq!(json["capabilities"].get("effective"), None);
     }
 
     #[test]

@@ -213,7 +213,7 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> Result<Empty> {
         let container = self.0.container(&request.id)?;
-        let resources = serde_json::from_slice(&request.resources.get_or_default().value)
+        let resources: serde_json::Value = serde_json::from_slice(&request.resources.get_or_default().value)
             .map_err(|e| invalid_argument(format!("the resources cannot be read: {e}")))?;
         container
             .cgroup

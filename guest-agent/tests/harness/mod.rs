@@ -288,7 +288,7 @@ impl Bed {
         let agent = Command::new("qemu-system-x86_64")
             .args([
                 "-M",
-                "microvm,rtc=off,pit=off,pic=off",
+                "microvm,acpi=off,rtc=off,pit=off,pic=off",
                 "-accel",
                 "kvm",
                 "-cpu",
