@@ -164,7 +164,7 @@ pub fn main(started: u64) -> i32 {
     logger::to_kernel(options.log);
     if options.log >= log::LevelFilter::Debug {
         // The kernel would drop most of it otherwise.
-        warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on"));
+        warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on\n"));
     }
     warn("root was not moved off rootfs", root);
     warn("/dev was not mounted", dev);

@@ -32,7 +32,7 @@ use tokio::net::UnixListener;
 use tokio::sync::{mpsc, oneshot};
 
 /// Far more than anything here takes, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(280);
 
 /// The context of every request.
 pub fn ctx() -> Context {
@@ -288,7 +288,9 @@ impl Bed {
         let agent = Command::new("qemu-system-x86_64")
             .args([
                 "-M",
-                "microvm,acpi=off,rtc=off,pit=off,pic=off",
+                "microvm,acpi=off,pit=off,pic=off,rtc=off,auto-kernel-cmdline=on,isa-serial=on",
+                "-bios",
+                "qboot.rom",
                 "-accel",
                 "kvm",
                 "-cpu",
@@ -301,7 +303,8 @@ impl Bed {
             .args([
                 "-nodefaults",
                 "-no-user-config",
-                "-nographic",
+                "-display",
+                "none",
                 "-no-reboot",
                 "-serial",
                 "stdio",
