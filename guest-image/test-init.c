@@ -23,6 +23,7 @@
 #include <string.h>
 #include <sys/fanotify.h>
 #include <sys/inotify.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
@@ -156,7 +157,10 @@ static void want_device_program(void)
 	attributes.insns = (unsigned long)code;
 	attributes.insn_cnt = 2;
 	attributes.license = (unsigned long)"Apache-2.0";
-	program = syscall(SYS_bpf, BPF_PROG_LOAD, &attributes, sizeof(attributes));
+	// The verifier gives up with EAGAIN when the task has work pending; everybody who loads programs tries again.
+	do
+		program = syscall(SYS_bpf, BPF_PROG_LOAD, &attributes, sizeof(attributes));
+	while (program < 0 && errno == EAGAIN);
 	if (program < 0) {
 		lack("cgroup device program");
 		return;
@@ -235,6 +239,14 @@ static void want_devices(void)
 	for (size_t i = 0; i < sizeof(devices) / sizeof(devices[0]); i++)
 		if (strstr(wanted, devices[i].word) && access(devices[i].path, F_OK))
 			lack("device %s: %s", devices[i].word, devices[i].path);
+	if (strstr(wanted, "vsock")) {
+		unsigned int cid = 0;
+		int fd = open("/dev/vsock", O_RDONLY | O_CLOEXEC);
+
+		if (fd < 0 || ioctl(fd, IOCTL_VM_SOCKETS_GET_LOCAL_CID, &cid) || cid < 3 || cid == VMADDR_CID_ANY)
+			lack("device vsock: context %u", cid);
+		close(fd);
+	}
 	at = strstr(wanted, "cpus=");
 	if (at && sysconf(_SC_NPROCESSORS_ONLN) != atol(at + 5)) {
 		errno = 0;
