@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Serves a directory with the virtio-fs server through this machine's /dev/fuse, so that the server can be tested
-//! against a real Linux client without a VM: `fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl]`. The
-//! source appears as `MOUNTPOINT/d`. Ends when it is unmounted. For tests only; needs root.
+//! against a real Linux client without a VM: `fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl] [btime]
+//! [always|never]`. The source appears as `MOUNTPOINT/d`; lines `attach NAME DIRECTORY` and `detach NAME` on standard
+//! input change what else does. Ends when it is unmounted. For tests only; needs root.
 
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,7 +26,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().collect();
     let [_, source, mountpoint, rest @ ..] = &arguments[..] else {
         return Err(
-            "usage: fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl] [always|never]".into(),
+            "usage: fuse-bridge SOURCE MOUNTPOINT [ro] [writeback] [locks] [acl] [btime] [always|never]"
+                .into(),
         );
     };
     let has = |word: &str| rest.iter().any(|given| given == word);
@@ -33,6 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         writeback: has("writeback"),
         remote_locks: has("locks"),
         posix_acl: has("acl"),
+        birth_time: has("btime"),
         ..FsConfig::default()
     };
     let cache = match (has("always"), has("never")) {
@@ -96,6 +99,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         })
     };
+    {
+        let server = Arc::clone(&server);
+        std::thread::spawn(move || {
+            for line in std::io::stdin().lines().map_while(Result::ok) {
+                let words: Vec<&str> = line.split_whitespace().collect();
+                let result = match &words[..] {
+                    ["attach", name, directory] => std::fs::File::open(directory)
+                        .map_err(|error| error.to_string())
+                        .and_then(|fd| {
+                            let attached = server.attach(name, &fd.into(), options);
+                            attached.map(drop).map_err(|error| error.to_string())
+                        }),
+                    ["detach", name] => server.detach(name).map_err(|error| error.to_string()),
+                    _ => Err("attach NAME DIRECTORY, or detach NAME".to_owned()),
+                };
+                if let Err(error) = result {
+                    eprintln!("fuse-bridge: {error}");
+                }
+            }
+        });
+    }
     for thread in threads {
         thread.join().map_err(|_| "a thread panicked")?;
     }

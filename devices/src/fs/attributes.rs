@@ -3,7 +3,6 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid};
 use rustix::io::Errno;
@@ -16,6 +15,7 @@ use super::abi::{
 use super::credentials;
 use super::host;
 use super::inode::Inode;
+use super::root::CachePolicy;
 use super::server::{Request, Server};
 
 /// A device number as the protocol has it (Linux `new_encode_dev`).
@@ -76,8 +76,13 @@ impl Server {
         {
             attr.flags |= ATTR_SUBMOUNT;
         }
-        // A name in the root can vanish at any time, and the guest cannot be told.
-        let name_timeout = if parent.is_none() { Duration::ZERO } else { timeout };
+        // A name in the root stands until it is detached. Then its node answers ESTALE, at which Linux looks the name
+        // up again by itself (LOOKUP_REVAL).
+        let name_timeout = if parent.is_none() {
+            CachePolicy::Always.timeout()
+        } else {
+            timeout
+        };
         EntryOut {
             nodeid: inode.id,
             generation: 0,
@@ -95,6 +100,7 @@ impl Server {
         let _: GetattrIn = request.read()?;
         if request.header.nodeid == ROOT_ID {
             return request.reply(&AttrOut {
+                attr_valid: CachePolicy::Auto.timeout().as_secs(),
                 attr: self.root_attr(),
                 ..AttrOut::default()
             });
@@ -115,6 +121,9 @@ impl Server {
     }
 
     pub(super) fn statx(&self, request: &mut Request<'_>) -> Result<usize, Errno> {
+        if !self.config().birth_time {
+            return Err(Errno::NOSYS);
+        }
         let _: StatxIn = request.read()?;
         // STATX_BASIC_STATS, and STATX_BTIME where the host has it.
         const BASIC: u32 = 0x7ff;

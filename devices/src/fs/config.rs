@@ -25,6 +25,12 @@ pub struct FsConfig {
     pub remote_locks: bool,
     /// POSIX ACLs: the guest keeps them in its attributes, and the host applies default ACLs.
     pub posix_acl: bool,
+    /// Extended attributes. Without them the guest saves a request before the first write to each file, and file
+    /// capabilities do not exist.
+    pub xattr: bool,
+    /// Birth times (STATX). Programs that ask for them, knowingly or not (Rust's standard library always does), then
+    /// cost one more request for each file that they look at.
+    pub birth_time: bool,
     /// Show mounts inside an attachment (and attachments themselves) as mounts with device numbers of their own.
     pub announce_submounts: bool,
 }
@@ -40,6 +46,8 @@ impl Default for FsConfig {
             writeback: false,
             remote_locks: false,
             posix_acl: false,
+            xattr: true,
+            birth_time: false,
             announce_submounts: false,
         }
     }

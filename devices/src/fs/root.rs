@@ -7,8 +7,8 @@
 //!                                  descriptors are closed, so that the host can unmount what was attached
 //! ```
 //!
-//! virtio-fs has no way to tell the guest about a change, so the root's entries are never cached there (their
-//! timeouts are zero).
+//! virtio-fs has no way to tell the guest about a change, and needs none: that a name does not exist is never cached, so
+//! a new one shows at once; a node that went answers ESTALE, upon which Linux looks its name up again.
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

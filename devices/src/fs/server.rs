@@ -439,6 +439,11 @@ impl Server {
             Opcode::Release | Opcode::Releasedir => self.release(request),
             Opcode::Fsync | Opcode::Fsyncdir => self.fsync(request),
             Opcode::Syncfs => self.syncfs(request),
+            Opcode::Setxattr | Opcode::Getxattr | Opcode::Listxattr | Opcode::Removexattr
+                if !self.config.xattr =>
+            {
+                Err(Errno::NOSYS)
+            }
             Opcode::Setxattr => self.setxattr(request),
             Opcode::Getxattr => self.getxattr(request),
             Opcode::Listxattr => self.listxattr(request),

@@ -663,9 +663,27 @@ fn attributes_are_set_and_shown() {
     );
     assert_eq!((attr.atime, attr.atimensec), (1_000_000_000, 7));
     assert_eq!((attr.mtime.cast_signed(), attr.mtimensec), (-5, 8));
-    let stat: StatxOut = driver
-        .ask(Opcode::Statx, node, &[StatxIn::default().as_bytes()])
+    let statx =
+        |driver: &Driver, node| driver.ask::<StatxOut>(Opcode::Statx, node, &[StatxIn::default().as_bytes()]);
+    assert_eq!(statx(&driver, node), Err(Errno::NOSYS));
+    let config = FsConfig {
+        birth_time: true,
+        xattr: false,
+        ..FsConfig::default()
+    };
+    let with_birth_time = Driver::new(config);
+    with_birth_time
+        .server
+        .attach("d", &directory.fd(), AttachOptions::default())
         .unwrap();
+    let root = with_birth_time.lookup(ROOT_ID, "d").unwrap();
+    let same = with_birth_time.lookup(root, "f").unwrap();
+    let list = GetxattrIn { size: 0, padding: 0 };
+    assert_eq!(
+        with_birth_time.call(Opcode::Listxattr, same, &[list.as_bytes()]),
+        Err(Errno::NOSYS)
+    );
+    let stat = statx(&with_birth_time, same).unwrap();
     assert_eq!(
         (stat.stat.size, stat.stat.mtime.sec, stat.stat.ino),
         (3, -5, attr.ino)
