@@ -55,7 +55,8 @@ fn options() -> Result<Options> {
         command_line: format!("console=ttyS0 {BASE_COMMAND_LINE}"),
         description: Description::MpTable,
     };
-    let (mut memory_mib, mut vcpus, mut chip, mut huge_pages) = (256, 1, InterruptChip::Auto, HugePages::No);
+    let (mut memory_mib, mut vcpus, mut chip, mut huge_pages) =
+        (256, 1, InterruptChip::Auto, HugePages::default());
     let (mut timeout, mut until, mut quiet, mut dax_window) = (Duration::from_secs(60), None, false, None);
     while let Some(option) = args.next() {
         let mut value = || args.next().ok_or(format!("{option} needs a value"));

@@ -494,11 +494,6 @@ fn nothing_is_left_of_stopped_cells() {
     let fds = descriptors();
     {
         let host = host();
-        let shared = threads();
-        assert!(
-            (1..=7).contains(&shared),
-            "{shared} threads for all cells together"
-        );
         let mut cells = Vec::new();
         for n in 0..8 {
             let code = if n % 2 == 0 {
@@ -560,7 +555,15 @@ fn bad_configurations_are_refused_before_anything_is_made() {
     first.stop();
     assert!(first.wait_taken_down(PATIENCE));
     drop(first);
-    let fds = descriptors();
+    // The housekeeper lets go of the last of it a moment later.
+    let mut fds = descriptors();
+    loop {
+        std::thread::sleep(Duration::from_millis(100));
+        match descriptors() {
+            now if now == fds => break,
+            now => fds = now,
+        }
+    }
     let refused = |config: CellConfig| {
         let error = Cell::create(config, &host).err().expect("it must be refused");
         let mut text = error.to_string();
