@@ -125,7 +125,7 @@ fn pull_and_pull_again() {
     let name = registry.name("team/app:1");
     let image = image::pull(&store, &name, &PullOptions::default(), &Progress::Quiet).unwrap();
     assert_eq!(image.id.hex(), made.id());
-    assert_eq!(image.references, [name.clone()]);
+    assert_eq!(image.references, std::slice::from_ref(&name));
     assert_eq!(image.layers.len(), 3);
     let again = image::pull(&store, &name, &PullOptions::default(), &Progress::Quiet).unwrap();
     assert_eq!(again, image);

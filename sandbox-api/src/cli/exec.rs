@@ -36,12 +36,11 @@ pub fn exec(context: &Context, args: &ExecArgs) -> Outcome {
     }
     let (pods, record) = client::running(context, container)?;
     let process = process(context, &pods, &record, args, command)?;
-    let code = client::runtime()?.block_on(run(&pods, &record, args, process));
-    match code {
-        // Threads may sit in a read of the terminal; the process's end is theirs.
-        Ok(code) => Ok(code),
-        Err(failure) => Err(failure),
-    }
+    let runtime = client::runtime()?;
+    let code = runtime.block_on(run(&pods, &record, args, process));
+    // A thread may wait for the user's next key; the process's end is its own.
+    runtime.shutdown_background();
+    code
 }
 
 /// The container's own process, changed as asked.

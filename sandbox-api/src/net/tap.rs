@@ -9,6 +9,22 @@ use std::os::fd::{AsRawFd, OwnedFd};
 /// Longest name of a network device.
 pub const MAX_NAME: usize = libc::IFNAMSIZ - 1;
 
+/// Opens a queue of a tap that is there already.
+///
+/// # Errors
+/// There is no such device; and those of [`open`].
+pub fn open_existing(name: &str) -> Result<OwnedFd, Error> {
+    // TUNSETIFF would make it. A race with its removal ends in a device that goes with the pod.
+    if !name.contains('/') && std::path::Path::new("/sys/class/net").join(name).exists() {
+        return open(name);
+    }
+    let missing = io::Error::new(
+        io::ErrorKind::NotFound,
+        "no such device; make it with ip tuntap add mode tap",
+    );
+    Err(Error::Io(format!("use the tap {name}"), missing))
+}
+
 /// Opens a queue of the tap `name`, which is made unless it exists. The device goes with its last queue unless somebody
 /// made it persistent. Frames carry a virtio-net header, as the device model wants them.
 ///

@@ -567,7 +567,7 @@ async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Erro
                 ..Default::default()
             };
             Ok(Connected {
-                tap: Some((tap::open(name)?, mac)),
+                tap: Some((tap::open_existing(name)?, mac)),
                 address: None,
                 configure: Configure {
                     interface: Some(interface),

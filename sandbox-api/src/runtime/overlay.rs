@@ -9,7 +9,7 @@
 //! `fsconfig` takes strings of 255 bytes at most. For an image with more layers than fit, a short-lived thread with a
 //! mount namespace of its own uses mount(2), whose options may fill a page, and takes the mount out as a descriptor.
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, OpenTreeFlags};
 use rustix::thread::UnshareFlags;
 use std::io;
@@ -18,6 +18,7 @@ use std::path::Path;
 
 /// Most bytes of a string that fsconfig(2) takes.
 const FSCONFIG_MAX: usize = 255;
+const FD_PREFIX: &str = "/proc/self/fd/";
 
 /// A mount could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -127,24 +128,11 @@ fn mount_strings(lower: &str, upper: Option<(&str, &str)>, others: &[&str]) -> R
         };
         return mount().map_err(|e: rustix::io::Errno| Error::new("the container's root file system", e));
     }
-    let mut data = format!("lowerdir={lower}");
-    if let Some((upper, work)) = upper {
-        data.push_str(&format!(",upperdir={upper},workdir={work}"));
-    }
-    for option in others {
-        data.push(',');
-        data.push_str(option);
-    }
-    if data.len() >= 4096 {
-        return Err(Error::new(
-            "an overlay of so many layers",
-            io::Error::from(io::ErrorKind::ArgumentListTooLong),
-        ));
-    }
     let thread = std::thread::scope(|scope| {
+        let mounting = || in_own_namespace(lower, upper, others);
         let spawned = std::thread::Builder::new()
             .name("overlay".into())
-            .spawn_scoped(scope, || in_own_namespace(&data));
+            .spawn_scoped(scope, mounting);
         spawned.and_then(|thread| {
             thread
                 .join()
@@ -155,12 +143,53 @@ fn mount_strings(lower: &str, upper: Option<(&str, &str)>, others: &[&str]) -> R
 }
 
 /// Runs on a thread of its own, which ends with its mount namespace.
-fn in_own_namespace(data: &str) -> io::Result<OwnedFd> {
+fn in_own_namespace(lower: &str, upper: Option<(&str, &str)>, others: &[&str]) -> io::Result<OwnedFd> {
     // SAFETY: NEWNS and FS touch neither the file descriptor table nor anything a Rust library caches per thread; the
     // thread does nothing else and ends.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }?;
     let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private)?;
+
+    // An overlay takes directories of its own namespace only: each is opened anew through this one's mounts.
+    let mut opened = Vec::new();
+    let mut here = |part: &str| -> io::Result<String> {
+        if !part.starts_with(FD_PREFIX) {
+            return Ok(part.to_owned());
+        }
+        let path = rustix::fs::readlinkat(CWD, part, Vec::new())?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
+        let same = |a: &rustix::fs::Stat, b: &rustix::fs::Stat| a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+        if !same(&rustix::fs::fstat(&fd)?, &rustix::fs::stat(part)?) {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "a layer was moved away"));
+        }
+        let name = fd_path(fd.as_fd());
+        opened.push(fd);
+        Ok(name)
+    };
+    let lower = if lower.starts_with(FD_PREFIX) {
+        lower
+            .split(':')
+            .map(&mut here)
+            .collect::<io::Result<Vec<_>>>()?
+            .join(":")
+    } else {
+        lower.to_owned()
+    };
+    let mut data = format!("lowerdir={lower}");
+    if let Some((upper, work)) = upper {
+        data.push_str(&format!(",upperdir={},workdir={}", here(upper)?, here(work)?));
+    }
+    for option in others {
+        data.push(',');
+        data.push_str(option);
+    }
+    if data.len() >= 4096 {
+        return Err(io::Error::new(
+            io::ErrorKind::ArgumentListTooLong,
+            "too many layers for one mount",
+        ));
+    }
     // Any directory will do: the mount over it is seen by this thread only. One whose path the options do not use.
     let target = "/sys";
     let data = std::ffi::CString::new(data)?;
@@ -179,7 +208,7 @@ fn in_own_namespace(data: &str) -> io::Result<OwnedFd> {
 }
 
 fn fd_path(fd: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", fd.as_raw_fd())
+    format!("{FD_PREFIX}{}", fd.as_raw_fd())
 }
 
 /// Makes a pod's upper and work directories below `dir`; the upper one looks like the root of the lowest layer.
@@ -187,7 +216,6 @@ fn fd_path(fd: BorrowedFd<'_>) -> String {
 /// # Errors
 /// The folder cannot be written.
 pub fn make_upper(dir: &Path, like: Option<BorrowedFd<'_>>) -> io::Result<Upper> {
-    use rustix::fs::{Mode, OFlags};
     let open = |name: &str| -> io::Result<OwnedFd> {
         let path = dir.join(name);
         match rustix::fs::mkdirat(CWD, &path, Mode::RWXU) {
@@ -214,4 +242,92 @@ pub fn make_upper(dir: &Path, like: Option<BorrowedFd<'_>>) -> io::Result<Upper>
     rustix::fs::fchown(&upper, Some(ids.0), Some(ids.1))?;
     rustix::fs::fchmod(&upper, Mode::from_raw_mode(mode))?;
     Ok(Upper { upper, work })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On a tmpfs of its own mount namespace: /tmp may be an overlay, which takes no upper directory. Needs root.
+    fn on_tmpfs(test: impl FnOnce(&Path) + Send + 'static) {
+        std::thread::spawn(move || {
+            // SAFETY: as in `in_own_namespace`; the thread ends with the test.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+            let private =
+                rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
+            rustix::mount::mount_change("/", private).unwrap();
+            rustix::mount::mount("test", "/mnt", "tmpfs", MountFlags::empty(), None).unwrap();
+            test(Path::new("/mnt"));
+        })
+        .join()
+        .unwrap();
+    }
+
+    fn layers(dir: &Path, count: usize) -> Vec<OwnedFd> {
+        (0..count)
+            .map(|number| {
+                let layer = dir.join(format!("layer{number}"));
+                std::fs::create_dir(&layer).unwrap();
+                std::fs::write(layer.join("top"), number.to_string()).unwrap();
+                std::fs::write(layer.join(format!("own{number}")), "").unwrap();
+                std::fs::File::open(layer).unwrap().into()
+            })
+            .collect()
+    }
+
+    fn read(root: &OwnedFd, name: &str) -> String {
+        std::fs::read_to_string(format!("{}/{name}", fd_path(root.as_fd()))).unwrap()
+    }
+
+    #[test]
+    fn few_layers_and_many() {
+        for count in [1, 3, 60] {
+            on_tmpfs(move |dir| {
+                let layers = layers(dir, count);
+                let upper = make_upper(dir, layers.first().map(AsFd::as_fd)).unwrap();
+                let root = mount(&layers, &upper).unwrap();
+                drop((layers, upper));
+                assert_eq!(read(&root, "top"), (count - 1).to_string());
+                assert_eq!(read(&root, "own0"), "");
+                std::fs::write(format!("{}/top", fd_path(root.as_fd())), "changed").unwrap();
+                assert_eq!(std::fs::read_to_string(dir.join("upper/top")).unwrap(), "changed");
+                assert_eq!(std::fs::read_to_string(dir.join("layer0/top")).unwrap(), "0");
+            });
+        }
+    }
+
+    #[test]
+    fn options_as_containerd_gives_them() {
+        on_tmpfs(|dir| {
+            drop(layers(dir, 2));
+            drop(make_upper(dir, None).unwrap());
+            let path = |name: &str| dir.join(name).display().to_string();
+            let lower = format!("lowerdir={}:{}", path("layer1"), path("layer0"));
+            let options = [
+                "index=off".into(),
+                format!("workdir={}", path("work")),
+                format!("upperdir={}", path("upper")),
+                lower,
+            ];
+            let root = mount_options(&options).unwrap();
+            assert_eq!(read(&root, "top"), "1");
+            assert!(mount_options(&options[..3]).is_err());
+        });
+    }
+
+    #[test]
+    fn failures_say_what_to_do() {
+        let nothing = Upper {
+            upper: std::fs::File::open("/proc").unwrap().into(),
+            work: std::fs::File::open("/proc").unwrap().into(),
+        };
+        assert!(
+            mount(&[], &nothing)
+                .unwrap_err()
+                .to_string()
+                .contains("no layers")
+        );
+        let error = mount(&[std::fs::File::open("/").unwrap().into()], &nothing).unwrap_err();
+        assert!(error.to_string().contains("--root"), "{error}");
+    }
 }
