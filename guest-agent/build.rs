@@ -16,7 +16,10 @@ fn main() {
             &format!("-Wl,-T,{dir}/agent.ld"),
             "-Wl,--no-eh-frame-hdr",
             "-Wl,--icf=all",
+            "-Wl,-O2",
             "-Wl,-z,pack-relative-relocs",
+            "-Wl,-z,noseparate-code",
+            "-Wl,--build-id=none",
         ] {
             println!("cargo:rustc-link-arg-bins={argument}");
         }

@@ -7,21 +7,23 @@
 //!
 //! 1. load modules, if the kernel needs any to have vsock (never with our own kernel);
 //! 2. listen on vsock, then start dialling the host: the kernel does both without us;
-//! 3. while the host answers: mount what any Linux process expects, bring up the loopback device;
-//! 4. enter the runtime, say "ready" ([`crate::serve`]).
+//! 3. enter the runtime, say "ready" ([`crate::serve`]);
+//! 4. [`rest`]: mount what containers expect, bring up the loopback device. Requests wait in the listener's queue
+//!    meanwhile;
+//! 5. serve.
 //!
-//! The initramfs is the kernel's rootfs, which pivot_root(2) refuses to leave. So before anything else is mounted, a bind
-//! mount of it is put on top of itself and becomes the root: containers can then pivot away from it, instead of being
+//! The initramfs is the kernel's rootfs, which pivot_root(2) refuses to leave. So a bind mount of it is put on top of
+//! itself and becomes the root: containers can then pivot away from it, instead of being
 //! held in by no more than a chroot. No file is copied.
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use cloister_protocol::EVENTS_PORT;
+use cloister_protocol::pod::Step;
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
-use rustix::mount::{MountFlags, mount, mount_bind, mount_move};
+use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
 use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -41,8 +43,9 @@ pub fn boottime_ns() -> u64 {
         .saturating_add(u64::try_from(now.tv_nsec).unwrap_or(0))
 }
 
-/// What PID 1 mounts: type, target, flags, data.
+/// What PID 1 mounts besides /proc: type, target, flags, data.
 const MOUNTS: &[(&str, &str, MountFlags, &str)] = &[
+    ("devtmpfs", "/dev", MountFlags::NOSUID, "mode=0755"),
     ("sysfs", "/sys", NO_ALL, ""),
     (
         "cgroup2",
@@ -84,7 +87,7 @@ fn mount_at(kind: &str, target: &str, flags: MountFlags, data: &str) -> io::Resu
 fn leave_rootfs() -> io::Result<()> {
     const STEP: &str = "/.root";
     fs::create_dir_all(STEP)?;
-    mount_bind("/", STEP)?;
+    mount_bind_recursive("/", STEP)?;
     chdir(STEP)?;
     mount_move(".", "/")?;
     chroot(".")?;
@@ -154,21 +157,54 @@ fn warn(what: &str, result: io::Result<()>) {
     }
 }
 
+/// When the agent did what until it was ready.
+pub struct Timeline {
+    /// Nanoseconds since the machine started when the agent entered main.
+    pub started: u64,
+    /// What it did since.
+    pub steps: Vec<Step>,
+}
+
+impl Timeline {
+    /// A timeline that begins now.
+    pub fn begin() -> Self {
+        Self {
+            started: boottime_ns(),
+            steps: Vec::new(),
+        }
+    }
+
+    /// Notes that something has been done.
+    pub fn step(&mut self, name: &str) {
+        self.steps.push(Step {
+            name: name.to_owned(),
+            ns: boottime_ns(),
+            ..Default::default()
+        });
+    }
+}
+
 /// Life of PID 1; returns only by panicking the kernel.
-pub fn main(started: u64) -> i32 {
+pub fn main(mut timeline: Timeline) -> i32 {
     standard_fds();
-    let root = leave_rootfs();
-    let dev = mount_at("devtmpfs", "/dev", MountFlags::NOSUID, "mode=0755");
     let proc = mount_at("proc", "/proc", NO_ALL, "");
     let options = cmdline::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    // What devtmpfs will bring later.
+    let kmsg = rustix::fs::makedev(1, 11);
+    let _ = mknodat(
+        CWD,
+        "/dev/kmsg",
+        FileType::CharacterDevice,
+        Mode::from_raw_mode(0o600),
+        kmsg,
+    );
     logger::to_kernel(options.log);
     if options.log >= log::LevelFilter::Debug {
         // The kernel would drop most of it otherwise.
         warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on\n"));
     }
-    warn("root was not moved off rootfs", root);
-    warn("/dev was not mounted", dev);
     warn("/proc was not mounted", proc);
+    timeline.step("logging");
 
     load_modules();
     let listener = match transport::listen_vsock() {
@@ -177,9 +213,18 @@ pub fn main(started: u64) -> i32 {
             "vsock: cannot listen (has the VM a vsock device?): {error}"
         )),
     };
+    timeline.step("listening");
     let dial = options.ready.then(|| transport::dial_vsock(EVENTS_PORT));
+    timeline.step("dialled");
+    match serve::in_vm(listener, dial, timeline) {
+        Ok(()) => fatal("the server ended"),
+        Err(error) => fatal(&format!("cannot serve: {error}")),
+    }
+}
 
-    // The host is at it now; use the time.
+/// What has to be there before the first request, and not before "ready".
+pub fn rest() {
+    warn("root was not moved off rootfs", leave_rootfs());
     for (kind, target, flags, data) in MOUNTS {
         warn(target, mount_at(kind, target, *flags, data));
     }
@@ -193,14 +238,6 @@ pub fn main(started: u64) -> i32 {
         setrlimit(Resource::Nofile, limit).map_err(io::Error::from),
     );
     warn("loopback device", net::loopback_up());
-    run(listener, dial, started)
-}
-
-fn run(listener: OwnedFd, dial: Option<io::Result<transport::Dial>>, started: u64) -> i32 {
-    match serve::in_vm(listener, dial, started) {
-        Ok(()) => fatal("the server ended"),
-        Err(error) => fatal(&format!("cannot serve: {error}")),
-    }
 }
 
 /// Says why and restarts the machine, which the VMM reports.

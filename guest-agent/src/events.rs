@@ -5,6 +5,9 @@
 //! restarted) it dials again, says "ready" again and goes on. A host that does not listen costs a bounded queue; what
 //! does not fit is dropped and counted in the log.
 
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
 use cloister_protocol::events::{Envelope, EventsClient, ForwardRequest};
@@ -16,9 +19,10 @@ use cloister_protocol::ttrpc::{asynchronous::Client, context};
 use cloister_protocol::{
     AGENT_PACKAGE, EVENT_NAMESPACE, EVENTS_PACKAGE, EVENTS_PORT, READY_TOPIC, pack, pod,
 };
-use tokio::sync::mpsc;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::{mpsc, oneshot};
 
-use crate::boot::boottime_ns;
+use crate::boot::{Timeline, boottime_ns};
 use crate::transport::{Conn, Dial, Host};
 
 /// Events that may wait for the host.
@@ -58,11 +62,13 @@ impl Publisher {
         Self(None)
     }
 
-    /// Starts to send. `dial` is the connection already begun, if one is.
-    pub fn start(host: Host, dial: Option<Dial>, started: u64) -> Self {
+    /// Starts to send. `dial` is the connection already begun, if one is. The receiver tells when "ready" has been said, or
+    /// that it could not be said yet.
+    pub fn start(host: Host, dial: Option<Dial>, timeline: Timeline) -> (Self, oneshot::Receiver<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        tokio::spawn(send_all(host, dial, receiver, started));
-        Self(Some(sender))
+        let (saying, said) = oneshot::channel();
+        tokio::spawn(send_all(host, dial, receiver, timeline, saying));
+        (Self(Some(sender)), said)
     }
 
     /// Queues one of containerd's events.
@@ -79,48 +85,102 @@ impl Publisher {
     }
 }
 
-fn ready(started: u64) -> pod::Ready {
+fn ready(timeline: &Timeline) -> pod::Ready {
     pod::Ready {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         protocol: cloister_protocol::PROTOCOL_VERSION,
         kernel: rustix::system::uname().release().to_string_lossy().into_owned(),
-        main_ns: started,
+        main_ns: timeline.started,
         ready_ns: boottime_ns(),
+        steps: timeline.steps.clone(),
         ..Default::default()
     }
 }
 
-async fn connect(host: &Host, dial: Option<Dial>) -> Conn {
-    let mut failed = false;
-    if let Some(dial) = dial {
-        match dial.finish().await {
-            Ok(conn) => return conn,
-            Err(error) => {
-                log::warn!("the host does not take events yet (port {EVENTS_PORT}): {error}");
-                failed = true;
-            }
-        }
-    }
+/// Connects until it succeeds.
+async fn connect(host: &Host) -> Conn {
+    let mut told = false;
     loop {
         match host.connect(EVENTS_PORT).await {
             Ok(conn) => return conn,
-            Err(error) if !failed => {
-                log::warn!("the host does not take events (port {EVENTS_PORT}): {error}");
-                failed = true;
+            Err(error) => {
+                if !std::mem::replace(&mut told, true) {
+                    log::warn!("the host does not take events (port {EVENTS_PORT}): {error}");
+                }
             }
-            Err(_) => {}
         }
         tokio::time::sleep(RETRY).await;
     }
 }
 
-async fn send_all(host: Host, mut dial: Option<Dial>, mut queue: mpsc::Receiver<Envelope>, started: u64) {
+/// A connection that tells of its first written bytes (by dropping the sender).
+struct Telling {
+    conn: Conn,
+    saying: Option<oneshot::Sender<()>>,
+}
+
+impl AsyncRead for Telling {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.conn.as_mut().poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Telling {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let result = self.conn.as_mut().poll_write(cx, buf);
+        if result.is_ready() {
+            self.saying = None;
+        }
+        result
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.conn.as_mut().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.conn.as_mut().poll_shutdown(cx)
+    }
+}
+
+async fn send_all(
+    host: Host,
+    dial: Option<Dial>,
+    mut queue: mpsc::Receiver<Envelope>,
+    mut timeline: Timeline,
+    saying: oneshot::Sender<()>,
+) {
+    let mut saying = Some(saying);
+    let mut first = None;
+    if let Some(dial) = dial {
+        match dial.finish().await {
+            Ok(conn) => {
+                timeline.step("connected");
+                first = Some(conn);
+            }
+            Err(error) => log::warn!("the host does not take events yet (port {EVENTS_PORT}): {error}"),
+        }
+    }
     // An event the host has not confirmed.
     let mut pending: Option<Envelope> = None;
     loop {
-        let conn = connect(&host, dial.take()).await;
+        let conn = match first.take() {
+            Some(conn) => conn,
+            None => {
+                saying = None;
+                connect(&host).await
+            }
+        };
+        let conn = Telling {
+            conn,
+            saying: saying.take(),
+        };
         let client = EventsClient::new(Client::new(Socket::new(conn)));
-        let Ok(event) = pack(AGENT_PACKAGE, &ready(started)) else {
+        let Ok(event) = pack(AGENT_PACKAGE, &ready(&timeline)) else {
             return;
         };
         if forward(&client, envelope(READY_TOPIC, event)).await {

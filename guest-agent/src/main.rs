@@ -73,15 +73,15 @@ extern "C" fn main(argc: c_int, argv: *const *const c_char) -> c_int {
     if args.get(1).is_some_and(|a| a == helper::COMMAND) {
         return helper::main(&args);
     }
-    let started = boot::boottime_ns();
+    let timeline = boot::Timeline::begin();
     // The kernel passes on the words of its command line that it does not know; options of ours start with dashes.
     let options = args
         .iter()
         .skip(1)
         .any(|a| a.as_encoded_bytes().starts_with(b"--"));
     if std::process::id() == 1 && !options {
-        boot::main(started)
+        boot::main(timeline)
     } else {
-        serve::main_as_process(&args, started)
+        serve::main_as_process(&args, timeline)
     }
 }

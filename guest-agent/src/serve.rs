@@ -12,6 +12,7 @@ use cloister_protocol::ttrpc::asynchronous::Server;
 use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use tokio::runtime::{Builder, Runtime};
 
+use crate::boot::{self, Timeline};
 use crate::container::Context;
 use crate::events::Publisher;
 use crate::pod::PodService;
@@ -40,17 +41,24 @@ async fn serve(listener: Listener, context: Arc<Context>) -> io::Result<()> {
 ///
 /// # Errors
 /// When the runtime or the server cannot be set up.
-pub fn in_vm(listener: OwnedFd, dial: Option<io::Result<Dial>>, started: u64) -> io::Result<()> {
-    runtime()?.block_on(async move {
+pub fn in_vm(listener: OwnedFd, dial: Option<io::Result<Dial>>, mut timeline: Timeline) -> io::Result<()> {
+    let runtime = runtime()?;
+    timeline.step("runtime");
+    runtime.block_on(async move {
         let host = Host::Vsock;
         let events = match dial {
-            Some(Ok(dial)) => Publisher::start(host.clone(), Some(dial), started),
-            Some(Err(error)) => {
-                log::warn!("vsock: cannot dial the host: {error}");
-                Publisher::start(host.clone(), None, started)
+            Some(dial) => {
+                let dial = dial
+                    .inspect_err(|error| log::warn!("vsock: cannot dial the host: {error}"))
+                    .ok();
+                let (events, said) = Publisher::start(host.clone(), dial, timeline);
+                // An error is as good as a word: what follows does not need the host.
+                let _ = said.await;
+                events
             }
             None => Publisher::none(),
         };
+        boot::rest();
         let context = Arc::new(Context {
             host,
             events,
@@ -93,7 +101,7 @@ fn parse(args: &[OsString]) -> Option<Arguments> {
 }
 
 /// Serves as a plain process, with unix sockets for vsock.
-pub fn main_as_process(args: &[OsString], started: u64) -> i32 {
+pub fn main_as_process(args: &[OsString], timeline: Timeline) -> i32 {
     if args.get(1).is_some_and(|a| a == "--version") {
         println!("cloister-agent {}", env!("CARGO_PKG_VERSION"));
         return 0;
@@ -104,7 +112,7 @@ pub fn main_as_process(args: &[OsString], started: u64) -> i32 {
     };
     let level = std::env::var("CLOISTER_LOG").ok().and_then(|l| l.parse().ok());
     crate::log::to_stderr(level.unwrap_or(log::LevelFilter::Warn));
-    match as_process(args, started) {
+    match as_process(args, timeline) {
         Ok(()) => 0,
         Err(error) => {
             eprintln!("cloister-agent: {error}");
@@ -113,14 +121,14 @@ pub fn main_as_process(args: &[OsString], started: u64) -> i32 {
     }
 }
 
-fn as_process(args: Arguments, started: u64) -> io::Result<()> {
+fn as_process(args: Arguments, timeline: Timeline) -> io::Result<()> {
     rustix::process::set_child_subreaper(Some(rustix::process::Pid::INIT))?;
     std::fs::create_dir_all(&args.run)?;
     runtime()?.block_on(async move {
         let listener = Listener::bind_unix(args.listen.to_string_lossy())?;
         let host = Host::Unix(args.host);
         let context = Arc::new(Context {
-            events: Publisher::start(host.clone(), None, started),
+            events: Publisher::start(host.clone(), None, timeline).0,
             host,
             reaper: Reaper::default(),
             run: args.run,

@@ -53,6 +53,10 @@ async fn a_pod_vm_from_boot_to_power_off() {
         (bed.ready.ready_ns - bed.ready.main_ns) / 1000
     );
 
+    for step in &bed.ready.steps {
+        println!("  {:>7} us  {}", (step.ns - bed.ready.main_ns) / 1000, step.name);
+    }
+
     // The pod.
     let now = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
