@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 pub mod driver;
+pub mod e2e;
 pub mod game;
 pub mod random;
 pub mod zoo;

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What the end-to-end tests share: [`Stage`] is a place on the host with a store and an image, where `cloister` is run
+//! as a user would run it; [`Footprint`] and [`OwnFootprint`] see what was left behind.
+//!
+//! `ci/e2e` runs these tests, as root, one at a time, where KVM can run Linux guests. The times in here only end what
+//! hangs: an emulated host on a busy machine is a hundred times slower than hardware.
+
+mod cpio;
+mod footprint;
+mod stage;
+
+pub use cpio::archive;
+pub use footprint::{Footprint, OwnFootprint};
+pub use stage::{Child, Output, Stage};
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+/// What hangs is given up after this long.
+pub const PATIENCE: Duration = Duration::from_secs(240);
+
+/// A file of the checkout.
+pub fn checkout(path: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join(path)
+}
+
+/// A file of the guest side: `vmlinux`, `initramfs.cpio`.
+pub fn guest_file(name: &str) -> PathBuf {
+    let dir = std::env::var_os("CLOISTER_GUEST").map_or_else(|| checkout("target/guest"), PathBuf::from);
+    let path = dir.join(name);
+    assert!(path.exists(), "{} is missing: run make guest", path.display());
+    path
+}
+
+/// Waits until `found` answers something.
+pub fn eventually<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = found() {
+            return value;
+        }
+        assert!(start.elapsed() < PATIENCE, "never came: {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
