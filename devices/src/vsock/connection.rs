@@ -24,7 +24,7 @@
 //! From the guest: what it sends beyond the last `fwd_cnt` it was told must stay within `buf_alloc`, so the backlog never
 //! exceeds `buf_alloc`. Once it used up half of that it gets new credit for all that was passed on, but only when the
 //! host's program has read most of it (the socket is writable in epoll's sense). With a send buffer of the right size
-//! (`CREDIT_IN_SOCKET`) everything within the credit then fits into the socket, and the backlog, which costs two more
+//! ([`fit_credit`]) everything within the credit then fits into the socket, and the backlog, which costs two more
 //! copies, stays empty even if the host is slower than the guest. To the guest: at most `peer_buf_alloc - (tx_cnt -
 //! peer_fwd_cnt)` bytes. All counters are modulo 2^32.
 
@@ -34,7 +34,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::net::SendFlags;
+use rustix::net::{SendFlags, sockopt};
 
 use super::backlog::Backlog;
 use super::host::Completion;
@@ -42,9 +42,23 @@ use super::packet::{Header, shutdown};
 use crate::host_io;
 use crate::virtio::Slices;
 
-/// The socket's send buffer in multiples of the credit. Linux reports a unix socket as writable while a quarter of its
-/// send buffer is used at most; then it has room for another three quarters, counting the overhead.
-const CREDIT_IN_SOCKET: usize = 2;
+/// Gives `stream` a send buffer for `credit` bytes; returns the credit that fits.
+///
+/// Linux reports a unix socket as writable while at most a quarter of its buffer is used. So what is there when new
+/// credit is given, and the credit, and the overhead, fit if the credit is up to 5/8 of the buffer.
+fn fit_credit(stream: &UnixStream, credit: u32) -> u32 {
+    // The kernel doubles the number. More than its usual limit takes CAP_NET_ADMIN.
+    let size = credit as usize;
+    if sockopt::set_socket_send_buffer_size_force(stream, size).is_err() {
+        let _ = sockopt::set_socket_send_buffer_size(stream, size);
+    }
+    let granted = sockopt::socket_send_buffer_size(stream).unwrap_or(0);
+    let fits = u32::try_from(granted / 8 * 5).unwrap_or(u32::MAX);
+    credit.min(fits.max(LEAST_CREDIT))
+}
+
+/// What a connection can do with even if it has to be buffered.
+const LEAST_CREDIT: u32 = 8 << 10;
 
 /// What tells the connections of a cell apart; the CIDs are always the host's and the guest's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -157,10 +171,9 @@ impl Connection {
     /// Largest read, so that one connection does not keep the others waiting.
     pub const MAX_READ: usize = 64 << 10;
 
-    pub fn new(key: Key, stream: UnixStream, state: State, buf_alloc: u32) -> Self {
-        // The kernel doubles this, for its own overhead, and caps it. Less room only means more copies.
-        let buffer = buf_alloc as usize * CREDIT_IN_SOCKET;
-        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, buffer);
+    /// A connection whose guest gets up to `credit` bytes of credit.
+    pub fn new(key: Key, stream: UnixStream, state: State, credit: u32) -> Self {
+        let buf_alloc = fit_credit(&stream, credit);
         Self {
             key,
             state,
