@@ -254,12 +254,20 @@ fn a_stuck_device_stops_its_cell() {
         name: "slow".to_owned(),
         device,
     });
-    let (reason, cell) = run(&host, config);
+    let cell = Cell::create(config, &host).unwrap();
+    // A failing device interrupts its driver, which would power off.
+    cell.ram()
+        .unwrap()
+        .write_obj(1u32, GuestAddress(0x20_0000))
+        .unwrap();
+    cell.start().unwrap();
+    let reason = cell.wait(PATIENCE);
+    seen.release();
+    let reason = reason.unwrap();
     assert!(
         matches!(&reason, StopReason::DeviceFailed { device, why } if device.contains("slow") && why.contains("not returned")),
         "{reason:?}"
     );
-    seen.release();
     assert!(cell.wait_taken_down(PATIENCE));
 }
 
