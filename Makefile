@@ -19,7 +19,6 @@ endif
 export PATH := $(abspath $(CARGO_TARGET_DIR))/release:$(PATH):$(CLOISTER_CACHE)/bin
 
 agent_target := x86_64-unknown-linux-gnu
-agent := $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-agent
 guest := $(CURDIR)/target/guest
 # Where the tests and benchmarks find the guest kernel and its initramfs.
 export CLOISTER_GUEST := $(guest)
@@ -37,12 +36,10 @@ build: setup guest
 
 # The agent with the C library inside it, for there is none in the guest; then what boots with it.
 guest: setup
-	RUSTFLAGS='-C target-feature=+crt-static' \
-		cargo build --locked --package cloister-agent --profile agent --target $(agent_target)
 	mkdir -p $(guest)
+	guest-agent/build-static $(guest)/cloister-agent
 	guest-image/build-kernel --out $(guest)/vmlinux
-	cp $(agent) $(guest)/cloister-agent
-	guest-image/build-initramfs $(agent) $(guest)/initramfs.cpio
+	guest-image/build-initramfs $(guest)/cloister-agent $(guest)/initramfs.cpio
 
 # prepare needs the network (Debian packages) and runs outside; there is none in the emulated host.
 run: build
