@@ -60,6 +60,7 @@ kvm-host-test: setup
 	ci/test-kvm-host
 
 e2e: build
+	tests/demo/prepare
 	ci/e2e --timeout 2400 $(kvm_options) -- $(E2E)
 
 # The guest side of the benchmarks boots in place of the agent.
