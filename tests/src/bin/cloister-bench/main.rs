@@ -6,6 +6,7 @@
 
 mod boot;
 mod cells;
+mod fs;
 mod guest_lines;
 mod ours;
 mod qemu;
@@ -33,9 +34,10 @@ pub struct Context {
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 4] = [
+const PARTS: [(&str, Part); 5] = [
     ("boot", boot::run),
     ("cell", cells::run),
+    ("fs", fs::run),
     ("vsock", vsock::run),
     ("sizes", sizes),
 ];
