@@ -51,6 +51,14 @@ fn pattern(bytes: usize) -> Vec<u8> {
     text
 }
 
+/// Not by assert_eq, which would print them.
+#[track_caller]
+fn assert_same(found: &[u8], expected: &[u8]) {
+    assert_eq!(found.len(), expected.len(), "number of bytes");
+    let differs = found.iter().zip(expected).position(|(a, b)| a != b);
+    assert_eq!(differs, None, "first byte that differs");
+}
+
 #[test]
 fn exit_codes_are_those_of_docker() {
     let stage = Stage::with_busybox("codes");
@@ -372,6 +380,28 @@ fn signals_to_the_command_line() {
     });
     child.signal(Signal::INT);
     child.finish().expect(130);
+    before.assert_unchanged();
+}
+
+#[test]
+fn a_flood_of_output_loses_no_byte() {
+    let stage = Stage::with_busybox("flood");
+    let content = pattern(50 << 20);
+    let file = stage.file("flood", &content);
+    let before = Footprint::of_host(&stage);
+    let volume = format!("{}:/flood:ro", file.display());
+    let output = run(&stage, &["-v", &volume], &["cat", "/flood"]).expect(0);
+    assert_same(output.stdout.as_bytes(), &content);
+    assert_eq!(output.stderr, "");
+    // In and out again.
+    let content = &content[..4 << 20];
+    let mut child = stage.start(&[RUN, &["-i", IMAGE, "cat"]].concat());
+    let mut stdin = child.stdin.take().unwrap();
+    let input = content.to_vec();
+    let writer = std::thread::spawn(move || stdin.write_all(&input).unwrap());
+    let output = child.finish().expect(0);
+    writer.join().unwrap();
+    assert_same(output.stdout.as_bytes(), content);
     before.assert_unchanged();
 }
 

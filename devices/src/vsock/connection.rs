@@ -22,10 +22,10 @@
 //! # Credit (section 5.10.6.3)
 //!
 //! From the guest: what it sends beyond the last `fwd_cnt` it was told must stay within `buf_alloc`, so the backlog never
-//! exceeds `buf_alloc`. Once it used up half of that it gets new credit for all that was passed on, but only when the
-//! host's program has read most of it (the socket is writable in epoll's sense). With a send buffer of the right size
-//! ([`fit_credit`]) everything within the credit then fits into the socket, and the backlog, which costs two more
-//! copies, stays empty even if the host is slower than the guest. To the guest: at most `peer_buf_alloc - (tx_cnt -
+//! exceeds `buf_alloc`. Once it used up half of that (or of its own buffer, if that is smaller) it gets new credit for
+//! all that was passed on, but only when the host's program has read most of it (the socket is writable in epoll's
+//! sense). With a send buffer of the right size ([`fit_credit`]) everything within the credit then fits into the socket,
+//! and the backlog, which costs two more copies, stays empty even if the host is slower than the guest. To the guest: at most `peer_buf_alloc - (tx_cnt -
 //! peer_fwd_cnt)` bytes. All counters are modulo 2^32.
 
 use std::io;
@@ -350,7 +350,7 @@ impl Connection {
         // At most `buf_alloc` bytes, which is a u32.
         self.passed = self.passed.wrapping_add(u32::try_from(count).unwrap_or(0));
         let used = self.passed.wrapping_sub(self.announced_fwd_cnt);
-        if used < self.buf_alloc / 2 || self.guest_shutdown & shutdown::SEND != 0 || self.waits_for_reader {
+        if used < self.window() / 2 || self.guest_shutdown & shutdown::SEND != 0 || self.waits_for_reader {
             return;
         }
         if self.is_writable() {
@@ -358,6 +358,12 @@ impl Connection {
         } else {
             self.waits_for_reader = true;
         }
+    }
+
+    /// How much the guest can have under way: Linux keeps to its own buffer's size where the credit is larger (since
+    /// 6.12.x), so an update that waited for half of a larger credit would never be due.
+    fn window(&self) -> u32 {
+        self.buf_alloc.min(self.peer_buf_alloc)
     }
 
     fn give_credit(&mut self) {

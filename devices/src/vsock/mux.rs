@@ -29,9 +29,8 @@ use super::{FIRST_HOST_PORT, HOST_CID};
 use crate::GuestRam;
 use crate::virtio::{Health, QueueError, Slices};
 
-/// Credit for a connection while there are few: four times the buffer that Linux has by default, so that guest, device
-/// and the host's program wait for each other less often.
-const MAX_CREDIT: u32 = 1 << 20;
+/// Credit for a connection while there are few: the buffer that Linux has by default, beyond which it does not send.
+const MAX_CREDIT: u32 = 256 << 10;
 /// Least credit for a connection.
 const MIN_CREDIT: u32 = 8 << 10;
 /// Credit for all connections together as long as each has the least: what a hostile guest can make the host buffer,
