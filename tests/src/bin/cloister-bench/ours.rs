@@ -10,7 +10,9 @@ use std::time::Duration;
 use cloister_boot::x86_64::Description;
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
 use cloister_vmm::config::BASE_COMMAND_LINE;
-use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, HugePages, KernelBoot, SerialConfig};
+use cloister_vmm::{
+    Boot, Cell, CellConfig, CellHost, DeviceConfig, HugePages, KernelBoot, SerialConfig, StopReason,
+};
 
 /// What to run: the same as [`crate::qemu::Qemu`] describes for the peer.
 pub struct Ours<'a> {
@@ -76,7 +78,9 @@ pub fn chain(error: impl std::error::Error) -> io::Error {
 /// Waits until the guest has ended by itself.
 pub fn wait(cell: &Cell, seconds: u64) -> io::Result<()> {
     match cell.wait(Some(Duration::from_secs(seconds))) {
-        Some(_) => Ok(()),
+        // guest-bench ends with a reboot.
+        Some(StopReason::Reset) => Ok(()),
+        Some(reason) => Err(io::Error::other(format!("{} ended: {reason}", cell.name()))),
         None => {
             cell.stop();
             Err(io::Error::other(format!(
