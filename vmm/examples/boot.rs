@@ -2,7 +2,7 @@
 //! Boots a kernel in one cell: serial console on standard output, figures on standard error.
 //!
 //! `boot KERNEL [--initrd FILE] [--append TEXT] [--memory MIB] [--cpus N] [--acpi] [--chip auto|split|kernel]
-//! [--hugepages no|transparent|reserved] [--dax MIB] [--timeout SECONDS] [--until TEXT] [--quiet]`
+//! [--hugepages no|transparent|reserved] [--dax MIB] [--balloon] [--hvc] [--timeout SECONDS] [--until TEXT] [--quiet]`
 //!
 //! Ends with the guest, when its console has shown TEXT, with the first bytes on vsock port 1025 (the agent's ready
 //! message), or at the timeout, and prints the exits.
@@ -58,6 +58,7 @@ fn options() -> Result<Options> {
     let (mut memory_mib, mut vcpus, mut chip, mut huge_pages) =
         (256, 1, InterruptChip::Auto, HugePages::default());
     let (mut timeout, mut until, mut quiet, mut dax_window) = (Duration::from_secs(60), None, false, None);
+    let (mut balloon, mut hvc) = (false, false);
     while let Some(option) = args.next() {
         let mut value = || args.next().ok_or(format!("{option} needs a value"));
         match option.as_str() {
@@ -70,6 +71,8 @@ fn options() -> Result<Options> {
             "--timeout" => timeout = Duration::from_secs(value()?.parse()?),
             "--until" => until = Some(value()?),
             "--quiet" => quiet = true,
+            "--balloon" => balloon = true,
+            "--hvc" => hvc = true,
             "--dax" => dax_window = Some(value()?.parse::<u64>()? << 20),
             "--chip" => {
                 chip = match value()?.as_str() {
@@ -105,6 +108,18 @@ fn options() -> Result<Options> {
     });
     config.devices.push(DeviceConfig::Vsock(VsockConfig::new(3)));
     config.devices.push(DeviceConfig::Rng);
+    if balloon {
+        config
+            .devices
+            .push(DeviceConfig::Balloon { deflate_on_oom: true });
+    }
+    if hvc {
+        config.devices.push(DeviceConfig::Console {
+            input: None,
+            output: None,
+            size: None,
+        });
+    }
     Ok(Options {
         config,
         timeout,

@@ -370,6 +370,16 @@ impl Cell {
             .and_then(|machine| machine.memory.file().try_clone_to_owned().ok())
     }
 
+    /// Bytes of the host's memory that the guest's RAM takes now: what the guest has touched and a balloon has not given
+    /// back. Nothing once the cell has stopped.
+    pub fn resident_ram(&self) -> Option<u64> {
+        /// What st_blocks counts, whatever the file's block size (stat(3type)).
+        const BLOCK: u64 = 512;
+        let inner = self.shared.lock();
+        let stat = rustix::fs::fstat(inner.machine.as_ref()?.memory.file()).ok()?;
+        u64::try_from(stat.st_blocks).ok()?.checked_mul(BLOCK)
+    }
+
     /// The guest's latest console output.
     pub fn console_tail(&self) -> &OutputTail {
         &self.shared.tail

@@ -136,6 +136,11 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A disk.
     Block(BlockConfig),
+    /// A memory balloon, with free page reporting: what the guest does not use goes back to the host by itself.
+    Balloon {
+        /// The guest takes pages back before it kills processes for want of memory.
+        deflate_on_oom: bool,
+    },
     /// Any other device, made by the caller.
     Custom {
         /// Name in messages.
@@ -155,6 +160,7 @@ impl DeviceConfig {
             Self::Vsock(_) => "vsock",
             Self::Net(_) => "net",
             Self::Block(_) => "block",
+            Self::Balloon { .. } => "balloon",
             Self::Custom { name, .. } => name,
         }
     }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use cloister_boot::x86_64::MmioDevice;
 use cloister_boot::x86_64::layout::{Layout, VIRTIO_MMIO_BASE, VIRTIO_MMIO_FIRST_GSI, VIRTIO_MMIO_SIZE};
 use cloister_devices::GuestRam;
+use cloister_devices::balloon::{Balloon, BalloonHandle};
 use cloister_devices::block::{Block, BlockHandle};
 use cloister_devices::console::{Console, ConsoleConfig, ConsoleHandle};
 use cloister_devices::event_loop::EventLoop;
@@ -45,6 +46,8 @@ pub enum DeviceHandle {
     Net(NetHandle),
     /// A disk.
     Block(BlockHandle),
+    /// A memory balloon: its target, and what it gave back.
+    Balloon(BalloonHandle),
     /// A device without one.
     None,
 }
@@ -203,6 +206,11 @@ fn make_one(
             let block = Block::new(config, Arc::clone(around.workers))?;
             let handle = DeviceHandle::Block(block.handle());
             (Box::new(block), handle, None)
+        }
+        DeviceConfig::Balloon { deflate_on_oom } => {
+            let balloon = Balloon::new(deflate_on_oom, Arc::clone(around.workers));
+            let handle = DeviceHandle::Balloon(balloon.handle());
+            (Box::new(balloon), handle, None)
         }
         DeviceConfig::Custom { device, .. } => (device, DeviceHandle::None, None),
     })

@@ -54,6 +54,7 @@ impl Common {
 #[derive(Clone)]
 pub struct BalloonHandle {
     common: Arc<Common>,
+    metrics: Arc<BalloonMetrics>,
 }
 
 impl BalloonHandle {
@@ -80,6 +81,11 @@ impl BalloonHandle {
     /// The size that the driver says the balloon has. Its word only.
     pub fn actual(&self) -> u32 {
         self.common.actual.load(Ordering::Acquire)
+    }
+
+    /// What the balloon counts.
+    pub fn metrics(&self) -> &BalloonMetrics {
+        &self.metrics
     }
 }
 
@@ -108,6 +114,7 @@ impl Balloon {
     pub fn handle(&self) -> BalloonHandle {
         BalloonHandle {
             common: Arc::clone(&self.common),
+            metrics: Arc::clone(&self.metrics),
         }
     }
 

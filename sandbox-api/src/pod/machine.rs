@@ -114,7 +114,11 @@ impl Machine {
         let (vsock, vsock_handle) =
             Vsock::new(VsockConfig::new(GUEST_CID)).map_err(|e| Error::Device("vsock", e.into()))?;
 
-        let mut command_line = format!("{BASE_COMMAND_LINE} console=ttyS0");
+        let mut command_line = BASE_COMMAND_LINE.to_owned();
+        // The serial port needs no driver to be probed: the fastest for few words.
+        if !config.kernel_args.iter().any(|word| word.starts_with("console=")) {
+            command_line.push_str(" console=ttyS0");
+        }
         for word in config.kernel_args {
             command_line.push(' ');
             command_line.push_str(word);
@@ -140,6 +144,15 @@ impl Machine {
             cell.devices.push(net_device(tap, mac)?);
         }
         cell.devices.push(DeviceConfig::Rng);
+        cell.devices.push(DeviceConfig::Balloon { deflate_on_oom: true });
+        if config.kernel_args.iter().any(|word| word.starts_with("console=hvc0")) {
+            // Its output is kept for reports like the serial port's.
+            cell.devices.push(DeviceConfig::Console {
+                input: None,
+                output: None,
+                size: None,
+            });
+        }
         let cell = Arc::new(Cell::create(cell, host)?);
         let dead = watch_end(&cell)?;
         cell.start()?;
