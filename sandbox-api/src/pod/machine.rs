@@ -145,7 +145,11 @@ impl Machine {
         }
         cell.devices.push(DeviceConfig::Rng);
         cell.devices.push(DeviceConfig::Balloon { deflate_on_oom: true });
-        if config.kernel_args.iter().any(|word| word.starts_with("console=hvc0")) {
+        if config
+            .kernel_args
+            .iter()
+            .any(|word| word.starts_with("console=hvc0"))
+        {
             // Its output is kept for reports like the serial port's.
             cell.devices.push(DeviceConfig::Console {
                 input: None,
