@@ -75,6 +75,9 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
     let console_size = fit_process(process, terminal);
     let linux = member(spec, "linux").ok_or_else(|| wrong("has a linux section that is no object"))?;
     linux.remove("mountLabel");
+    if let Some(seccomp) = linux.get_mut("seccomp") {
+        fit_seccomp(seccomp);
+    }
     linux.remove("intelRdt");
     if !has_swap()
         && let Some(memory) = linux
@@ -105,6 +108,24 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
         cgroup,
         console_size,
     })
+}
+
+/// Comparisons under a mask are `argument & value == valueTwo` in OCI's specification; libcontainer (0.7.0) takes the two
+/// values the other way round, and a rule that lets clone through would never hold.
+fn fit_seccomp(seccomp: &mut Value) {
+    let rules = seccomp.get_mut("syscalls").and_then(Value::as_array_mut);
+    for rule in rules.into_iter().flatten() {
+        let args = rule.get_mut("args").and_then(Value::as_array_mut);
+        for arg in args.into_iter().flatten().filter_map(Value::as_object_mut) {
+            if arg.get("op").is_some_and(|op| op == "SCMP_CMP_MASKED_EQ") {
+                let mask = arg.remove("value").unwrap_or_else(|| 0.into());
+                let expected = arg
+                    .insert("valueTwo".to_owned(), mask)
+                    .filter(|value| !value.is_null());
+                arg.insert("value".to_owned(), expected.unwrap_or_else(|| 0.into()));
+            }
+        }
+    }
 }
 
 /// An object in an object, made if it is not there; None if it is something else.
@@ -229,6 +250,31 @@ mod tests {
         let spec = SPEC.replace(r#","path":"/proc/1/ns/uts""#, "");
         let got = prepare("c1", &any(&spec), false, Some(Path::new("/b"))).unwrap();
         assert_eq!(got.json["hostname"], "h");
+    }
+
+    #[test]
+    fn masks_are_turned_round() {
+        let rules = r#"{"syscalls":[{"names":["clone"],"args":[
+            {"index":0,"value":2114060288,"op":"SCMP_CMP_MASKED_EQ"},
+            {"index":1,"value":6,"valueTwo":2,"op":"SCMP_CMP_MASKED_EQ"},
+            {"index":2,"value":5,"valueTwo":1,"op":"SCMP_CMP_EQ"}]},{"names":["read"]}]}"#;
+        let mut seccomp: Value = serde_json::from_str(rules).unwrap();
+        fit_seccomp(&mut seccomp);
+        let values: Vec<_> = seccomp["syscalls"][0]["args"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|arg| (arg["value"].as_u64().unwrap(), arg["valueTwo"].as_u64().unwrap()))
+            .collect();
+        assert_eq!(values, [(0, 2_114_060_288), (2, 6), (5, 1)]);
+        for odd in [
+            "null",
+            "[]",
+            r#"{"syscalls":1}"#,
+            r#"{"syscalls":[1,{"args":[2]}]}"#,
+        ] {
+            fit_seccomp(&mut serde_json::from_str(odd).unwrap());
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use super::parse;
 use crate::pod::state::{Network, Publish};
+use crate::runtime::capabilities::{self, Change};
 use crate::runtime::spec::Volume;
 use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
@@ -178,6 +179,21 @@ pub struct RunArgs {
     /// Make the root file system read-only
     #[arg(long)]
     pub read_only: bool,
+    /// Let the container do anything in its virtual machine
+    #[arg(long)]
+    pub privileged: bool,
+    /// Give a capability, or ALL
+    #[arg(long, value_name = "CAPABILITY", value_parser = capabilities::parse)]
+    pub cap_add: Vec<Change>,
+    /// Take a capability, or ALL
+    #[arg(long, value_name = "CAPABILITY", value_parser = capabilities::parse)]
+    pub cap_drop: Vec<Change>,
+    /// seccomp=unconfined, seccomp=builtin, seccomp=FILE.json, or no-new-privileges
+    #[arg(long, value_name = "OPTION", value_parser = parse::security)]
+    pub security_opt: Vec<parse::SecurityFlag>,
+    /// "host": see all processes of the virtual machine
+    #[arg(long, value_name = "NAMESPACE", value_parser = ["host"])]
+    pub pid: Option<String>,
     /// Label of the container
     #[arg(short, long, value_name = "KEY[=VALUE]", value_parser = parse::label)]
     pub label: Vec<(String, String)>,

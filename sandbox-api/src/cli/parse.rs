@@ -2,6 +2,7 @@
 //! Values of flags, in docker's grammar.
 
 use crate::pod::state::{Network, Publish};
+use crate::runtime::seccomp;
 use crate::runtime::spec::Volume;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
@@ -244,6 +245,43 @@ pub fn env_file(content: &str, own: impl Fn(&str) -> Option<String> + Copy) -> R
     Ok(settings)
 }
 
+/// `--security-opt`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecurityFlag {
+    /// seccomp=
+    Seccomp(seccomp::Choice),
+    /// no-new-privileges
+    NoNewPrivileges(bool),
+    /// What turns off something that the guest's kernel does not have.
+    Nothing,
+}
+
+/// An option of docker's: KEY, KEY=VALUE, or KEY:VALUE. A profile's file is read.
+pub fn security(text: &str) -> Result<SecurityFlag, String> {
+    let (key, value) = text
+        .split_once('=')
+        .or_else(|| text.split_once(':'))
+        .unwrap_or((text, ""));
+    match (key, value) {
+        ("seccomp", "unconfined") => Ok(SecurityFlag::Seccomp(seccomp::Choice::Unconfined)),
+        ("seccomp", "builtin") => Ok(SecurityFlag::Seccomp(seccomp::Choice::Builtin)),
+        ("seccomp", file) if !file.is_empty() => {
+            let bytes =
+                std::fs::read(file).map_err(|e| format!("opening seccomp profile ({file}) failed: {e}"))?;
+            let profile = seccomp::Profile::parse(&bytes)
+                .map_err(|e| format!("{file} is not a seccomp profile: {e}"))?;
+            Ok(SecurityFlag::Seccomp(seccomp::Choice::Profile(Box::new(profile))))
+        }
+        ("no-new-privileges", "" | "true") => Ok(SecurityFlag::NoNewPrivileges(true)),
+        ("no-new-privileges", "false") => Ok(SecurityFlag::NoNewPrivileges(false)),
+        ("apparmor", "unconfined") | ("label", "disable") => Ok(SecurityFlag::Nothing),
+        ("apparmor" | "label", _) => Err(format!(
+            "{key}: the kernel of the virtual machine has no such security module"
+        )),
+        _ => Err(format!("invalid --security-opt: {text:?}")),
+    }
+}
+
 /// A signal by name (`TERM`, `SIGTERM`) or number.
 pub fn signal(text: &str) -> Result<i32, String> {
     const NAMES: [(&str, i32); 31] = [
@@ -476,6 +514,31 @@ mod tests {
             ["A=1", "HOME=/h", "B=x y"]
         );
         assert!(env_file("A B=1", own).is_err());
+    }
+
+    #[test]
+    fn security_options() {
+        use SecurityFlag::{NoNewPrivileges, Nothing, Seccomp};
+        for (text, option) in [
+            ("seccomp=unconfined", Seccomp(seccomp::Choice::Unconfined)),
+            ("seccomp:unconfined", Seccomp(seccomp::Choice::Unconfined)),
+            ("seccomp=builtin", Seccomp(seccomp::Choice::Builtin)),
+            ("no-new-privileges", NoNewPrivileges(true)),
+            ("no-new-privileges:true", NoNewPrivileges(true)),
+            ("no-new-privileges=false", NoNewPrivileges(false)),
+            ("apparmor=unconfined", Nothing),
+        ] {
+            assert_eq!(security(text), Ok(option), "{text}");
+        }
+        for (text, named) in [
+            ("seccomp=/no/file", "/no/file"),
+            ("seccomp=/etc/passwd", "not a seccomp profile"),
+            ("seccomp", "invalid"),
+            ("apparmor=mine", "apparmor"),
+            ("bogus=1", "bogus"),
+        ] {
+            assert!(security(text).unwrap_err().contains(named), "{text}");
+        }
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::image::{self, Image, Progress, PullOptions, Source, Store};
 use crate::pod::host::{self, Attach};
 use crate::pod::state::{Alive, Plan, Pods, Record, Status};
 use crate::pod::terminal;
-use crate::runtime::spec::{self, Wishes};
+use crate::runtime::spec::{self, Security, Wishes};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -223,6 +223,7 @@ fn wishes(args: &RunArgs, words: Vec<String>) -> Outcome<Wishes> {
         read_only: args.read_only,
         tmpfs: args.tmpfs.clone(),
         volumes: args.volume.clone(),
+        security: security(args),
     };
     for mount in &args.mount {
         match mount.clone() {
@@ -244,6 +245,24 @@ fn wishes(args: &RunArgs, words: Vec<String>) -> Outcome<Wishes> {
         )));
     }
     Ok(wishes)
+}
+
+fn security(args: &RunArgs) -> Security {
+    let mut security = Security {
+        privileged: args.privileged,
+        cap_add: args.cap_add.clone(),
+        cap_drop: args.cap_drop.clone(),
+        vm_processes: args.pid.is_some(),
+        ..Security::default()
+    };
+    for option in &args.security_opt {
+        match option {
+            parse::SecurityFlag::Seccomp(choice) => security.seccomp = choice.clone(),
+            parse::SecurityFlag::NoNewPrivileges(set) => security.no_new_privileges = *set,
+            parse::SecurityFlag::Nothing => {}
+        }
+    }
+    security
 }
 
 /// Makes the volumes' folders absolute, and those that do not exist, as docker does.

@@ -2,14 +2,17 @@
 //! The OCI runtime specification of a container, from the image's configuration and the user's wishes.
 //!
 //! Paths are the host's here; [`crate::pod::task`] rewrites them into the guest's. What docker's default profile gives is
-//! given: capabilities, masked and read-only paths, mounts. A seccomp profile is not set yet: the VM is the boundary,
-//! and the guest kernel sees every system call anyway.
+//! given: capabilities, masked and read-only paths, mounts, devices, a seccomp profile ([`super::seccomp`]). A privileged
+//! container has all of its VM's kernel, and nothing of the host more than any other.
 
+use super::capabilities::{self, Change};
+use super::seccomp;
 use super::user::User;
 use oci_spec::runtime::{
-    BoxBuilder, Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDeviceCgroupBuilder,
-    LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder,
-    RootBuilder, Spec, SpecBuilder, UserBuilder, get_default_maskedpaths, get_default_readonly_paths,
+    BoxBuilder, Capabilities, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxDeviceCgroup,
+    LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxNamespaceBuilder, LinuxNamespaceType,
+    LinuxResourcesBuilder, Mount, MountBuilder, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
+    get_default_maskedpaths, get_default_readonly_paths,
 };
 use std::path::PathBuf;
 
@@ -45,6 +48,26 @@ pub struct Wishes {
     pub tmpfs: Vec<(PathBuf, String)>,
     /// `-v`, `--mount`.
     pub volumes: Vec<Volume>,
+    /// What the container may do in its VM.
+    #[serde(default)]
+    pub security: Security,
+}
+
+/// What a container may do in its VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Security {
+    /// `--privileged`: everything.
+    pub privileged: bool,
+    /// `--cap-add`.
+    pub cap_add: Vec<Change>,
+    /// `--cap-drop`.
+    pub cap_drop: Vec<Change>,
+    /// `--security-opt seccomp=`.
+    pub seccomp: seccomp::Choice,
+    /// `--security-opt no-new-privileges`.
+    pub no_new_privileges: bool,
+    /// `--pid host`: it sees the processes of its VM, the agent among them.
+    pub vm_processes: bool,
 }
 
 /// Wishes and image do not make a container.
@@ -60,24 +83,6 @@ pub enum Error {
     #[error("cannot build the runtime specification: {0}")]
     Spec(String),
 }
-
-/// docker's default set.
-const CAPABILITIES: [Capability; 14] = [
-    Capability::Chown,
-    Capability::DacOverride,
-    Capability::Fowner,
-    Capability::Fsetid,
-    Capability::Kill,
-    Capability::Setgid,
-    Capability::Setuid,
-    Capability::Setpcap,
-    Capability::NetBindService,
-    Capability::NetRaw,
-    Capability::SysChroot,
-    Capability::Mknod,
-    Capability::AuditWrite,
-    Capability::Setfcap,
-];
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -155,7 +160,9 @@ pub fn build(
         return Err(Error::Workdir(cwd));
     }
 
-    let all: Capabilities = CAPABILITIES.into_iter().collect();
+    let security = &wishes.security;
+    let all = capabilities::resolve(security.privileged, &security.cap_add, &security.cap_drop);
+    let profile = security.seccomp.resolve(security.privileged, &all);
     let mut capabilities = LinuxCapabilitiesBuilder::default().bounding(all.clone());
     if user.uid == 0 {
         capabilities = capabilities.effective(all.clone()).permitted(all);
@@ -182,7 +189,7 @@ pub fn build(
         .env(env)
         .cwd(cwd)
         .capabilities(capabilities)
-        .no_new_privileges(false);
+        .no_new_privileges(security.no_new_privileges);
     if wishes.terminal {
         let size = BoxBuilder::default()
             .height(24_u64)
@@ -203,25 +210,28 @@ pub fn build(
     ];
     let namespaces = namespaces
         .into_iter()
+        .filter(|typ| *typ != LinuxNamespaceType::Pid || !security.vm_processes)
         .map(|typ| LinuxNamespaceBuilder::default().typ(typ).build().map_err(failed))
         .collect::<Result<Vec<_>, _>>()?;
-    let deny = LinuxDeviceCgroupBuilder::default()
-        .allow(false)
-        .access("rwm")
-        .build()
-        .map_err(failed)?;
     let resources = LinuxResourcesBuilder::default()
-        .devices(vec![deny])
+        .devices(devices(security.privileged)?)
         .build()
         .map_err(failed)?;
-    let linux = LinuxBuilder::default()
+    let (masked, read_only) = if security.privileged {
+        (Vec::new(), Vec::new())
+    } else {
+        (get_default_maskedpaths(), get_default_readonly_paths())
+    };
+    let mut linux = LinuxBuilder::default()
         .namespaces(namespaces)
         .resources(resources)
         .cgroups_path(PathBuf::from(format!("/cloister/{id}")))
-        .masked_paths(get_default_maskedpaths())
-        .readonly_paths(get_default_readonly_paths())
-        .build()
-        .map_err(failed)?;
+        .masked_paths(masked)
+        .readonly_paths(read_only);
+    if let Some(profile) = profile {
+        linux = linux.seccomp(profile);
+    }
+    let linux = linux.build().map_err(failed)?;
     let root = RootBuilder::default()
         .path("rootfs")
         .readonly(wishes.read_only)
@@ -236,6 +246,38 @@ pub fn build(
         .linux(linux)
         .build()
         .map_err(failed)
+}
+
+/// Which devices may be used: those of containerd's and docker's defaults, and all may be made.
+fn devices(privileged: bool) -> Result<Vec<LinuxDeviceCgroup>, Error> {
+    use LinuxDeviceType::{B, C};
+    let rule = |allow, typ, major, minor, access: &str| {
+        let mut rule = LinuxDeviceCgroupBuilder::default().allow(allow).access(access);
+        if let Some(typ) = typ {
+            rule = rule.typ(typ);
+        }
+        if let Some(major) = major {
+            rule = rule.major(major);
+        }
+        if let Some(minor) = minor {
+            rule = rule.minor(minor);
+        }
+        rule.build().map_err(|e| Error::Spec(e.to_string()))
+    };
+    if privileged {
+        return Ok(vec![rule(true, None, None, None, "rwm")?]);
+    }
+    let mut rules = vec![
+        rule(false, None, None, None, "rwm")?,
+        rule(true, Some(C), None, None, "m")?,
+        rule(true, Some(B), None, None, "m")?,
+    ];
+    // null, zero, full, random, urandom, tty, console, ptmx; then any pseudo terminal.
+    for (major, minor) in [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2)] {
+        rules.push(rule(true, Some(C), Some(major), Some(minor), "rwm")?);
+    }
+    rules.push(rule(true, Some(C), Some(136), None, "rwm")?);
+    Ok(rules)
 }
 
 fn mount(destination: &str, typ: &str, source: &str, options: &[&str]) -> Result<Mount, Error> {
@@ -254,6 +296,7 @@ fn mount(destination: &str, typ: &str, source: &str, options: &[&str]) -> Result
 }
 
 fn mounts(wishes: &Wishes) -> Result<Vec<Mount>, Error> {
+    let kernel = if wishes.security.privileged { "rw" } else { "ro" };
     let mut mounts = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"])?,
         mount(
@@ -282,12 +325,12 @@ fn mounts(wishes: &Wishes) -> Result<Vec<Mount>, Error> {
             &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"],
         )?,
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"])?,
-        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "ro"])?,
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", kernel])?,
         mount(
             "/sys/fs/cgroup",
             "cgroup",
             "cgroup",
-            &["nosuid", "noexec", "nodev", "ro"],
+            &["nosuid", "noexec", "nodev", kernel],
         )?,
     ];
     for (path, options) in &wishes.tmpfs {
@@ -399,6 +442,50 @@ mod tests {
         assert_eq!(capabilities.effective().as_ref().unwrap().len(), 0);
         assert_eq!(capabilities.bounding().as_ref().unwrap().len(), 14);
         assert_eq!(process.user().additional_gids().as_ref().unwrap(), &[7]);
+    }
+
+    #[test]
+    fn privileged_and_not() {
+        let json = |security: Security| -> serde_json::Value {
+            let wishes = Wishes {
+                security,
+                ..Wishes::default()
+            };
+            serde_json::to_value(build(&image(), &wishes, &root(), "h", "id").unwrap()).unwrap()
+        };
+        let usual = json(Security::default());
+        assert_eq!(usual["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+        assert_eq!(usual["process"]["noNewPrivileges"], false);
+        assert!(!usual["linux"]["maskedPaths"].as_array().unwrap().is_empty());
+        let devices = usual["linux"]["resources"]["devices"].as_array().unwrap();
+        assert_eq!(
+            (&devices[0]["allow"], &devices[0]["access"]),
+            (&false.into(), &"rwm".into())
+        );
+        assert!(
+            devices
+                .iter()
+                .any(|rule| rule["major"] == 1 && rule["minor"] == 3)
+        );
+        let privileged = json(Security {
+            privileged: true,
+            vm_processes: true,
+            no_new_privileges: true,
+            ..Security::default()
+        });
+        assert!(privileged["linux"].get("seccomp").is_none());
+        assert_eq!(privileged["process"]["noNewPrivileges"], true);
+        assert!(privileged["linux"]["maskedPaths"].as_array().unwrap().is_empty());
+        assert_eq!(privileged["linux"]["resources"]["devices"][0]["allow"], true);
+        let namespaces = privileged["linux"]["namespaces"].as_array().unwrap();
+        assert!(namespaces.iter().all(|ns| ns["type"] != "pid"));
+        assert_eq!(
+            privileged["process"]["capabilities"]["bounding"]
+                .as_array()
+                .unwrap()
+                .len(),
+            41
+        );
     }
 
     #[test]
