@@ -54,9 +54,12 @@ fn ours(
         }
     }
     cell.start().map_err(chain)?;
-    wait(&cell, 300)?;
+    let ended = wait(&cell, 300);
+    // Its end of the pipe goes with it.
     drop(cell);
-    figures.add_console(&io::read_to_string(reader)?)
+    let console = io::read_to_string(reader)?;
+    ended.map_err(|error| io::Error::other(format!("{error}; its console:\n{console}")))?;
+    figures.add_console(&console)
 }
 
 /// Measures.
@@ -85,7 +88,7 @@ fn measure(context: &mut Context, host: &CellHost, share: &Path) -> io::Result<(
         their.add_console(&peer.start()?.console()?)?;
     }
     let conditions =
-        format!("1 vCPU, {MEMORY_MIB} MiB, files on a tmpfs; medians of {ROUNDS} guests, 3 runs each");
+        format!("1 vCPU, {MEMORY_MIB} MiB, files on a tmpfs; medians of {ROUNDS} guests, 2 runs each");
     let figure = |name: String, value, unit, peer: &str, goal| Figure {
         name,
         value,
