@@ -4,10 +4,12 @@
 //! ```text
 //! cloister-agent --helper FD create STATE ID BUNDLE CONSOLE
 //! cloister-agent --helper FD exec   STATE ID PROCESS CONSOLE
+//! cloister-agent --helper FD hooks  STATE ID KIND -
 //! ```
 //!
 //! FD is the control pipe (see [`crate::spawn`]), STATE libcontainer's state directory, BUNDLE a directory with
-//! `config.json`, PROCESS a file with an OCI process, CONSOLE a unix socket that takes the terminal, or `-`. The stdio of
+//! `config.json`, PROCESS a file with an OCI process, KIND poststart or poststop, CONSOLE a unix socket that takes the
+//! terminal, or `-`. The stdio of
 //! the helper becomes that of the container. The process made is an orphan when the helper exits.
 
 use std::ffi::OsString;
@@ -16,8 +18,8 @@ use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use libcontainer::container::Container as State;
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container as State, ContainerStatus};
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
@@ -70,6 +72,34 @@ fn seccomp_of(state: &str, id: &str) -> Result<Option<LinuxSeccomp>, String> {
     Ok(spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()))
 }
 
+/// Runs the hooks of a container that has been started, or has ended. Nothing is left behind: the pid is our own.
+fn hooks(state: &str, id: &str, kind: &str) -> Result<i32, String> {
+    let mut container = State::load(Path::new(state).join(id)).map_err(|e| error::chain(&e))?;
+    let spec = Spec::load(container.bundle().join("config.json")).map_err(|e| error::chain(&e))?;
+    let Some(hooks) = spec.hooks() else {
+        return Err("the container has no hooks".to_owned());
+    };
+    let run = |hooks: &Vec<_>, state: &_| {
+        libcontainer::hooks::run_hooks(Some(hooks), Some(state), None, None, None)
+            .map_err(|e| error::chain(&e))
+    };
+    if kind == "poststart" {
+        if let Some(hooks) = hooks.poststart() {
+            run(hooks, &container.state)?;
+        }
+    } else {
+        container.set_status(ContainerStatus::Stopped);
+        // One that fails does not keep the others from running (OCI, runtime.md, lifecycle).
+        let mut failure = Ok(());
+        for hook in hooks.poststop().iter().flatten() {
+            let ran = run(&vec![hook.clone()], &container.state);
+            failure = failure.and(ran);
+        }
+        failure?;
+    }
+    i32::try_from(std::process::id()).map_err(|e| e.to_string())
+}
+
 fn run(
     command: &str,
     state: &str,
@@ -79,6 +109,9 @@ fn run(
     control: &File,
 ) -> Result<i32, String> {
     let explain = |e: libcontainer::error::LibcontainerError| error::chain(&e);
+    if command == "hooks" {
+        return hooks(state, id, path);
+    }
     let console = (console != "-").then(|| PathBuf::from(console));
     let first = command == "create";
     let seccomp = if first { None } else { seccomp_of(state, id)? };

@@ -30,6 +30,7 @@ mod boot;
 mod cgroup;
 mod cmdline;
 mod container;
+mod devices;
 mod error;
 mod events;
 mod executor;
