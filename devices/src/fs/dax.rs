@@ -12,6 +12,11 @@
 //!
 //! A read-only attachment's files are mapped PROT_READ from descriptors that are open for reading only: no write can
 //! reach them, whatever the guest does. When an attachment goes, its mappings become read-only zeros.
+//!
+//! On an overlay, opening a file for writing copies it up, and what was mapped before shows the lower file for ever.
+//! So whenever a node is opened for writing, its read-only mappings are mapped anew from a descriptor opened after
+//! that ([`DaxWindow::renew`]), before anything is written. A mapping that is made at the same time notices by the
+//! node's count of such opens.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -23,6 +28,10 @@ use super::host;
 
 /// Alignment of mappings, in bytes: the host's page size, told to the guest as its logarithm.
 pub const ALIGNMENT: u64 = 4096;
+
+/// Smallest file, in bytes, that a guest is told to map (FUSE_ATTR_DAX): Linux maps 2 MiB at a time, so a smaller one
+/// would waste most of its part of the window.
+pub const MIN_FILE: u64 = 1 << 20;
 
 /// A mapping in the window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,6 +205,25 @@ impl DaxWindow {
         Ok(())
     }
 
+    /// Whether read-only mappings show the node.
+    pub fn has_readers(&self, nodeid: u64) -> bool {
+        self.mappings()
+            .values()
+            .any(|mapping| reader(mapping, nodeid).is_some())
+    }
+
+    /// Replaces the node's read-only mappings by the same parts of `file`, open for reading.
+    pub fn renew(&self, nodeid: u64, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        let mappings = self.mappings();
+        for (offset, mapping) in mappings.iter() {
+            if let Some(source) = reader(mapping, nodeid) {
+                let file = Some((file, source.file_offset));
+                self.place(*offset, mapping.len, libc::PROT_READ, file)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes everything inaccessible.
     pub fn clear(&self) {
         let mut mappings = self.mappings();
@@ -217,6 +245,13 @@ impl DaxWindow {
             }
         }
     }
+}
+
+/// What a mapping shows, if that is the node and it is read-only.
+fn reader(mapping: &Mapping, nodeid: u64) -> Option<MapSource> {
+    mapping
+        .source
+        .filter(|source| source.nodeid == nodeid && !source.writable)
 }
 
 /// Fails if a mapping lies across a border of the range.
