@@ -41,10 +41,11 @@ use crate::bus::{Bus, BusDevice};
 use crate::config::{Boot, CellConfig, HugePages, SerialConfig};
 use crate::device_set::{self, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
 use crate::error::{CreateError, LifecycleError};
+use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
 use crate::memory::{Memory, SlotRange};
 use crate::stats::{self, CellStats, KvmStat};
-use crate::stop::StopReason;
+use crate::stop::{StopReason, classify_halt};
 use crate::vcpu::{Access, VcpuControl, VcpuThread, lock_fd};
 use crate::x86_64::interrupt_chip::Chip;
 use crate::x86_64::ioapic::{Asserted, REGISTERS_SIZE};
@@ -142,6 +143,28 @@ impl Shared {
 
     pub(crate) fn vcpu_access(&self, vcpu: usize) -> Option<Access> {
         self.vcpus.get(vcpu).and_then(VcpuControl::access)
+    }
+
+    /// The threads of the vCPUs, while they run.
+    pub(crate) fn running_threads(&self) -> Option<Vec<i32>> {
+        let running = self.wanted() == Wanted::Run && self.lock().state == CellState::Running;
+        running.then(|| self.vcpus.iter().map(VcpuControl::thread).collect())
+    }
+
+    /// Has all vCPUs say whether they have halted for good.
+    pub(crate) fn ask_halted(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.ask();
+        }
+    }
+
+    pub(crate) fn halt_answers(&self) -> Vec<Answer> {
+        self.vcpus.iter().map(VcpuControl::answer).collect()
+    }
+
+    /// Nothing can wake the guest any more.
+    pub(crate) fn all_halted(&self) {
+        self.stop(classify_halt(&self.tail));
     }
 
     /// Whether a reset of a device waits for requests that are under way on the host.

@@ -15,6 +15,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 use crate::cell::{Machine, Shared};
 use crate::error::HostError;
+use crate::halt::{self, HaltWatch};
 use crate::kick;
 use crate::memory;
 use crate::suspicion::{Limits, Suspicion, Verdict};
@@ -182,6 +183,8 @@ impl CellHost {
                     event_loops: watched,
                     cells: Vec::new(),
                     take_down: TakeDown::default(),
+                    looks: 0,
+                    turn: 0,
                 }
                 .run(&receiver)
             })
@@ -257,12 +260,16 @@ struct Housekeeper {
     event_loops: Vec<(Arc<EventLoop>, Suspicion)>,
     cells: Vec<Watched>,
     take_down: TakeDown,
+    looks: u64,
+    /// Whose turn it is to be looked at for a halt.
+    turn: usize,
 }
 
 /// A running cell, and what is suspected of its vCPUs.
 struct Watched {
     cell: Arc<Shared>,
     vcpus: Vec<Suspicion>,
+    halt: HaltWatch,
 }
 
 impl Housekeeper {
@@ -276,7 +283,8 @@ impl Housekeeper {
             match task {
                 Ok(Task::Watch(cell)) => {
                     let vcpus = (0..cell.vcpu_count()).map(|_| Suspicion::default()).collect();
-                    self.cells.push(Watched { cell, vcpus });
+                    let halt = HaltWatch::new();
+                    self.cells.push(Watched { cell, vcpus, halt });
                 }
                 Ok(Task::TakeDown(cell, machine)) => {
                     self.cells.retain(|watched| !Arc::ptr_eq(&watched.cell, &cell));
@@ -285,6 +293,7 @@ impl Housekeeper {
                 Err(RecvTimeoutError::Timeout) => {
                     self.watch_event_loops();
                     self.watch_vcpus();
+                    self.watch_for_halts();
                     self.take_down.look();
                 }
                 Err(RecvTimeoutError::Disconnected) => return self.take_down.finish(),
@@ -331,7 +340,7 @@ impl Housekeeper {
     }
 
     fn watch_vcpus(&mut self) {
-        for Watched { cell, vcpus } in &mut self.cells {
+        for Watched { cell, vcpus, .. } in &mut self.cells {
             for (index, suspicion) in vcpus.iter_mut().enumerate() {
                 let access = cell.vcpu_access(index);
                 let mut limits = self.limits;
@@ -348,6 +357,15 @@ impl Housekeeper {
                     Verdict::Stuck(elapsed) => cell.vcpu_stuck(index, elapsed),
                 }
             }
+        }
+    }
+
+    fn watch_for_halts(&mut self) {
+        self.looks += 1;
+        for _ in 0..self.cells.len().min(halt::CELLS_PER_LOOK) {
+            self.turn = (self.turn + 1) % self.cells.len();
+            let Watched { cell, halt, .. } = &mut self.cells[self.turn];
+            halt.look(cell, self.looks);
         }
     }
 }

@@ -16,7 +16,7 @@
 //! A cell ends for a [`StopReason`], whoever finds it first: the guest shut down, reset, panicked or triple-faulted; KVM
 //! gave up; a device failed or got stuck; somebody asked. Its vCPU threads end, its waiters are told, and the
 //! housekeeper has the rest freed. A handler that does not return is found within a second; its event loop's other
-//! handlers, of whatever cell, go on in a new thread. Other cells notice nothing: no state is global but the kick signal's empty handler, which
+//! handlers, of whatever cell, go on in a new thread. So is a guest whose vCPUs have all halted for good (`halt`). Other cells notice nothing: no state is global but the kick signal's empty handler, which
 //! belongs to no cell.
 
 pub mod bus;
@@ -24,6 +24,7 @@ mod cell;
 pub mod config;
 mod device_set;
 pub mod error;
+mod halt;
 mod host;
 mod kick;
 pub mod memory;

@@ -2,13 +2,14 @@
 //! A vCPU's thread: the loop around KVM_RUN.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
 use crate::cell::{Shared, Wanted};
+use crate::halt::{self, Answer};
 use crate::kick::{Attached, Kick};
 use crate::stats::{self, ExitCounters};
 use crate::stop::{StopReason, classify_triple_fault};
@@ -31,6 +32,10 @@ pub(crate) struct VcpuControl {
     may_block: AtomicBool,
     /// Its thread's id, for /proc.
     thread: AtomicI32,
+    /// It is to say whether it has halted for good.
+    ask: AtomicBool,
+    /// What it said: an `Answer`.
+    answer: AtomicU8,
 }
 
 /// An access to a device that is under way.
@@ -108,7 +113,14 @@ impl VcpuThread {
         loop {
             attached.clear();
             match self.shared.wanted() {
-                Wanted::Run => {}
+                Wanted::Run => {
+                    if self.control().ask.load(Ordering::SeqCst) {
+                        self.control().ask.store(false, Ordering::SeqCst);
+                        self.control()
+                            .answer
+                            .store(halt::ask(&fd) as u8, Ordering::Release);
+                    }
+                }
                 Wanted::Stop => return,
                 Wanted::Pause => {
                     if let Some(reason) = self.finish_access(&mut fd, &attached) {
@@ -253,6 +265,23 @@ impl VcpuThread {
 }
 
 impl VcpuControl {
+    /// Its thread, once it has one.
+    pub(crate) fn thread(&self) -> i32 {
+        self.thread.load(Ordering::Relaxed)
+    }
+
+    /// Has the vCPU say whether it has halted for good.
+    pub(crate) fn ask(&self) {
+        self.answer.store(Answer::None as u8, Ordering::Relaxed);
+        self.ask.store(true, Ordering::SeqCst);
+        self.kick.kick();
+    }
+
+    /// What it said since it was asked.
+    pub(crate) fn answer(&self) -> Answer {
+        self.answer.load(Ordering::Acquire).into()
+    }
+
     /// The access to a device that the vCPU's thread is in.
     pub(crate) fn access(&self) -> Option<Access> {
         let number = self.access.load(Ordering::Relaxed);

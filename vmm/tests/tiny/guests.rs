@@ -134,6 +134,14 @@ guests! {
         "mov al, 0x34",
         "out dx, al",
         "3: jmp 3b";
+    /// Waits for interrupts, of which there are none: no PIC, no timer.
+    idle:
+        "mov al, 0xff",
+        "out 0x21, al",
+        "out 0xa1, al",
+        "sti",
+        "2: hlt",
+        "jmp 2b";
     /// Waits with interrupts off.
     halt:
         "cli",
