@@ -147,6 +147,51 @@ fn a_guest_kernel_that_panics_says_so() {
     before.assert_unchanged();
 }
 
+/// PID 1 takes no signal that it does not ask for, SIGKILL least of all, so a container that may write to its memory
+/// makes it run into zeros: a fault of its own kills an init, too.
+#[test]
+fn an_agent_that_dies_says_so() {
+    let stage = Stage::with_busybox("agent");
+    let before = Footprint::of_host(&stage);
+    let script = "set -- $(awk '/ r-xp / { gsub(\"-\", \" \", $1); print $1; exit }' /proc/1/maps); \
+        dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096)); \
+        while :; do echo not yet; sleep 0.1; done";
+    let options = ["--privileged", "--pid", "host"];
+    let output = run(&stage, &options, &["sh", "-c", script]).expect(125);
+    for named in [
+        "under its container",
+        "the agent died: guest kernel panic: Attempted to kill init! exitcode=0x0000000b",
+    ] {
+        assert!(
+            output.stderr.contains(named),
+            "does not say {named:?}: {output:#?}"
+        );
+    }
+    assert!(!output.stderr.contains("panicked"), "{output:#?}");
+    before.assert_unchanged();
+
+    // In the background, with all that a pod has on the host.
+    let command = [IMAGE, "sh", "-c", script];
+    let started = [
+        &["run", "-d", "--name", "hurt", "-p", "127.0.0.1:18081:80"],
+        &options[..],
+        &command,
+    ];
+    stage.cloister(&started.concat()).expect(0);
+    assert_eq!(stage.cloister(&["wait", "hurt"]).expect(0).stdout, "125\n");
+    let state = stage.json(&["inspect", "hurt"])[0]["State"].clone();
+    assert_eq!(
+        (&state["Running"], &state["ExitCode"]),
+        (&false.into(), &125.into())
+    );
+    assert!(
+        state["Error"].as_str().unwrap().contains("the agent died"),
+        "{state}"
+    );
+    stage.cloister(&["rm", "hurt"]).expect(0);
+    before.assert_unchanged();
+}
+
 #[test]
 fn streams_and_flags_reach_the_container() {
     let stage = Stage::with_busybox("streams");
@@ -327,6 +372,7 @@ fn the_life_of_a_container_in_the_background() {
     assert_eq!(stats[0]["name"], "web");
     assert!(stats[0]["memory_bytes"].as_u64().unwrap() > 0, "{stats}");
     assert!(stats[0]["pids"].as_u64().unwrap() > 0, "{stats}");
+    assert!(stats[0]["vm_bytes"].as_u64().unwrap() > 16 << 20, "{stats}");
 
     let output = stage.cloister(&["rm", "web"]).expect(1);
     assert!(output.stderr.contains("running"), "{output:#?}");

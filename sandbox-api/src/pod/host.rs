@@ -341,7 +341,7 @@ async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, tell: impl Fn(Mom
         Some(reason) if exit.status == state::EXIT_KILLED && reason != StopReason::Requested => {
             Err(Error::VmEnded {
                 when: "under its container",
-                reason: reason.to_string(),
+                reason: why(&reason),
                 tail: machine.last_words(),
             })
         }
@@ -450,7 +450,7 @@ async fn start(
     tokio::select! {
         _ = ready.wait_for(Option::is_some) => {}
         ended = dead.wait_for(Option::is_some) => {
-            let reason = ended.ok().and_then(|reason| reason.as_ref().map(ToString::to_string)).unwrap_or_default();
+            let reason = ended.ok().and_then(|reason| reason.as_ref().map(why)).unwrap_or_default();
             return Err(Error::VmEnded { when: "before its agent was ready", reason, tail: machine.last_words() });
         }
         () = tokio::time::sleep(Duration::from_millis(plan.init_timeout_ms)) => {
@@ -522,7 +522,7 @@ async fn start(
     tokio::select! {
         created = create => created?,
         ended = dead.wait_for(Option::is_some) => {
-            let reason = ended.ok().and_then(|reason| reason.as_ref().map(ToString::to_string)).unwrap_or_default();
+            let reason = ended.ok().and_then(|reason| reason.as_ref().map(why)).unwrap_or_default();
             return Err(Error::VmEnded { when: "before its container ran", reason, tail: machine.last_words() });
         }
     }
@@ -677,6 +677,16 @@ fn accept_streams(mut streams: mpsc::Receiver<std::os::unix::net::UnixStream>, h
     });
 }
 
+/// Why a VM ended, in the words of who runs pods: the guest's PID 1 is the agent.
+fn why(reason: &StopReason) -> String {
+    match reason {
+        StopReason::Panic { message } if message.contains("Attempted to kill init") => {
+            format!("the agent died: {reason}")
+        }
+        reason => reason.to_string(),
+    }
+}
+
 fn reasons(mut dead: watch::Receiver<Option<StopReason>>) -> watch::Receiver<Option<String>> {
     let (sender, receiver) = watch::channel(None);
     tokio::spawn(async move {
@@ -684,7 +694,7 @@ fn reasons(mut dead: watch::Receiver<Option<StopReason>>) -> watch::Receiver<Opt
             .wait_for(Option::is_some)
             .await
             .ok()
-            .and_then(|reason| reason.as_ref().map(ToString::to_string));
+            .and_then(|reason| reason.as_ref().map(why));
         sender.send_replace(Some(reason.unwrap_or_default()));
     });
     receiver
