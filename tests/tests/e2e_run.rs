@@ -495,7 +495,7 @@ fn a_container_is_left_and_come_back_to() {
             .contains("# ")
             .then_some(())
     });
-    type_in(&mut child, b"echo I am $kept here\x10\r");
+    type_in(&mut child, b"echo I am $kept here\r");
     read_until(child.stdout.as_mut().unwrap(), "I am yes here");
     type_in(&mut child, b"\x18");
     child.finish().expect(0);
@@ -543,7 +543,7 @@ fn containers_are_started_again() {
         // Its input is open for others, so it is asked to end.
         stage.cloister(&["exec", "job", "killall", "cat"]).expect(0);
         let output = child.finish().expect(3);
-        assert_eq!(output.stderr, "Terminated\nno\n");
+        assert!(output.stderr.ends_with("no\n"), "{output:#?}");
         assert_eq!(stage.json(&["inspect", "job"])[0]["State"]["ExitCode"], 3);
     }
     assert_eq!(
