@@ -173,6 +173,10 @@ pub struct RunArgs {
     /// Memory of the virtual machine, such as 512m or 2g
     #[arg(short, long, default_value = "512m", value_parser = parse::vm_memory)]
     pub memory: u64,
+    /// Let the guest map files of the image of 1m and more straight from the host's page cache, so many bytes of them
+    /// at a time; costs a 64th of it of the guest's memory
+    #[arg(long, value_name = "SIZE", value_parser = parse::dax_window)]
+    pub dax: Option<u64>,
     /// Working directory in the container
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<String>,

@@ -88,6 +88,7 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
         wishes,
         cpus: args.cpus,
         memory: args.memory,
+        dax: args.dax,
         network: args.net,
         publish: args.publish,
         hostname: args

@@ -427,6 +427,7 @@ async fn start(
             name: format!("pod-{}", pod.record.short_id()),
             cpus: plan.cpus,
             memory: plan.memory,
+            dax: plan.dax,
             kernel: &plan.kernel,
             initrd: &plan.initrd,
             kernel_args: &plan.kernel_args,

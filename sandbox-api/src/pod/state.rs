@@ -76,6 +76,9 @@ pub struct Plan {
     pub cpus: u8,
     /// Bytes of memory of the VM.
     pub memory: u64,
+    /// Bytes of the DAX window, if there is to be one.
+    #[serde(default)]
+    pub dax: Option<u64>,
     /// Network.
     pub network: Network,
     /// Published ports.
@@ -524,6 +527,7 @@ pub(crate) mod tests {
                 wishes: Wishes::default(),
                 cpus: 1,
                 memory: 1 << 28,
+                dax: None,
                 network: Network::Tap("tap0".into()),
                 publish: Vec::new(),
                 hostname: "h".into(),
