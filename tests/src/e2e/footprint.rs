@@ -38,9 +38,17 @@ impl<'a> Footprint<'a> {
 pub struct OwnFootprint(Things);
 
 impl OwnFootprint {
-    /// Looks.
+    /// Looks, once nothing changes any more: what was just stopped may still be on its way out.
     pub fn now() -> Self {
-        Self(own_things())
+        let mut things = own_things();
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = own_things();
+            if now == things {
+                return Self(things);
+            }
+            things = now;
+        }
     }
 
     /// Ends the test unless all is as it was.
