@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Our devices under Linux's own drivers: a VM whose init is a shell script that uses the device and says on the serial
+//! Our devices, and the ends of a VM, under Linux's own drivers: a VM whose init is a shell script that uses the device and says on the serial
 //! console what it saw, while the test looks at the host's side.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
@@ -350,6 +350,27 @@ fn entropy() {
     assert_eq!(guest.heard("count"), "5000");
     assert_ne!(guest.heard("bytes"), guest.heard("bytes"));
     assert_eq!(guest.ends(), StopReason::Reset);
+}
+
+/// A kernel that halts says so to nobody but its console, and all processors stop; an idle one looks much the same.
+#[test]
+fn a_kernel_that_halts_is_told_from_an_idle_one() {
+    let host = host();
+    let two = |config: &mut cloister_vmm::CellConfig| config.vcpus = 2;
+    let idle = Guest::start(&host, &Init::new("idle", "say ready\nread -r go\n"), two);
+    idle.heard("ready");
+    for _ in 0..3 {
+        let halts = Guest::start(&host, &Init::new("halts", "halt -f\nsay not\n"), two);
+        assert_eq!(halts.ends(), StopReason::AllHalted, "{}", halts.console());
+        assert!(halts.console().contains("System halted"), "{}", halts.console());
+    }
+    println!(
+        "the idle guest was kicked {} times",
+        idle.cell.stats().interrupted
+    );
+    idle.go();
+    idle.heard("end");
+    assert_eq!(idle.ends(), StopReason::Reset);
 }
 
 /// A disk's size is what the host says it is, while the guest runs.
