@@ -31,6 +31,7 @@ use serde_json::Value;
 use crate::cgroup::{self, Cgroup};
 use crate::error::{Result, already_exists, failed_precondition, not_found, unknown};
 use crate::events::{Publisher, timestamp};
+use crate::helper::SECCOMP_FILE;
 use crate::process::{GivenNames, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Io, Names, nulls};
@@ -321,6 +322,10 @@ impl Context {
         }
         fs::write(bundle.join("config.json"), prepared.json.to_string())
             .map_err(|e| unknown(format!("spec of container {id}: {e}")))?;
+        if let Some(seccomp) = &prepared.seccomp {
+            fs::write(bundle.join(SECCOMP_FILE), seccomp.to_string())
+                .map_err(|e| unknown(format!("seccomp profile of container {id}: {e}")))?;
+        }
         let state = self.state_dir();
         fs::create_dir_all(&state).map_err(|e| unknown(format!("state directory: {e}")))?;
 
@@ -360,10 +365,7 @@ impl Context {
             poststart: has("/hooks/poststart"),
             poststop: has("/hooks/poststop"),
             bundle: bundle.to_owned(),
-            seccomp: prepared
-                .json
-                .pointer("/linux/seccomp")
-                .is_some_and(|s| !s.is_null()),
+            seccomp: prepared.seccomp.is_some(),
             rootfs,
             inner: Mutex::default(),
             lifecycle: tokio::sync::Mutex::default(),

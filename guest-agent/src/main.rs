@@ -44,6 +44,7 @@ mod pod;
 mod power;
 mod process;
 mod reaper;
+mod seccomp;
 mod serve;
 mod spawn;
 mod spec;
