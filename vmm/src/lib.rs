@@ -26,6 +26,7 @@ pub mod error;
 mod host;
 mod kick;
 pub mod memory;
+pub mod spare;
 pub mod stats;
 pub mod stop;
 mod vcpu;
@@ -38,5 +39,6 @@ pub use config::{Boot, CellConfig, DeviceConfig, HugePages, InterruptChip, Kerne
 pub use device_set::DeviceHandle;
 pub use error::{CreateError, HostError, LifecycleError};
 pub use host::{CellHost, CellHostConfig, KvmKind};
+pub use spare::SpareConfig;
 pub use stats::{CellStats, KvmStat};
 pub use stop::StopReason;
