@@ -26,7 +26,6 @@ struct Boot {
     seconds: f64,
     to_this_program: CellStats,
     all: u64,
-    ram_kib: f64,
     /// CPU time of the vCPU's thread: guest, and KVM's work for it.
     vcpu_seconds: f64,
     cell: Cell,
@@ -110,7 +109,6 @@ fn ours(context: &Context, host: &CellHost, cid: u32, huge_pages: HugePages) -> 
         vcpu_seconds,
         to_this_program: cell.stats(),
         all: kvm_exits(&cell)?,
-        ram_kib: ram_kib(&cell)?,
         cell,
     })
 }
