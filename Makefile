@@ -34,12 +34,14 @@ setup:
 build: setup guest
 	cargo build --locked --release --workspace --exclude cloister-agent --exclude cloister-guest-bench
 
-# The agent with the C library inside it, for there is none in the guest; then what boots with it.
+# The agent with the C library inside it, for there is none in the guest; then what boots with it: our kernel, and
+# Debian's own to test that it need not be ours.
 guest: setup
 	mkdir -p $(guest)
 	guest-agent/build-static $(guest)/cloister-agent
 	guest-image/build-kernel --out $(guest)/vmlinux
 	guest-image/build-initramfs $(guest)/cloister-agent $(guest)/initramfs.cpio
+	CLOISTER_DEBIAN_OUT=$(guest)/debian guest-image/build-debian-kernel $(guest)/cloister-agent
 
 # prepare needs the network (Debian packages) and runs outside; there is none in the emulated host.
 run: build

@@ -23,6 +23,7 @@ use serde_json::Value;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::devices;
 use crate::events::Publisher;
 use crate::fd::register;
 use crate::spec::has_swap;
@@ -52,6 +53,14 @@ impl Cgroup {
         Self {
             path: Path::new(ROOT).join(relative),
         }
+    }
+
+    /// Lets its members use the devices that OCI rules allow, and no others.
+    ///
+    /// # Errors
+    /// See [`devices::confine`].
+    pub fn confine(&self, rules: &Value) -> io::Result<()> {
+        devices::confine(&self.path, rules)
     }
 
     fn read(&self, file: &str) -> Option<String> {

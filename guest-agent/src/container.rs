@@ -26,10 +26,12 @@ use libcontainer::container::{Container as State, ContainerStatus};
 use libcontainer::notify_socket::NOTIFY_FILE;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Signal;
+use serde_json::Value;
 
 use crate::cgroup::{self, Cgroup};
 use crate::error::{Result, already_exists, failed_precondition, not_found, unknown};
 use crate::events::{Publisher, timestamp};
+use crate::helper::SECCOMP_FILE;
 use crate::process::{GivenNames, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Io, Names, nulls};
@@ -72,6 +74,9 @@ pub struct Container {
     pub bundle: PathBuf,
     /// It has a seccomp profile.
     seccomp: bool,
+    /// It has hooks of these kinds. (libcontainer runs the others.)
+    poststart: bool,
+    poststop: bool,
     /// Where its root file system was mounted, if the agent did that.
     rootfs: Option<PathBuf>,
     inner: Mutex<Inner>,
@@ -315,14 +320,12 @@ impl Context {
                 })?;
             }
         }
-        if ["/hooks/poststart", "/hooks/poststop"]
-            .iter()
-            .any(|hook| prepared.json.pointer(hook).is_some())
-        {
-            log::warn!("container {id}: poststart and poststop hooks are not run");
-        }
         fs::write(bundle.join("config.json"), prepared.json.to_string())
             .map_err(|e| unknown(format!("spec of container {id}: {e}")))?;
+        if let Some(seccomp) = &prepared.seccomp {
+            fs::write(bundle.join(SECCOMP_FILE), seccomp.to_string())
+                .map_err(|e| unknown(format!("seccomp profile of container {id}: {e}")))?;
+        }
         let state = self.state_dir();
         fs::create_dir_all(&state).map_err(|e| unknown(format!("state directory: {e}")))?;
 
@@ -336,15 +339,33 @@ impl Context {
         launch(self, &init, &args, prepared.console_size)
             .await
             .map_err(|e| prefix("OCI runtime create failed", e))?;
+        let cgroup = Cgroup::new(&prepared.cgroup);
+        // The process waits to be let go: nothing of the container has run.
+        let rules = prepared.json.pointer("/linux/resources/devices");
+        if self.in_vm
+            && let Err(error) = cgroup.confine(rules.unwrap_or(&Value::Null))
+        {
+            let _ = init.kill(Signal::KILL);
+            init.started();
+            let _ = init.wait().await;
+            init.finish_io().await;
+            cgroup.remove().await;
+            return Err(unknown(format!(
+                "OCI runtime create failed: devices of container {id}: {error}"
+            )));
+        }
+        let has = |hooks: &str| {
+            let hooks = prepared.json.pointer(hooks).and_then(Value::as_array);
+            hooks.is_some_and(|hooks| !hooks.is_empty())
+        };
         Ok(Arc::new(Container {
             id: id.to_owned(),
             init,
-            cgroup: Cgroup::new(&prepared.cgroup),
+            cgroup,
+            poststart: has("/hooks/poststart"),
+            poststop: has("/hooks/poststop"),
             bundle: bundle.to_owned(),
-            seccomp: prepared
-                .json
-                .pointer("/linux/seccomp")
-                .is_some_and(|s| !s.is_null()),
+            seccomp: prepared.seccomp.is_some(),
             rootfs,
             inner: Mutex::default(),
             lifecycle: tokio::sync::Mutex::default(),
@@ -383,6 +404,14 @@ impl Context {
             .save()
             .map_err(|e| fail(crate::error::chain(&e)))?;
         let_go(&state).map_err(|e| fail(format!("the container's first process does not listen: {e}")))?;
+        if container.poststart
+            && let Err(error) = self.run_hooks(container, "poststart").await
+        {
+            // OCI, runtime.md, lifecycle: the container is stopped.
+            container.cgroup.kill();
+            init.started();
+            return Err(fail(error));
+        }
         let pid = init.pid_u32();
         let event = TaskStart {
             container_id: id.clone(),
@@ -392,6 +421,21 @@ impl Context {
         self.events.publish(TASK_START_EVENT_TOPIC, &event);
         init.started();
         Ok(pid)
+    }
+
+    /// Runs the hooks of one kind, in the VM's own namespaces.
+    async fn run_hooks(&self, container: &Container, kind: &str) -> std::result::Result<(), String> {
+        let state = self.state_dir();
+        let args = [
+            OsStr::new("hooks"),
+            text(&state),
+            OsStr::new(&container.id),
+            OsStr::new(kind),
+            OsStr::new("-"),
+        ];
+        let stdio = nulls().map_err(|e| format!("{kind} hooks: {e}"))?;
+        let ran = spawn::run(&self.reaper, &args, stdio).await;
+        ran.map(|_| ()).map_err(|e| format!("{kind} hooks: {e}"))
     }
 
     async fn start_exec(self: &Arc<Self>, container: &Container, exec_id: &str) -> Result<u32> {
@@ -541,6 +585,11 @@ impl Context {
             exec.process.finish_io().await;
         }
         container.cgroup.remove().await;
+        if container.poststop
+            && let Err(error) = self.run_hooks(container, "poststop").await
+        {
+            log::warn!("container {}: {error}", container.id);
+        }
         remove_files(
             &container.bundle,
             container.rootfs.as_deref(),

@@ -33,7 +33,7 @@ struct Inner {
     on_stderr: bool,
     program: RefCell<PathBuf>,
     env: RefCell<HashMap<String, String>>,
-    /// Profile to load last of all. (For a container's first process libcontainer does it.)
+    /// Profile to load last of all.
     seccomp: Option<LinuxSeccomp>,
 }
 
@@ -176,8 +176,13 @@ impl Executor for AgentExecutor {
         };
         let (argv, envp) = (pointers(&args), pointers(&env));
         if let Some(seccomp) = &self.0.seccomp {
-            libcontainer::seccomp::initialize_seccomp(seccomp)
-                .map_err(|e| ExecutorError::Other(format!("seccomp profile: {e}")))?;
+            crate::seccomp::load(seccomp).map_err(|reason| {
+                say(&self.0.control, 'X', &reason);
+                if self.0.on_stderr {
+                    eprintln!("{reason}");
+                }
+                ExecutorError::Other(reason)
+            })?;
         }
         // PID 1 ignores SIGPIPE and so did the helper; programs expect the default.
         // SAFETY: one thread; sets no handler.

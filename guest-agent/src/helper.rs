@@ -4,10 +4,12 @@
 //! ```text
 //! cloister-agent --helper FD create STATE ID BUNDLE CONSOLE
 //! cloister-agent --helper FD exec   STATE ID PROCESS CONSOLE
+//! cloister-agent --helper FD hooks  STATE ID KIND -
 //! ```
 //!
 //! FD is the control pipe (see [`crate::spawn`]), STATE libcontainer's state directory, BUNDLE a directory with
-//! `config.json`, PROCESS a file with an OCI process, CONSOLE a unix socket that takes the terminal, or `-`. The stdio of
+//! `config.json`, PROCESS a file with an OCI process, KIND poststart or poststop, CONSOLE a unix socket that takes the
+//! terminal, or `-`. The stdio of
 //! the helper becomes that of the container. The process made is an orphan when the helper exits.
 
 use std::ffi::OsString;
@@ -16,8 +18,8 @@ use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use libcontainer::container::Container as State;
 use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{Container as State, ContainerStatus};
 use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
@@ -26,6 +28,9 @@ use crate::{error, log as logger};
 
 /// First argument of a helper.
 pub const COMMAND: &str = "--helper";
+
+/// The file in a bundle with its seccomp profile, for [`AgentExecutor`] to load.
+pub const SECCOMP_FILE: &str = "seccomp.json";
 
 /// Longest line on the control pipe: what the kernel writes at once.
 const MAX_LINE: usize = 4096;
@@ -63,11 +68,43 @@ pub fn main(args: &[OsString]) -> i32 {
     }
 }
 
-/// The seccomp profile of a container, for a process that joins it: libcontainer forgets it there.
-fn seccomp_of(state: &str, id: &str) -> Result<Option<LinuxSeccomp>, String> {
-    let state = State::load(Path::new(state).join(id)).map_err(|e| error::chain(&e))?;
-    let spec = Spec::load(state.bundle().join("config.json")).map_err(|e| error::chain(&e))?;
-    Ok(spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()))
+/// The seccomp profile of a container.
+fn seccomp_of(bundle: &Path) -> Result<Option<LinuxSeccomp>, String> {
+    let file = match File::open(bundle.join(SECCOMP_FILE)) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(|e| format!("seccomp profile: {e}"))?,
+    };
+    // From a reader, as libcontainer reads its files: the code is there already.
+    let profile = serde_json::from_reader(std::io::BufReader::new(file));
+    profile.map(Some).map_err(|e| format!("seccomp profile: {e}"))
+}
+
+/// Runs the hooks of a container that has been started, or has ended. Nothing is left behind: the pid is our own.
+fn hooks(state: &str, id: &str, kind: &str) -> Result<i32, String> {
+    let mut container = State::load(Path::new(state).join(id)).map_err(|e| error::chain(&e))?;
+    let spec = Spec::load(container.bundle().join("config.json")).map_err(|e| error::chain(&e))?;
+    let Some(hooks) = spec.hooks() else {
+        return Err("the container has no hooks".to_owned());
+    };
+    let run = |hooks: &Vec<_>, state: &_| {
+        libcontainer::hooks::run_hooks(Some(hooks), Some(state), None, None, None)
+            .map_err(|e| error::chain(&e))
+    };
+    if kind == "poststart" {
+        if let Some(hooks) = hooks.poststart() {
+            run(hooks, &container.state)?;
+        }
+    } else {
+        container.set_status(ContainerStatus::Stopped);
+        // One that fails does not keep the others from running (OCI, runtime.md, lifecycle).
+        let mut failure = Ok(());
+        for hook in hooks.poststop().iter().flatten() {
+            let ran = run(&vec![hook.clone()], &container.state);
+            failure = failure.and(ran);
+        }
+        failure?;
+    }
+    i32::try_from(std::process::id()).map_err(|e| e.to_string())
 }
 
 fn run(
@@ -79,9 +116,17 @@ fn run(
     control: &File,
 ) -> Result<i32, String> {
     let explain = |e: libcontainer::error::LibcontainerError| error::chain(&e);
+    if command == "hooks" {
+        return hooks(state, id, path);
+    }
     let console = (console != "-").then(|| PathBuf::from(console));
     let first = command == "create";
-    let seccomp = if first { None } else { seccomp_of(state, id)? };
+    let seccomp = if first {
+        seccomp_of(Path::new(path))?
+    } else {
+        let state = State::load(Path::new(state).join(id)).map_err(|e| error::chain(&e))?;
+        seccomp_of(state.bundle())?
+    };
     let control = control.try_clone().map_err(|e| e.to_string())?;
     let executor = AgentExecutor::new(control, first, seccomp);
     let builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())

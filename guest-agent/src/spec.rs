@@ -35,6 +35,8 @@ pub fn check_id(id: &str) -> Result<()> {
 pub struct Prepared {
     /// config.json
     pub json: Value,
+    /// Its seccomp profile, taken out of it: see [`crate::seccomp`].
+    pub seccomp: Option<Value>,
     /// The container's cgroup, relative to the root of the tree.
     pub cgroup: PathBuf,
     /// Size the terminal starts with: width, height in characters.
@@ -75,7 +77,8 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
     let console_size = fit_process(process, terminal);
     let linux = member(spec, "linux").ok_or_else(|| wrong("has a linux section that is no object"))?;
     linux.remove("mountLabel");
-    if let Some(seccomp) = linux.get_mut("seccomp") {
+    let mut seccomp = linux.remove("seccomp").filter(|seccomp| !seccomp.is_null());
+    if let Some(seccomp) = &mut seccomp {
         fit_seccomp(seccomp);
     }
     linux.remove("intelRdt");
@@ -103,8 +106,14 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
         spec.remove("hostname");
         spec.remove("domainname");
     }
+    if seccomp.is_some()
+        && let Some(process) = spec.get_mut("process").and_then(Value::as_object_mut)
+    {
+        may_load_seccomp(process);
+    }
     Ok(Prepared {
         json,
+        seccomp,
         cgroup,
         console_size,
     })
@@ -179,12 +188,24 @@ fn fit_process(process: &mut Map<String, Value>, terminal: bool) -> Option<(u16,
     Some((of("width")?, of("height")?))
 }
 
+/// Without "no new privileges" only a process with CAP_SYS_ADMIN may load a seccomp profile, and that happens after
+/// libcontainer has set the capabilities (see [`crate::executor`]). So the process gets this one on top, outside the
+/// bounding set: execve, which comes next, takes it away again.
+fn may_load_seccomp(process: &mut Map<String, Value>) {
+    if process.get("noNewPrivileges") != Some(&Value::Bool(true))
+        && let Some(sets) = process.get_mut("capabilities").and_then(Value::as_object_mut)
+    {
+        for set in ["effective", "permitted"] {
+            let set = sets.entry(set).or_insert_with(|| Value::Array(Vec::new()));
+            if let Some(set) = set.as_array_mut() {
+                set.push(Value::from("CAP_SYS_ADMIN"));
+            }
+        }
+    }
+}
+
 /// Reads the process of an exec. `seccomp` tells that the container has a profile. Returns the JSON for libcontainer, and
 /// the size of the terminal.
-///
-/// Without "no new privileges" only a process with CAP_SYS_ADMIN may load a profile, and that happens after libcontainer
-/// has set the capabilities (see [`crate::executor`]). So the process gets this one on top, outside the bounding set:
-/// execve, which comes next, takes it away again.
 ///
 /// # Errors
 /// InvalidArgument.
@@ -195,17 +216,8 @@ pub fn prepare_exec(options: &Any, terminal: bool, seccomp: bool) -> Result<(Val
         .as_object_mut()
         .ok_or_else(|| invalid_argument("the OCI process is no object"))?;
     let size = fit_process(process, terminal);
-    let new_privileges = process.get("noNewPrivileges") != Some(&Value::Bool(true));
-    if seccomp
-        && new_privileges
-        && let Some(sets) = process.get_mut("capabilities").and_then(Value::as_object_mut)
-    {
-        for set in ["effective", "permitted"] {
-            let set = sets.entry(set).or_insert_with(|| Value::Array(Vec::new()));
-            if let Some(set) = set.as_array_mut() {
-                set.push(Value::from("CAP_SYS_ADMIN"));
-            }
-        }
+    if seccomp {
+        may_load_seccomp(process);
     }
     Ok((json, size))
 }
@@ -243,6 +255,31 @@ mod tests {
         ] {
             assert_eq!(got.json.pointer(gone), None, "{gone}");
         }
+    }
+
+    #[test]
+    fn a_seccomp_profile_is_for_the_executor() {
+        let spec = SPEC.replace(
+            r#""linux":{"#,
+            r#""linux":{"seccomp":{"defaultAction":"SCMP_ACT_ALLOW"},"#,
+        );
+        let spec = spec.replace(
+            r#""terminal":false,"#,
+            r#""capabilities":{"bounding":["CAP_KILL"],"effective":[]},"#,
+        );
+        let got = prepare("c1", &any(&spec), false, Some(Path::new("/b"))).unwrap();
+        assert_eq!(got.seccomp.unwrap()["defaultAction"], "SCMP_ACT_ALLOW");
+        assert_eq!(got.json.pointer("/linux/seccomp"), None);
+        let capabilities = &got.json["process"]["capabilities"];
+        assert_eq!(capabilities["effective"][0], "CAP_SYS_ADMIN");
+        assert_eq!(capabilities["bounding"][0], "CAP_KILL");
+        let spec = spec.replace(r#"{"defaultAction":"SCMP_ACT_ALLOW"}"#, "null");
+        let got = prepare("c1", &any(&spec), false, Some(Path::new("/b"))).unwrap();
+        assert!(got.seccomp.is_none());
+        assert_eq!(
+            got.json.pointer("/process/capabilities/effective"),
+            Some(&Value::Array(Vec::new()))
+        );
     }
 
     #[test]

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The agent as PID 1 of a real VM (QEMU microvm, vhost-vsock): what a process in namespaces cannot show.
 //!
-//! Needs KVM, /dev/vhost-vsock and root: `ci/kvm-host -- .../e2e_vm-HASH --ignored`. CLOISTER_AGENT and CLOISTER_KERNEL name
-//! the static agent and the guest kernel (default: target/guest/cloister-agent, target/guest/vmlinux).
+//! Needs KVM, /dev/vhost-vsock and root: `ci/e2e` runs it where they are. CLOISTER_GUEST is the folder of the static agent
+//! and the guest kernel (default: target/guest).
 #![allow(clippy::unwrap_used)]
 
 mod harness;
@@ -20,30 +20,19 @@ use harness::{Bed, Streams, ctx, soon};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 
-fn file(variable: &str, default: &str) -> PathBuf {
-    let path = std::env::var_os(variable).map_or_else(
-        || {
-            PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-                .join("../target/guest")
-                .join(default)
-        },
+fn file(name: &str) -> PathBuf {
+    let dir = std::env::var_os("CLOISTER_GUEST").map_or_else(
+        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"),
         PathBuf::from,
     );
-    assert!(
-        path.exists(),
-        "{} is missing: build it, or set {variable}",
-        path.display()
-    );
+    let path = dir.join(name);
+    assert!(path.exists(), "{} is missing: run make guest", path.display());
     path
 }
 
 #[tokio::test]
-#[ignore = "boots a VM: run it with --ignored where KVM and vhost_vsock are (ci/kvm-host)"]
 async fn a_pod_vm_from_boot_to_power_off() {
-    let (agent, kernel) = (
-        file("CLOISTER_AGENT", "cloister-agent"),
-        file("CLOISTER_KERNEL", "vmlinux"),
-    );
+    let (agent, kernel) = (file("cloister-agent"), file("vmlinux"));
     let mut bed = Bed::in_vm(&agent, &kernel, 42).await;
     let none = Streams::default();
     println!(
@@ -138,7 +127,8 @@ async fn a_pod_vm_from_boot_to_power_off() {
     // A container with limits, a profile, a bound file, network, and a root it has really moved to.
     let mut streams = bed.streams([false, true, true]);
     let script = "hostname 2>/dev/null; cat /proc/sys/kernel/hostname /etc/resolv.conf; cat /sys/fs/cgroup/memory.max; \
-        cat /proc/self/mounts | head -1; chroot / true 2>&1; mkdir /tmp/no 2>&1; echo done";
+        cat /proc/self/mounts | head -1; chroot / true 2>&1; mkdir /tmp/no 2>&1; \
+        mknod /tmp/kmsg c 1 11 && head -c 1 /tmp/kmsg 2>&1; mknod /tmp/zero c 1 5 && head -c 3 /tmp/zero | wc -c; echo done";
     let mut spec = bed.spec("c1", &["sh", "-c", script]);
     spec["linux"]["resources"] = json!({"memory": {"limit": 67_108_864, "swap": 67_108_864}, "cpu": {"shares": 512},
         "pids": {"limit": 100}, "devices": [{"allow": false, "access": "rwm"}]});
@@ -146,6 +136,10 @@ async fn a_pod_vm_from_boot_to_power_off() {
         .as_array_mut()
         .unwrap()
         .push(json!({"type": "cgroup"}));
+    for set in ["bounding", "effective", "permitted"] {
+        let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        set.push(json!("CAP_MKNOD"));
+    }
     spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
         "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]});
     let mounts = spec["mounts"].as_array_mut().unwrap();
@@ -171,6 +165,9 @@ async fn a_pod_vm_from_boot_to_power_off() {
         text.contains("Function not implemented"),
         "the seccomp profile did not hold: {text}"
     );
+    // Devices may be made; which may be used is said by the rules.
+    assert!(text.contains("/tmp/kmsg: Operation not permitted"), "{text}");
+    assert!(text.ends_with("\n3\ndone\n"), "{text}");
     assert_eq!(streams.read_text(2).await, "");
     bed.delete("c1", "").await.unwrap();
 

@@ -496,6 +496,73 @@ async fn a_created_container_can_be_deleted() {
 }
 
 #[tokio::test]
+async fn hooks_run_each_at_its_moment() {
+    let mut bed = Bed::new().await;
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("log");
+    // Each says its name, and what it was told of the container.
+    let hook = |name: &str, end: &str| {
+        let script = format!(
+            "sed 's/.*\"status\": *\"\\([a-z]*\\)\".*/{name} \\1/' >>{}; echo >>{0}; {end}",
+            log.display()
+        );
+        serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]})
+    };
+    let mut spec = bed.spec("c1", &["sh", "-c", "cat /tmp/hook"]);
+    spec["hooks"] = serde_json::json!({
+        "prestart": [hook("prestart", "true")],
+        "createRuntime": [hook("createRuntime", "true")],
+        "createContainer": [hook("createContainer", "true")],
+        // In the container.
+        "startContainer": [{"path": "/bin/sh", "args": ["sh", "-c", "echo startContainer >/tmp/hook"]}],
+        "poststart": [hook("poststart", "true")],
+        // A failure keeps nothing from going on.
+        "poststop": [hook("poststop", "exit 1"), hook("poststop", "true")],
+    });
+    let mut streams = bed.streams([false, true, false]);
+    let lines = || -> Vec<String> {
+        let text = std::fs::read_to_string(&log).unwrap_or_default();
+        text.split_whitespace().map(str::to_owned).collect()
+    };
+    bed.task
+        .create(ctx(), &bed.create_request("c1", &spec, &streams, false))
+        .await
+        .unwrap();
+    let mut expected = vec![
+        "prestart",
+        "creating",
+        "createRuntime",
+        "creating",
+        "createContainer",
+        "creating",
+    ];
+    assert_eq!(lines(), expected);
+    bed.start("c1", "").await.unwrap();
+    expected.extend(["poststart", "running"]);
+    assert_eq!(lines(), expected);
+    assert_eq!(bed.wait("c1", "").await, 0);
+    assert_eq!(streams.read_text(1).await, "startContainer\n");
+    assert_eq!(lines(), expected);
+    bed.delete("c1", "").await.unwrap();
+    expected.extend(["poststop", "stopped", "poststop", "stopped"]);
+    assert_eq!(lines(), expected);
+
+    // One that fails after the start ends the container.
+    let mut spec = bed.spec("c2", &["sleep", "1000"]);
+    spec["hooks"] = serde_json::json!({"poststart": [hook("poststart", "exit 3")]});
+    let streams = bed.streams([false, false, false]);
+    bed.task
+        .create(ctx(), &bed.create_request("c2", &spec, &streams, false))
+        .await
+        .unwrap();
+    let (kind, text) = code(bed.start("c2", "").await);
+    assert_eq!(kind, Code::UNKNOWN);
+    assert!(text.contains("poststart") && text.contains('3'), "{text}");
+    assert_eq!(bed.wait("c2", "").await, 137);
+    bed.delete("c2", "").await.unwrap();
+}
+
+#[tokio::test]
 async fn unknown_names_and_bad_requests() {
     let bed = Bed::new().await;
     let none = harness::Streams::default();

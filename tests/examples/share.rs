@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Boots a kernel in one cell that shares host directories, to try the file system with a real Linux guest:
 //! `share KERNEL INITRAMFS NAME=DIR[:ro][:always|:never]... [--append TEXT] [--dax MIB] [--cpus N] [--queues N]
-//! [--locks] [--writeback] [--acl]`.
+//! [--memory MIB] [--transparent] [--locks] [--writeback] [--acl]`. `--transparent` asks for huge pages.
 //! The guest's console is standard output; ends with the guest.
 
 use std::fs::File;
@@ -12,7 +12,8 @@ use cloister_boot::x86_64::Description;
 use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig};
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::{
-    Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, DeviceHandle, KernelBoot, SerialConfig,
+    Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, DeviceHandle, HugePages, KernelBoot,
+    SerialConfig,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -28,11 +29,14 @@ fn main() -> Result<()> {
     let mut fs = FsConfig::default();
     let mut shares: Vec<(String, OwnedFd, AttachOptions)> = Vec::new();
     let (mut append, mut dax_window, mut vcpus) = (String::new(), None, 1);
+    let (mut memory_mib, mut huge_pages) = (1024, HugePages::default());
     while let Some(word) = args.next() {
         let mut value = || args.next().ok_or(format!("{word} needs a value"));
         match word.as_str() {
             "--append" => append = value()?,
             "--dax" => dax_window = Some(value()?.parse::<u64>()? << 20),
+            "--memory" => memory_mib = value()?.parse()?,
+            "--transparent" => huge_pages = HugePages::Transparent,
             "--cpus" => vcpus = value()?.parse()?,
             "--queues" => fs.request_queues = value()?.parse()?,
             "--locks" => fs.remote_locks = true,
@@ -64,7 +68,8 @@ fn main() -> Result<()> {
             description: Description::MpTable,
         }),
     );
-    config.memory_mib = 1024;
+    config.memory_mib = memory_mib;
+    config.huge_pages = huge_pages;
     config.vcpus = vcpus;
     config.serial = Some(SerialConfig {
         output: Some(std::io::stdout().as_fd().try_clone_to_owned()?),

@@ -7,6 +7,8 @@
 use cloister_devices::virtio::{F_INDIRECT_DESC, F_VERSION_1, status};
 
 use crate::driver::{Descriptor, Driver, Layout, Machine, VirtQueue, register};
+use crate::random::Random;
+use crate::zoo::{Animal, Specimen};
 
 /// Bytes that one step takes.
 pub const BYTES_PER_STEP: usize = 12;
@@ -17,6 +19,25 @@ const RINGS: u64 = 0x1000;
 const BUFFERS: u64 = 0x20_0000;
 /// Descriptors per queue.
 const SIZE: u16 = 16;
+
+/// Plays one game of `steps` random steps with a device of this kind; answers how many chains the device gave back.
+/// Panics if the device is not as good as new after a reset.
+pub fn play(machine: &Machine, specimen: &Specimen, seed: u64, steps: usize) -> u64 {
+    let Animal { device, keep } = (specimen.make)(machine);
+    let mut driver = Driver::new(machine, device);
+    let mut player = Player::new(&mut driver);
+    let moves = Random::new(seed).bytes(steps * BYTES_PER_STEP);
+    player.play(&mut driver, &moves);
+    // Whatever happened: after a reset there is a device, and the event loop still turns.
+    driver.reset();
+    assert_eq!(driver.status(), 0, "{} seed {seed}", specimen.name);
+    assert_ne!(driver.read32(register::DEVICE_ID), 0);
+    assert!(!driver.health().is_failed());
+    // Fails if a handler panicked.
+    drop(driver);
+    drop(keep);
+    player.served()
+}
 
 /// Plays a guest.
 pub struct Player {

@@ -2,7 +2,7 @@
 //! What the tests of the whole house share.
 //!
 //! [`driver`] is the hostile-guest kit: a virtio driver without a kernel. Tests that use it are in `tests/hostile_*.rs`,
-//! its fuzz targets in `fuzz/` (a workspace of its own, since it needs cargo-fuzz and a nightly compiler).
+//! its fuzz target in `fuzz/` (a workspace of its own, since all of it is built with instrumentation).
 // A test helper that meets the unexpected ends the test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 

@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use cloister_devices::balloon::Balloon;
 use cloister_devices::block::{Block, BlockConfig, CacheMode, DiskKind};
 use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
+use cloister_devices::fs::{Fs, FsConfig};
 use cloister_devices::net::{Net, NetBackend, NetConfig};
 use cloister_devices::rng::Rng;
 use cloister_devices::virtio::VirtioDevice;
@@ -66,6 +67,11 @@ pub const ALL: &[Specimen] = &[
         make: vsock,
         busy_queue: 1,
     },
+    Specimen {
+        name: "fs",
+        make: fs,
+        busy_queue: 1,
+    },
 ];
 
 fn rng(_: &Machine) -> Animal {
@@ -119,6 +125,15 @@ fn block(machine: &Machine) -> Animal {
 
 fn vsock(_: &Machine) -> Animal {
     let (device, _handle) = Vsock::new(VsockConfig::new(3)).unwrap();
+    Animal {
+        device: Box::new(device),
+        keep: Vec::new(),
+    }
+}
+
+fn fs(machine: &Machine) -> Animal {
+    // Nothing is attached: `tests/fs.rs` does that.
+    let device = Fs::new(FsConfig::default(), machine.pool.clone(), None).unwrap();
     Animal {
         device: Box::new(device),
         keep: Vec::new(),

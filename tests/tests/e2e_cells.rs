@@ -28,6 +28,16 @@ struct Vm {
 
 /// A started VM. `words` are for its kernel.
 fn start(host: &CellHost, name: &str, initrd: &Path, words: &str) -> Vm {
+    start_with(host, name, initrd, words, |_| {})
+}
+
+fn start_with(
+    host: &CellHost,
+    name: &str,
+    initrd: &Path,
+    words: &str,
+    adapt: impl FnOnce(&mut CellConfig),
+) -> Vm {
     let (vsock, handle) = Vsock::new(VsockConfig::new(3)).unwrap();
     let boot = KernelBoot {
         kernel: File::open(guest_file("vmlinux")).unwrap(),
@@ -43,6 +53,7 @@ fn start(host: &CellHost, name: &str, initrd: &Path, words: &str) -> Vm {
         device,
     });
     config.devices.push(DeviceConfig::Rng);
+    adapt(&mut config);
     let cell = Cell::create(config, host).unwrap();
     let events = handle.listen(EVENTS_PORT).unwrap();
     cell.start().unwrap();
@@ -174,6 +185,29 @@ fn the_death_of_pid_1_is_a_panic() {
     assert_eq!(other.ends(), StopReason::Requested);
     fs::remove_file(&initrd).unwrap();
     drop((vm, other, events));
+    before.assert_unchanged();
+}
+
+/// A kernel that is not ours: a bzImage, with modules in the initramfs, that finds its processors and devices by ACPI.
+#[test]
+fn debians_kernel_with_our_agent() {
+    let host = warm_host();
+    let before = OwnFootprint::now();
+    let initrd = guest_file("debian/initramfs.cpio");
+    let vm = start_with(&host, "debian", &initrd, "", |config| {
+        config.memory_mib = 512;
+        config.vcpus = 2;
+        let Boot::Kernel(boot) = &mut config.boot else {
+            panic!("not booted from a kernel")
+        };
+        boot.kernel = File::open(guest_file("debian/bzImage")).unwrap();
+        boot.description = Description::Acpi;
+    });
+    let events = vm.ready();
+    vm.ping();
+    vm.cell.stop();
+    assert_eq!(vm.ends(), StopReason::Requested);
+    drop((vm, events));
     before.assert_unchanged();
 }
 

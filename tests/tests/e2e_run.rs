@@ -147,6 +147,51 @@ fn a_guest_kernel_that_panics_says_so() {
     before.assert_unchanged();
 }
 
+/// PID 1 takes no signal that it does not ask for, SIGKILL least of all, so a container that may write to its memory
+/// makes it run into zeros: a fault of its own kills an init, too.
+#[test]
+fn an_agent_that_dies_says_so() {
+    let stage = Stage::with_busybox("agent");
+    let before = Footprint::of_host(&stage);
+    let script = "set -- $(awk '/ r-xp / { gsub(\"-\", \" \", $1); print $1; exit }' /proc/1/maps); \
+        dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 seek=$((0x$1 / 4096)) count=$(((0x$2 - 0x$1) / 4096)); \
+        while :; do echo not yet; sleep 0.1; done";
+    let options = ["--privileged", "--pid", "host"];
+    let output = run(&stage, &options, &["sh", "-c", script]).expect(125);
+    for named in [
+        "under its container",
+        "the agent died: guest kernel panic: Attempted to kill init! exitcode=0x0000000b",
+    ] {
+        assert!(
+            output.stderr.contains(named),
+            "does not say {named:?}: {output:#?}"
+        );
+    }
+    assert!(!output.stderr.contains("panicked"), "{output:#?}");
+    before.assert_unchanged();
+
+    // In the background, with all that a pod has on the host.
+    let command = [IMAGE, "sh", "-c", script];
+    let started = [
+        &["run", "-d", "--name", "hurt", "-p", "127.0.0.1:18081:80"],
+        &options[..],
+        &command,
+    ];
+    stage.cloister(&started.concat()).expect(0);
+    assert_eq!(stage.cloister(&["wait", "hurt"]).expect(0).stdout, "125\n");
+    let state = stage.json(&["inspect", "hurt"])[0]["State"].clone();
+    assert_eq!(
+        (&state["Running"], &state["ExitCode"]),
+        (&false.into(), &125.into())
+    );
+    assert!(
+        state["Error"].as_str().unwrap().contains("the agent died"),
+        "{state}"
+    );
+    stage.cloister(&["rm", "hurt"]).expect(0);
+    before.assert_unchanged();
+}
+
 #[test]
 fn streams_and_flags_reach_the_container() {
     let stage = Stage::with_busybox("streams");
@@ -169,6 +214,95 @@ fn streams_and_flags_reach_the_container() {
     let output = stage.cloister_with(&arguments, b"from stdin\n").expect(0);
     assert_eq!(output.stdout, "a b|/tmp|65534:65534|cell\nfrom stdin\nend\n");
     assert_eq!(output.stderr, "complaint\n");
+    before.assert_unchanged();
+}
+
+#[test]
+fn system_calls_are_filtered() {
+    let stage = Stage::with_busybox("seccomp");
+    let profile = br#"{"defaultAction":"SCMP_ACT_ALLOW","archMap":[{"architecture":"SCMP_ARCH_X86_64"}],
+        "syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":28}]}"#;
+    let profile = stage.file("profile.json", profile);
+    let before = Footprint::of_host(&stage);
+    // The second filter is for calls that are newer than the profile.
+    // What the kernel itself lets everybody do: only a filter refuses it. Then processes that clone others.
+    let script = "awk '/^(CapEff|CapBnd|NoNewPrivs|Seccomp|Seccomp_filters):/ { print $1 $2 }' /proc/self/status; \
+        unshare -U echo own namespace; mount -t tmpfs none /var/www && umount /var/www && echo mounted; \
+        mkdir /tmp/made && echo made; true | cat; echo end";
+    let shell = ["sh", "-c", script];
+    let status = |filters: u8, no_new: u8, effective: &str, bounding: &str| {
+        let seccomp = if filters == 0 { 0 } else { 2 };
+        format!(
+            "CapEff:{effective}\nCapBnd:{bounding}\nNoNewPrivs:{no_new}\nSeccomp:{seccomp}\nSeccomp_filters:{filters}\n"
+        )
+    };
+    let none = "0000000000000000";
+    let usual = "00000000a80425fb";
+    let refused = |output: &Output, what: &str| {
+        assert!(output.stderr.contains(what), "{output:#?}");
+    };
+
+    let output = run(&stage, &[], &shell).expect(0);
+    assert_eq!(output.stdout, status(2, 0, usual, usual) + "made\nend\n");
+    refused(&output, "unshare(0x10000000): Operation not permitted");
+    refused(&output, "mount: permission denied");
+    let output = run(
+        &stage,
+        &["-u", "nobody", "--security-opt", "no-new-privileges"],
+        &shell,
+    )
+    .expect(0);
+    assert_eq!(output.stdout, status(2, 1, none, usual) + "made\nend\n");
+    refused(&output, "unshare(0x10000000): Operation not permitted");
+
+    let output = run(&stage, &["--security-opt", "seccomp=unconfined"], &shell).expect(0);
+    assert_eq!(
+        output.stdout,
+        status(0, 0, usual, usual) + "own namespace\nmade\nend\n"
+    );
+    let output = run(&stage, &["--cap-add", "sys_admin", "--cap-drop", "MKNOD"], &shell).expect(0);
+    let expected =
+        status(2, 0, "00000000a02425fb", "00000000a02425fb") + "own namespace\nmounted\nmade\nend\n";
+    assert_eq!(output.stdout, expected, "{}", output.stderr);
+    let output = run(&stage, &["--privileged"], &shell).expect(0);
+    let expected =
+        status(0, 0, "000001ffffffffff", "000001ffffffffff") + "own namespace\nmounted\nmade\nend\n";
+    assert_eq!(output.stdout, expected, "{}", output.stderr);
+
+    let option = format!("seccomp={}", profile.display());
+    let output = run(&stage, &["--security-opt", &option], &shell).expect(0);
+    assert_eq!(output.stdout, status(1, 0, usual, usual) + "own namespace\nend\n");
+    assert!(output.stderr.contains("No space left on device"), "{output:#?}");
+    run(&stage, &["--security-opt", "seccomp=/no/file"], &["true"]).expect_refusal(&["/no/file"]);
+
+    // Another process in the container is no freer.
+    let started = [
+        "run", "-d", "--name", "filtered", "--net", "none", IMAGE, "sleep", "1000",
+    ];
+    stage.cloister(&started).expect(0);
+    let output = stage
+        .cloister(&[&["exec", "filtered"], &shell[..]].concat())
+        .expect(0);
+    assert_eq!(output.stdout, status(2, 0, usual, usual) + "made\nend\n");
+    refused(&output, "unshare(0x10000000): Operation not permitted");
+    let output = stage
+        .cloister(
+            &[
+                &["exec", "-u", "nobody", "filtered"],
+                &shell[..2],
+                &["cat /proc/self/status"],
+            ]
+            .concat(),
+        )
+        .expect(0);
+    assert!(output.stdout.contains("Seccomp_filters:\t2\n"), "{output:#?}");
+    for set in ["CapPrm", "CapEff"] {
+        assert!(
+            output.stdout.contains(&format!("{set}:\t{none}\n")),
+            "{output:#?}"
+        );
+    }
+    stage.cloister(&["rm", "-f", "filtered"]).expect(0);
     before.assert_unchanged();
 }
 
@@ -265,6 +399,7 @@ fn the_life_of_a_container_in_the_background() {
     assert_eq!(stats[0]["name"], "web");
     assert!(stats[0]["memory_bytes"].as_u64().unwrap() > 0, "{stats}");
     assert!(stats[0]["pids"].as_u64().unwrap() > 0, "{stats}");
+    assert!(stats[0]["vm_bytes"].as_u64().unwrap() > 16 << 20, "{stats}");
 
     let output = stage.cloister(&["rm", "web"]).expect(1);
     assert!(output.stderr.contains("running"), "{output:#?}");
@@ -343,6 +478,131 @@ fn a_terminal_and_its_keys() {
     child.stdin.as_mut().unwrap().write_all(b"\x03").unwrap();
     read_until(child.stdout.as_mut().unwrap(), "caught");
     child.finish().expect(9);
+    before.assert_unchanged();
+}
+
+/// `cloister` with these arguments on a terminal of its own.
+fn on_a_terminal(stage: &Stage, line: &str) -> Child {
+    let mut command = Command::new("script");
+    command
+        .args(["-qec", &format!("exec cloister {line}"), "/dev/null"])
+        .env("SHELL", "/bin/sh");
+    stage.start_command(command)
+}
+
+/// Types until the answer comes: what was typed before the terminal was raw is echoed and gone.
+fn type_in(child: &mut Child, keys: &[u8]) {
+    child.stdin.as_mut().unwrap().write_all(keys).unwrap();
+}
+
+#[test]
+fn a_container_is_left_and_come_back_to() {
+    let stage = Stage::with_busybox("attach");
+    let before = Footprint::of_host(&stage);
+    let running = || stage.json(&["inspect", "shell"])[0]["State"]["Running"] == true;
+
+    // In the foreground, and left.
+    let mut child = on_a_terminal(&stage, &format!("run -it --name shell --net none {IMAGE} sh"));
+    read_until(child.stdout.as_mut().unwrap(), "# ");
+    type_in(&mut child, b"kept=yes\r");
+    read_until(child.stdout.as_mut().unwrap(), "# ");
+    type_in(&mut child, b"\x10\x11");
+    read_until(child.stdout.as_mut().unwrap(), "read escape sequence");
+    child.finish().expect(0);
+    assert!(running());
+
+    // Come back to, with other keys.
+    let mut child = on_a_terminal(&stage, "attach --detach-keys=ctrl-x shell");
+    // Nobody prints a prompt again.
+    eventually("the shell answers", || {
+        type_in(&mut child, b"\r");
+        let mut piece = [0; 256];
+        let count = child.stdout.as_mut().unwrap().read(&mut piece).unwrap();
+        String::from_utf8_lossy(&piece[..count])
+            .contains("# ")
+            .then_some(())
+    });
+    type_in(&mut child, b"echo I am $kept here\r");
+    read_until(child.stdout.as_mut().unwrap(), "I am yes here");
+    type_in(&mut child, b"\x18");
+    child.finish().expect(0);
+    assert!(running());
+
+    // Another command in it, left as well.
+    let mut child = on_a_terminal(&stage, "exec -it shell sh");
+    read_until(child.stdout.as_mut().unwrap(), "# ");
+    type_in(&mut child, b"\x10\x11");
+    child.finish().expect(0);
+
+    let output = stage.cloister(&["attach", "shell"]).expect(1);
+    assert!(output.stderr.contains("not a TTY"), "{output:#?}");
+    let mut child = on_a_terminal(&stage, "attach shell");
+    type_in(&mut child, b"exit 5\r");
+    child.finish().expect(5);
+    let output = stage.cloister(&["attach", "shell"]).expect(1);
+    assert!(
+        output
+            .stderr
+            .contains("You cannot attach to a stopped container, start it first"),
+        "{output:#?}"
+    );
+    stage.cloister(&["rm", "shell"]).expect(0);
+    before.assert_unchanged();
+}
+
+#[test]
+fn containers_are_started_again() {
+    let stage = Stage::with_busybox("start");
+    let before = Footprint::of_host(&stage);
+    let script = "echo run >>/tmp/runs; wc -l </tmp/runs; cat; echo no >&2; exit 3";
+    let create = [
+        "create", "-i", "--name", "job", "--net", "none", IMAGE, "sh", "-c", script,
+    ];
+    let id = stage.cloister(&create).expect(0).stdout.trim().to_owned();
+    assert_eq!(stage.json(&["ps", "-a", "--json"])[0]["status"], "created");
+    for times in ["1", "2"] {
+        // What it wrote is still there; the log has both runs.
+        let mut child = stage.start(&["start", "-a", "-i", "job"]);
+        let said = read_until(child.stdout.as_mut().unwrap(), "\n");
+        assert_eq!(said, format!("{times}\n"));
+        child.stdin.as_mut().unwrap().write_all(b"typed\n").unwrap();
+        read_until(child.stdout.as_mut().unwrap(), "typed\n");
+        // Its input is open for others, so it is asked to end.
+        stage.cloister(&["exec", "job", "killall", "cat"]).expect(0);
+        let output = child.finish().expect(3);
+        assert!(output.stderr.ends_with("no\n"), "{output:#?}");
+        assert_eq!(stage.json(&["inspect", "job"])[0]["State"]["ExitCode"], 3);
+    }
+    assert_eq!(
+        stage.cloister(&["logs", "job"]).expect(0).stdout,
+        "1\ntyped\n2\ntyped\n"
+    );
+
+    assert_eq!(stage.cloister(&["start", "job"]).expect(0).stdout, "job\n");
+    assert_eq!(
+        stage.cloister(&["start", &id]).expect(0).stdout,
+        format!("{id}\n")
+    );
+    let child = stage.start(&["attach", "--no-stdin", "job"]);
+    // A signal is passed on to the container, whose shell dies of it.
+    eventually("the client listens", || {
+        let caught = fs::read_to_string(format!("/proc/{}/status", child.pid())).ok()?;
+        let line = caught.lines().find(|line| line.starts_with("SigCgt:"))?;
+        let mask = u64::from_str_radix(line.split_whitespace().nth(1)?, 16).ok()?;
+        (mask & (1 << (Signal::HUP.as_raw() - 1)) != 0).then_some(())
+    });
+    stage.cloister(&["restart", "-t", "0", "job"]).expect(0);
+    child.finish().expect(137);
+    assert_eq!(stage.json(&["ps", "--json"]).as_array().unwrap().len(), 1);
+
+    let output = stage.cloister(&["start", "nowhere"]).expect(1);
+    assert!(
+        output.stderr.contains("No such container: nowhere"),
+        "{output:#?}"
+    );
+    let output = stage.cloister(&["start", "-a", "job", "job"]).expect(1);
+    assert!(output.stderr.contains("multiple containers"), "{output:#?}");
+    stage.cloister(&["rm", "-f", "job"]).expect(0);
     before.assert_unchanged();
 }
 

@@ -18,7 +18,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,7 @@ use cloister_devices::output_tail::OutputTail;
 use cloister_devices::rate_limit::RateLimit;
 use cloister_devices::serial::{COM1_GSI, COM1_PORT, PORT_COUNT, Serial};
 use cloister_devices::state::SavedState;
+use cloister_devices::virtio::Health;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
@@ -41,12 +42,13 @@ use crate::bus::{Bus, BusDevice};
 use crate::config::{Boot, CellConfig, SerialConfig};
 use crate::device_set::{self, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
 use crate::error::{CreateError, LifecycleError};
+use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
 use crate::memory::{Memory, SlotRange};
 use crate::spare::{Kind, Spare};
 use crate::stats::{self, CellStats, KvmStat};
-use crate::stop::StopReason;
-use crate::vcpu::{VcpuControl, VcpuThread, lock_fd};
+use crate::stop::{StopReason, classify_halt};
+use crate::vcpu::{Access, VcpuControl, VcpuThread, lock_fd};
 use crate::x86_64::interrupt_chip::Chip;
 use crate::x86_64::ioapic::{Asserted, REGISTERS_SIZE};
 use crate::x86_64::ports::{
@@ -123,16 +125,14 @@ pub(crate) struct Shared {
     tail: OutputTail,
     complaints: RateLimit,
     stop_on_device_failure: bool,
+    /// The devices'. Set once they are made.
+    health: OnceLock<Vec<Arc<Health>>>,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing panics half-way through a change of state.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn name(&self) -> &str {
-        &self.name
     }
 
     pub(crate) fn vcpu_count(&self) -> usize {
@@ -143,8 +143,36 @@ impl Shared {
         &self.vcpus[usize::from(index)]
     }
 
-    pub(crate) fn access_count(&self, vcpu: usize) -> u64 {
-        self.vcpus.get(vcpu).map_or(0, VcpuControl::access_count)
+    pub(crate) fn vcpu_access(&self, vcpu: usize) -> Option<Access> {
+        self.vcpus.get(vcpu).and_then(VcpuControl::access)
+    }
+
+    /// The threads of the vCPUs, while they run.
+    pub(crate) fn running_threads(&self) -> Option<Vec<i32>> {
+        let running = self.wanted() == Wanted::Run && self.lock().state == CellState::Running;
+        running.then(|| self.vcpus.iter().map(VcpuControl::thread).collect())
+    }
+
+    /// Has all vCPUs say whether they have halted for good.
+    pub(crate) fn ask_halted(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.ask();
+        }
+    }
+
+    pub(crate) fn halt_answers(&self) -> Vec<Answer> {
+        self.vcpus.iter().map(VcpuControl::answer).collect()
+    }
+
+    /// Nothing can wake the guest any more.
+    pub(crate) fn all_halted(&self) {
+        self.stop(classify_halt(&self.tail));
+    }
+
+    /// Whether a reset of a device waits for requests that are under way on the host.
+    pub(crate) fn waits_for_requests(&self) -> bool {
+        let health = self.health.get();
+        health.is_some_and(|health| health.iter().any(|health| health.is_quiescing()))
     }
 
     pub(crate) fn tail(&self) -> &OutputTail {
@@ -207,7 +235,10 @@ impl Shared {
         if inner.threads > 0 {
             return;
         }
-        shared.finish(&mut inner);
+        // Unless its thread was given up as stuck and has come back after all.
+        if !matches!(inner.state, CellState::Stopped(_)) {
+            shared.finish(&mut inner);
+        }
         let machine = inner.machine.take();
         drop(inner);
         shared.hand_over(machine);
@@ -242,12 +273,17 @@ impl Shared {
         }
     }
 
-    /// Whether taking it down may wait for a device that does not answer.
-    pub(crate) fn may_block(&self) -> bool {
-        matches!(self.lock().stopping, Some(StopReason::DeviceFailed { .. }))
-    }
-
+    /// A vCPU's thread does not come back from a device. Called again as long as that is so.
     pub(crate) fn vcpu_stuck(&self, vcpu: usize, elapsed: Duration) {
+        let mut inner = self.lock();
+        if inner.stopping.is_some() {
+            // The others have had time to end. It runs no guest, so the cell has stopped, whenever it comes back.
+            if !matches!(inner.state, CellState::Stopped(_)) {
+                self.finish(&mut inner);
+            }
+            return;
+        }
+        drop(inner);
         self.stop(StopReason::DeviceFailed {
             device: format!("{} vCPU {vcpu}", self.name),
             why: format!(
@@ -736,6 +772,7 @@ fn new_shared(config: &CellConfig, host: &HostInner) -> Result<Shared, CreateErr
         tail: OutputTail::new(),
         complaints: RateLimit::new(),
         stop_on_device_failure: config.stop_on_device_failure,
+        health: OnceLock::new(),
     })
 }
 
@@ -782,6 +819,10 @@ fn build(
         },
         layout,
     )?;
+    // Set exactly once, here.
+    let _ = shared
+        .health
+        .set(devices.iter().map(|device| Arc::clone(&device.health)).collect());
     let windows: Vec<DaxPlacement> = devices
         .iter()
         .filter_map(|device| device.window.clone())

@@ -62,6 +62,7 @@ pub(crate) struct Placed {
     pub(crate) transport: Arc<RegisterPage>,
     pub(crate) handle: DeviceHandle,
     pub(crate) window: Option<DaxPlacement>,
+    pub(crate) health: Arc<Health>,
 }
 
 /// A device's register page on the bus.
@@ -136,13 +137,11 @@ pub(crate) fn make(
         let health = Arc::new(Health::new(format!("{} {name}", around.cell)));
         health.observe((around.on_failure)());
         let ram = Arc::clone(around.ram);
-        let transport =
-            MmioTransport::new(device, ram, Arc::clone(around.event_loop), health).map_err(|source| {
-                CreateError::Transport {
-                    device: name.clone(),
-                    source,
-                }
-            })?;
+        let transport = MmioTransport::new(device, ram, Arc::clone(around.event_loop), Arc::clone(&health))
+            .map_err(|source| CreateError::Transport {
+            device: name.clone(),
+            source,
+        })?;
         placed.push(Placed {
             name,
             address: MmioDevice {
@@ -153,6 +152,7 @@ pub(crate) fn make(
             transport: Arc::new(RegisterPage(Mutex::new(transport))),
             handle,
             window,
+            health,
         });
     }
     Ok(placed)

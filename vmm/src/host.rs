@@ -16,12 +16,15 @@ use kvm_ioctls::{Cap, Kvm};
 use crate::cell::{Machine, Shared};
 use crate::config::HugePages;
 use crate::error::HostError;
+use crate::halt::{self, HaltWatch};
 use crate::kick;
 use crate::memory;
 use crate::spare::Spares;
+use crate::suspicion::{Limits, Suspicion, Verdict};
+use crate::take_down::TakeDown;
 
-/// How often the housekeeper looks for stuck devices while cells run.
-const WATCH_INTERVAL: Duration = Duration::from_millis(250);
+/// How often the housekeeper looks for what is stuck while cells run.
+const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Sizes of what all cells share.
 #[derive(Debug, Clone, Copy)]
@@ -32,8 +35,11 @@ pub struct CellHostConfig {
     pub workers: usize,
     /// How long a device's handler or a vCPU's access to a device may take before a warning is logged.
     pub warn_after: Duration,
-    /// How long until it is taken for stuck and its cell is stopped. Long enough for an overloaded host.
+    /// How long until it is taken for stuck and its cell is stopped. Time in which it waits for a processor or for the
+    /// host's disks does not count, nor does time in which nobody looked; in steps of 200 ms.
     pub stuck_after: Duration,
+    /// The same for what may have to wait for the host: disks, swapped memory, the reader of a serial port's output.
+    pub stuck_on_host_after: Duration,
 }
 
 impl Default for CellHostConfig {
@@ -41,8 +47,19 @@ impl Default for CellHostConfig {
         Self {
             event_loops: 2,
             workers: 3,
-            warn_after: Duration::from_millis(500),
-            stuck_after: Duration::from_secs(10),
+            warn_after: Duration::from_millis(400),
+            stuck_after: Duration::from_millis(600),
+            stuck_on_host_after: Duration::from_secs(10),
+        }
+    }
+}
+
+impl CellHostConfig {
+    fn limits(&self) -> Limits {
+        Limits {
+            warn_after: self.warn_after,
+            stuck_after: self.stuck_after,
+            stuck_on_host_after: self.stuck_on_host_after,
         }
     }
 }
@@ -157,15 +174,21 @@ impl CellHost {
             source,
         })?;
         let (sender, receiver) = mpsc::channel();
-        let watched = event_loops.clone();
+        let watched = event_loops
+            .iter()
+            .map(|event_loop| (Arc::clone(event_loop), Suspicion::default()))
+            .collect();
         let thread = std::thread::Builder::new()
             .name("housekeeper".to_owned())
             .stack_size(256 << 10)
             .spawn(move || {
                 Housekeeper {
-                    config,
+                    limits: config.limits(),
                     event_loops: watched,
                     cells: Vec::new(),
+                    take_down: TakeDown::default(),
+                    looks: 0,
+                    turn: 0,
                 }
                 .run(&receiver)
             })
@@ -241,99 +264,120 @@ impl Drop for HostInner {
 }
 
 struct Housekeeper {
-    config: CellHostConfig,
-    event_loops: Vec<Arc<EventLoop>>,
+    limits: Limits,
+    event_loops: Vec<(Arc<EventLoop>, Suspicion)>,
     cells: Vec<Watched>,
+    take_down: TakeDown,
+    looks: u64,
+    /// Whose turn it is to be looked at for a halt.
+    turn: usize,
 }
 
-/// A running cell, and for each vCPU the access it was in when last looked at, and for how many looks.
+/// A running cell, and what is suspected of its vCPUs.
 struct Watched {
     cell: Arc<Shared>,
-    seen: Vec<(u64, u32)>,
+    vcpus: Vec<Suspicion>,
+    halt: HaltWatch,
 }
 
 impl Housekeeper {
     fn run(mut self, tasks: &mpsc::Receiver<Task>) {
         loop {
-            let task = if self.cells.is_empty() {
+            let task = if self.cells.is_empty() && self.take_down.is_idle() {
                 tasks.recv().map_err(|_| RecvTimeoutError::Disconnected)
             } else {
                 tasks.recv_timeout(WATCH_INTERVAL)
             };
             match task {
                 Ok(Task::Watch(cell)) => {
-                    let seen = vec![(0, 0); cell.vcpu_count()];
-                    self.cells.push(Watched { cell, seen });
+                    let vcpus = (0..cell.vcpu_count()).map(|_| Suspicion::default()).collect();
+                    let halt = HaltWatch::new();
+                    self.cells.push(Watched { cell, vcpus, halt });
                 }
                 Ok(Task::TakeDown(cell, machine)) => {
                     self.cells.retain(|watched| !Arc::ptr_eq(&watched.cell, &cell));
-                    take_down(cell, machine);
+                    self.take_down.add(cell, machine);
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     self.watch_event_loops();
                     self.watch_vcpus();
+                    self.watch_for_halts();
+                    self.take_down.look();
                 }
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Disconnected) => return self.take_down.finish(),
             }
         }
     }
 
-    fn watch_event_loops(&self) {
-        for event_loop in &self.event_loops {
-            let Some((elapsed, health)) = event_loop.busy() else {
-                continue;
-            };
-            if elapsed >= self.config.stuck_after {
-                health.fail(format_args!(
-                    "its handler has not returned for {} ms",
-                    elapsed.as_millis()
-                ));
-            } else if elapsed >= self.config.warn_after {
-                health.complain(format_args!(
-                    "its handler has not returned for {} ms",
-                    elapsed.as_millis()
-                ));
+    fn watch_event_loops(&mut self) {
+        for (event_loop, suspicion) in &mut self.event_loops {
+            let busy = event_loop.busy();
+            let (run, thread) = busy
+                .as_ref()
+                .map_or((None, 0), |busy| (Some(busy.run), busy.thread));
+            let verdict = suspicion.look(run, thread, WATCH_INTERVAL, &self.limits);
+            let Some(busy) = busy else { continue };
+            match verdict {
+                Verdict::Fine => {}
+                Verdict::Slow(elapsed) => busy.health.complain(not_returned(elapsed)),
+                Verdict::Stuck(elapsed) => {
+                    // First the others, then the blame.
+                    match event_loop.leave_behind(&busy) {
+                        Ok(true) => log::warn!(
+                            "{}: its handler is stuck; the other devices of its thread go on with another",
+                            busy.health.name()
+                        ),
+                        // It has come back at the last moment.
+                        Ok(false) => continue,
+                        Err(error) => {
+                            log::error!(
+                                "{}: its handler is stuck, and others with it: {error}",
+                                busy.health.name()
+                            );
+                        }
+                    }
+                    busy.health.fail(not_returned(elapsed));
+                    suspicion.forget();
+                    // Who waited behind it did so for no fault of its own.
+                    for vcpu in self.cells.iter_mut().flat_map(|watched| &mut watched.vcpus) {
+                        vcpu.forget();
+                    }
+                }
             }
         }
     }
 
     fn watch_vcpus(&mut self) {
-        for Watched { cell, seen } in &mut self.cells {
-            for (vcpu, (access, looks)) in seen.iter_mut().enumerate() {
-                let now = cell.access_count(vcpu);
-                // Odd: the vCPU's thread is inside an access to a device.
-                if now % 2 == 0 || now != *access {
-                    (*access, *looks) = (now, 0);
-                    continue;
+        for Watched { cell, vcpus, .. } in &mut self.cells {
+            for (index, suspicion) in vcpus.iter_mut().enumerate() {
+                let access = cell.vcpu_access(index);
+                let mut limits = self.limits;
+                if access.is_some_and(|access| access.may_block) || cell.waits_for_requests() {
+                    limits.stuck_after = limits.stuck_after.max(limits.stuck_on_host_after);
                 }
-                *looks = looks.saturating_add(1);
-                let elapsed = WATCH_INTERVAL.saturating_mul(*looks);
-                if elapsed >= self.config.stuck_after {
-                    cell.vcpu_stuck(vcpu, elapsed);
-                } else if elapsed >= self.config.warn_after {
-                    let name = cell.name();
-                    log::warn!(
-                        "cell {name}: vCPU {vcpu} waits for a device since {} ms",
-                        elapsed.as_millis()
-                    );
+                let (run, thread) = access.map_or((None, 0), |access| (Some(access.number), access.thread));
+                match suspicion.look(run, thread, WATCH_INTERVAL, &limits) {
+                    Verdict::Fine => {}
+                    Verdict::Slow(elapsed) => {
+                        let elapsed = elapsed.as_millis();
+                        cell.complain(format_args!("vCPU {index} waits for a device since {elapsed} ms"));
+                    }
+                    Verdict::Stuck(elapsed) => cell.vcpu_stuck(index, elapsed),
                 }
             }
         }
     }
+
+    fn watch_for_halts(&mut self) {
+        self.looks += 1;
+        for _ in 0..self.cells.len().min(halt::CELLS_PER_LOOK) {
+            self.turn = (self.turn + 1) % self.cells.len();
+            let Watched { cell, halt, .. } = &mut self.cells[self.turn];
+            halt.look(cell, self.looks);
+        }
+    }
 }
 
-/// Takes a stopped cell apart: here, unless a stuck handler would make everybody else wait.
-fn take_down(cell: Arc<Shared>, machine: Box<Machine>) {
-    if !cell.may_block() {
-        machine.take_down(&cell);
-        return;
-    }
-    let name = cell.name().to_owned();
-    let spawned = std::thread::Builder::new()
-        .name("take-down".to_owned())
-        .stack_size(256 << 10)
-        .spawn(move || machine.take_down(&cell));
-    if let Err(error) = spawned {
-        log::error!("cell {name}: cannot free it, its device is stuck and no thread can be started: {error}");
-    }
+fn not_returned(elapsed: Duration) -> String {
+    format!("its handler has not returned for {} ms", elapsed.as_millis())
 }

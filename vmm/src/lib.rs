@@ -4,8 +4,8 @@
 //! # Theory of operation
 //!
 //! A [`CellHost`] is made once per process. It holds /dev/kvm, a small fixed number of device event-loop threads, the
-//! worker pool for requests that block, and a housekeeper thread that takes stopped cells apart (closing a VM costs
-//! about 14 ms) and watches for stuck devices. A [`Cell`] is made from a [`CellConfig`], which is plain data and open
+//! worker pool for requests that block, and a housekeeper thread that watches for stuck devices and has stopped cells
+//! taken apart (closing a VM costs about 14 ms). A [`Cell`] is made from a [`CellConfig`], which is plain data and open
 //! files, and adds one thread per vCPU and nothing else.
 //!
 //! A vCPU thread is a loop around KVM_RUN. Port and memory accesses that KVM does not handle come back to it and go to
@@ -15,7 +15,8 @@
 //!
 //! A cell ends for a [`StopReason`], whoever finds it first: the guest shut down, reset, panicked or triple-faulted; KVM
 //! gave up; a device failed or got stuck; somebody asked. Its vCPU threads end, its waiters are told, and the
-//! housekeeper frees the rest. Other cells notice nothing: no state is global but the kick signal's empty handler, which
+//! housekeeper has the rest freed. A handler that does not return is found within a second; its event loop's other
+//! handlers, of whatever cell, go on in a new thread. So is a guest whose vCPUs have all halted for good (`halt`). Other cells notice nothing: no state is global but the kick signal's empty handler, which
 //! belongs to no cell.
 
 pub mod bus;
@@ -23,12 +24,15 @@ mod cell;
 pub mod config;
 mod device_set;
 pub mod error;
+mod halt;
 mod host;
 mod kick;
 pub mod memory;
 pub mod spare;
 pub mod stats;
 pub mod stop;
+mod suspicion;
+mod take_down;
 mod vcpu;
 
 #[cfg(target_arch = "x86_64")]

@@ -28,6 +28,8 @@ pub enum StopReason {
         /// Index of the vCPU.
         vcpu: u8,
     },
+    /// All vCPUs have halted with interrupts disabled: nothing can wake them.
+    AllHalted,
     /// A vCPU executed HLT and nothing can wake it (no in-kernel local APIC).
     Halted {
         /// Index of the vCPU.
@@ -89,6 +91,7 @@ impl std::fmt::Display for StopReason {
             Self::Reset => write!(f, "the guest restarted"),
             Self::Panic { message } => write!(f, "guest kernel panic: {message}"),
             Self::TripleFault { vcpu } => write!(f, "vCPU {vcpu} triple-faulted"),
+            Self::AllHalted => write!(f, "the guest halted: its vCPUs wait with interrupts disabled"),
             Self::Halted { vcpu } => write!(f, "vCPU {vcpu} halted for good"),
             Self::InternalError {
                 vcpu,
@@ -136,6 +139,16 @@ const MAX_MESSAGE: usize = 200;
 
 /// What a triple fault of `vcpu` means, by the console's last words.
 pub(crate) fn classify_triple_fault(tail: &OutputTail, vcpu: u8) -> StopReason {
+    classify(tail).unwrap_or(StopReason::TripleFault { vcpu })
+}
+
+/// What it means that all vCPUs halted for good: without ACPI, powering off ends so.
+pub(crate) fn classify_halt(tail: &OutputTail) -> StopReason {
+    classify(tail).unwrap_or(StopReason::AllHalted)
+}
+
+/// The end that the guest announced.
+fn classify(tail: &OutputTail) -> Option<StopReason> {
     let text = String::from_utf8_lossy(&tail.bytes()).into_owned();
     // The latest announcement counts.
     for line in text.lines().rev() {
@@ -146,16 +159,16 @@ pub(crate) fn classify_triple_fault(tail: &OutputTail, vcpu: u8) -> StopReason {
                 .filter(|c| !c.is_control())
                 .take(MAX_MESSAGE)
                 .collect();
-            return StopReason::Panic { message };
+            return Some(StopReason::Panic { message });
         }
         if line.contains("reboot: Power down") {
-            return StopReason::PowerOff;
+            return Some(StopReason::PowerOff);
         }
         if line.contains("reboot: Restarting system") {
-            return StopReason::Reset;
+            return Some(StopReason::Reset);
         }
     }
-    StopReason::TripleFault { vcpu }
+    None
 }
 
 #[cfg(test)]

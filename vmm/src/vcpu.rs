@@ -2,13 +2,14 @@
 //! A vCPU's thread: the loop around KVM_RUN.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
 use crate::cell::{Shared, Wanted};
+use crate::halt::{self, Answer};
 use crate::kick::{Attached, Kick};
 use crate::stats::{self, ExitCounters};
 use crate::stop::{StopReason, classify_triple_fault};
@@ -25,7 +26,27 @@ pub(crate) struct VcpuControl {
     pub(crate) kick: Kick,
     pub(crate) exits: ExitCounters,
     /// Counts entries into and returns from accesses to devices: odd while one is under way.
-    pub(crate) access: AtomicU64,
+    access: AtomicU64,
+    /// What is at work there may have to wait for somebody outside of this program: the reader of the serial port's
+    /// output.
+    may_block: AtomicBool,
+    /// Its thread's id, for /proc.
+    thread: AtomicI32,
+    /// It is to say whether it has halted for good.
+    ask: AtomicBool,
+    /// What it said: an `Answer`.
+    answer: AtomicU8,
+}
+
+/// An access to a device that is under way.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Access {
+    /// No other access of the vCPU has the same.
+    pub(crate) number: u64,
+    /// It may have to wait for somebody outside of this program.
+    pub(crate) may_block: bool,
+    /// The thread that is in it.
+    pub(crate) thread: i32,
 }
 
 /// What a vCPU's thread works with.
@@ -85,12 +106,21 @@ impl VcpuThread {
     }
 
     fn run_loop(&self) {
+        let id = rustix::thread::gettid().as_raw_nonzero().get();
+        self.control().thread.store(id, Ordering::Relaxed);
         let mut fd = lock_fd(&self.fd);
         let attached = self.control().kick.attach(&mut fd);
         loop {
             attached.clear();
             match self.shared.wanted() {
-                Wanted::Run => {}
+                Wanted::Run => {
+                    if self.control().ask.load(Ordering::SeqCst) {
+                        self.control().ask.store(false, Ordering::SeqCst);
+                        self.control()
+                            .answer
+                            .store(halt::ask(&fd) as u8, Ordering::Release);
+                    }
+                }
                 Wanted::Stop => return,
                 Wanted::Pause => {
                     if let Some(reason) = self.finish_access(&mut fd, &attached) {
@@ -136,15 +166,21 @@ impl VcpuThread {
             stats::count(&control.access);
             Next::Run
         };
+        let port_access = |counter: &AtomicU64, f: &mut dyn FnMut()| {
+            control.may_block.store(true, Ordering::Relaxed);
+            let next = access(counter, f);
+            control.may_block.store(false, Ordering::Relaxed);
+            next
+        };
         match fd.run() {
-            Ok(VcpuExit::IoIn(port, data)) => access(&exits.io_in, &mut || {
+            Ok(VcpuExit::IoIn(port, data)) => port_access(&exits.io_in, &mut || {
                 if !self.ports.read(u64::from(port), data) {
                     data.fill(0xff);
                     self.shared
                         .complain(format_args!("read of port {port:#x}, where nothing is"));
                 }
             }),
-            Ok(VcpuExit::IoOut(port, data)) => access(&exits.io_out, &mut || {
+            Ok(VcpuExit::IoOut(port, data)) => port_access(&exits.io_out, &mut || {
                 if !self.ports.write(u64::from(port), data) {
                     self.shared
                         .complain(format_args!("write of port {port:#x}, where nothing is"));
@@ -229,7 +265,30 @@ impl VcpuThread {
 }
 
 impl VcpuControl {
-    pub(crate) fn access_count(&self) -> u64 {
-        self.access.load(Ordering::Relaxed)
+    /// Its thread, once it has one.
+    pub(crate) fn thread(&self) -> i32 {
+        self.thread.load(Ordering::Relaxed)
+    }
+
+    /// Has the vCPU say whether it has halted for good.
+    pub(crate) fn ask(&self) {
+        self.answer.store(Answer::None as u8, Ordering::Relaxed);
+        self.ask.store(true, Ordering::SeqCst);
+        self.kick.kick();
+    }
+
+    /// What it said since it was asked.
+    pub(crate) fn answer(&self) -> Answer {
+        self.answer.load(Ordering::Acquire).into()
+    }
+
+    /// The access to a device that the vCPU's thread is in.
+    pub(crate) fn access(&self) -> Option<Access> {
+        let number = self.access.load(Ordering::Relaxed);
+        (number % 2 == 1).then(|| Access {
+            number,
+            may_block: self.may_block.load(Ordering::Relaxed),
+            thread: self.thread.load(Ordering::Relaxed),
+        })
     }
 }

@@ -71,9 +71,15 @@ impl Common {
 #[derive(Clone)]
 pub struct BlockHandle {
     common: Arc<Common>,
+    metrics: Arc<BlockMetrics>,
 }
 
 impl BlockHandle {
+    /// What the device counts.
+    pub fn metrics(&self) -> &BlockMetrics {
+        &self.metrics
+    }
+
     /// The disk has another size on the host: the driver is told. Returns the size in bytes.
     pub fn refresh_capacity(&self) -> Result<u64, BlockError> {
         let Common { disk, interrupt, .. } = &*self.common;
@@ -133,6 +139,7 @@ impl Block {
     pub fn handle(&self) -> BlockHandle {
         BlockHandle {
             common: Arc::clone(&self.common),
+            metrics: Arc::clone(&self.metrics),
         }
     }
 

@@ -9,10 +9,11 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 
 use super::abi::{
-    ATTR_SUBMOUNT, Attr, AttrOut, EntryOut, GetattrIn, ROOT_ID, SetattrIn, StatfsOut, Statx, StatxIn,
-    StatxOut, SxTime, fattr, init,
+    ATTR_DAX, ATTR_SUBMOUNT, Attr, AttrOut, EntryOut, GetattrIn, ROOT_ID, SetattrIn, StatfsOut, Statx,
+    StatxIn, StatxOut, SxTime, fattr, init,
 };
 use super::credentials;
+use super::dax;
 use super::host;
 use super::inode::Inode;
 use super::root::CachePolicy;
@@ -32,7 +33,14 @@ pub fn decode_device(encoded: u32) -> (u32, u32) {
 }
 
 impl Server {
-    fn attr(&self, stat: &rustix::fs::Statx) -> Attr {
+    fn attr(&self, inode: &Inode, stat: &rustix::fs::Statx) -> Attr {
+        let options = &inode.attachment.options;
+        // A mapping is worth its set-up from some size on; less than that is read in one or two requests.
+        let dax = options.dax
+            && options.cache != CachePolicy::Never
+            && inode.kind == FileType::RegularFile
+            && stat.stx_size >= dax::MIN_FILE
+            && self.has(init::HAS_INODE_DAX);
         Attr {
             ino: self.root().guest_ino(host::device(stat), stat.stx_ino),
             size: stat.stx_size,
@@ -49,7 +57,7 @@ impl Server {
             gid: stat.stx_gid,
             rdev: encode_device(stat.stx_rdev_major, stat.stx_rdev_minor),
             blksize: stat.stx_blksize,
-            flags: 0,
+            flags: if dax { ATTR_DAX } else { 0 },
         }
     }
 
@@ -69,7 +77,7 @@ impl Server {
     /// The reply that introduces a node. `parent` is the mount of the directory it was found in.
     pub(super) fn entry(&self, inode: &Inode, stat: &rustix::fs::Statx, parent: Option<u64>) -> EntryOut {
         let timeout = inode.attachment.options.cache.timeout();
-        let mut attr = self.attr(stat);
+        let mut attr = self.attr(inode, stat);
         if parent != Some(inode.key.mount_id)
             && inode.kind == FileType::Directory
             && self.has(init::SUBMOUNTS)
@@ -116,7 +124,7 @@ impl Server {
             attr_valid: timeout.as_secs(),
             attr_valid_nsec: timeout.subsec_nanos(),
             dummy: 0,
-            attr: self.attr(&stat),
+            attr: self.attr(inode, &stat),
         })
     }
 
@@ -259,10 +267,7 @@ impl Server {
                 let handle = self.handles().get(nodeid, args.fh)?;
                 return rustix::fs::ftruncate(handle.file(), args.size);
             }
-            let file = self
-                .proc()
-                .reopen(inode.fd(self.proc())?.as_fd(), OFlags::WRONLY, Mode::empty())?;
-            rustix::fs::ftruncate(file, args.size)
+            rustix::fs::ftruncate(self.open_file(inode, OFlags::WRONLY, false)?, args.size)
         };
         if args.valid & fattr::KILL_SUIDGID != 0 {
             credentials::without_fsetid(truncate)

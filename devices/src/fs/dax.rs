@@ -12,6 +12,11 @@
 //!
 //! A read-only attachment's files are mapped PROT_READ from descriptors that are open for reading only: no write can
 //! reach them, whatever the guest does. When an attachment goes, its mappings become read-only zeros.
+//!
+//! On an overlay, opening a file for writing copies it up, and what was mapped before shows the lower file for ever.
+//! So whenever a node is opened for writing, its read-only mappings are mapped anew from a descriptor opened after
+//! that ([`DaxWindow::renew`]), before anything is written. A mapping that is made at the same time notices by the
+//! node's count of such opens.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -23,6 +28,16 @@ use super::host;
 
 /// Alignment of mappings, in bytes: the host's page size, told to the guest as its logarithm.
 pub const ALIGNMENT: u64 = 4096;
+
+/// What Linux maps at a time, in bytes (FUSE_DAX_SZ).
+const RANGE: u64 = 2 << 20;
+
+/// Mappings that even the smallest window takes.
+const MIN_MAPPINGS: u64 = 16;
+
+/// Smallest file, in bytes, that a guest is told to map (FUSE_ATTR_DAX): Linux maps 2 MiB at a time, so a smaller one
+/// would waste most of its part of the window.
+pub const MIN_FILE: u64 = 1 << 20;
 
 /// A mapping in the window.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,8 +173,14 @@ impl DaxWindow {
         Ok(())
     }
 
+    /// How many mappings it takes: what Linux needs. The host's kernel allows a process a number of mappings
+    /// (vm.max_map_count) that all cells share, and a guest that maps single pages would use them up.
+    fn max_mappings(&self) -> usize {
+        usize::try_from((self.len / RANGE).max(MIN_MAPPINGS)).unwrap_or(usize::MAX)
+    }
+
     /// Maps a part of a file. It may replace what is mapped there (the guest upgrades a mapping to a writable one
-    /// so), but only exactly: a mapping that is cut through is refused.
+    /// so), but only exactly: a mapping that is cut through is refused. ENOSPC if there are too many.
     pub fn map(&self, request: &MapRequest<'_>) -> Result<(), Errno> {
         self.check(request.window_offset, request.len)?;
         let file_offset = request.source.file_offset;
@@ -168,6 +189,11 @@ impl DaxWindow {
         }
         let mut mappings = self.mappings();
         overlapping(&mappings, request.window_offset, request.len)?;
+        let end = request.window_offset + request.len;
+        let replaced = mappings.range(request.window_offset..end).count();
+        if mappings.len() - replaced >= self.max_mappings() {
+            return Err(Errno::NOSPC);
+        }
         let protection = libc::PROT_READ
             | if request.source.writable {
                 libc::PROT_WRITE
@@ -176,7 +202,6 @@ impl DaxWindow {
             };
         let file = Some((request.file, request.source.file_offset));
         self.place(request.window_offset, request.len, protection, file)?;
-        let end = request.window_offset + request.len;
         mappings.retain(|offset, _| *offset < request.window_offset || *offset >= end);
         let mapping = Mapping {
             len: request.len,
@@ -193,6 +218,25 @@ impl DaxWindow {
         overlapping(&mappings, offset, len)?;
         self.place(offset, len, libc::PROT_NONE, None)?;
         mappings.retain(|start, _| *start < offset || *start >= offset + len);
+        Ok(())
+    }
+
+    /// Whether read-only mappings show the node.
+    pub fn has_readers(&self, nodeid: u64) -> bool {
+        self.mappings()
+            .values()
+            .any(|mapping| reader(mapping, nodeid).is_some())
+    }
+
+    /// Replaces the node's read-only mappings by the same parts of `file`, open for reading.
+    pub fn renew(&self, nodeid: u64, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        let mappings = self.mappings();
+        for (offset, mapping) in mappings.iter() {
+            if let Some(source) = reader(mapping, nodeid) {
+                let file = Some((file, source.file_offset));
+                self.place(*offset, mapping.len, libc::PROT_READ, file)?;
+            }
+        }
         Ok(())
     }
 
@@ -217,6 +261,13 @@ impl DaxWindow {
             }
         }
     }
+}
+
+/// What a mapping shows, if that is the node and it is read-only.
+fn reader(mapping: &Mapping, nodeid: u64) -> Option<MapSource> {
+    mapping
+        .source
+        .filter(|source| source.nodeid == nodeid && !source.writable)
 }
 
 /// Fails if a mapping lies across a border of the range.
@@ -317,6 +368,23 @@ mod tests {
         window.unmap(0, 16 * PAGE).unwrap();
         assert_eq!(window.all(), []);
         assert_eq!(peek(&window, 2 * PAGE), Err(Errno::FAULT));
+    }
+
+    #[test]
+    fn a_guest_that_maps_single_pages_does_not_use_up_the_processs_mappings() {
+        let directory = crate::fs::testing::TempDir::new();
+        std::fs::write(directory.path().join("f"), [1; 4096]).unwrap();
+        let file = std::fs::File::open(directory.path().join("f")).unwrap();
+        let window = DaxWindow::new(256 * PAGE).unwrap();
+        for page in 0..MIN_MAPPINGS {
+            window.map(&request(&file, 0, 2 * page, 1)).unwrap();
+        }
+        assert_eq!(window.map(&request(&file, 0, 200, 1)), Err(Errno::NOSPC));
+        // What replaces another is none more, and what goes makes room.
+        window.map(&request(&file, 0, 0, 1)).unwrap();
+        window.unmap(0, PAGE).unwrap();
+        window.map(&request(&file, 0, 200, 1)).unwrap();
+        assert_eq!(DaxWindow::new(64 * RANGE).unwrap().max_mappings(), 64);
     }
 
     #[test]

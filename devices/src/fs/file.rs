@@ -48,7 +48,7 @@ impl Server {
     }
 
     /// Opens a regular file of the host. Nothing but regular files is ever opened here, and for writing only where
-    /// that is allowed.
+    /// that is allowed. Mappings in the DAX window follow what opening for writing may have made of it.
     pub(super) fn open_file(&self, inode: &Inode, flags: OFlags, kill: bool) -> Result<OwnedFd, Errno> {
         match inode.kind {
             FileType::RegularFile => {}
@@ -56,16 +56,22 @@ impl Server {
             FileType::Symlink => return Err(Errno::LOOP),
             _ => return Err(Errno::NXIO),
         }
-        if flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC) {
+        let writing = flags & OFlags::RWMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC);
+        if writing {
             inode.check_writable()?;
         }
         let fd = inode.fd(self.proc())?;
         let open = || self.proc().reopen(fd.as_fd(), flags, Mode::empty());
-        if kill {
-            credentials::without_fsetid(open)
+        let file = if kill {
+            credentials::without_fsetid(open)?
         } else {
-            open()
+            open()?
+        };
+        if writing && let Some(window) = self.window() {
+            inode.write_opens.fetch_add(1, Ordering::SeqCst);
+            self.renew_mappings(window, inode)?;
         }
+        Ok(file)
     }
 
     /// What the guest is told about caching an open file's data.

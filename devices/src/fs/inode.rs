@@ -82,6 +82,8 @@ pub struct Inode {
     pub seen: AtomicU64,
     /// Record locks taken through it.
     pub locks: OwnerLocks,
+    /// How often it was opened for writing. Counted where there is a DAX window only (`dax.rs`).
+    pub write_opens: AtomicU64,
     reference: Reference,
     // Changed under the lock of the identity's shard only.
     lookups: AtomicU64,
@@ -279,6 +281,7 @@ impl InodeStore {
             attachment: Arc::clone(attachment),
             seen: AtomicU64::new(0),
             locks: OwnerLocks::default(),
+            write_opens: AtomicU64::new(0),
             reference,
             lookups: AtomicU64::new(1),
         });

@@ -58,6 +58,10 @@ pub struct AttachOptions {
     /// kernel. Needs CAP_SYS_ADMIN and is left out where the host refuses it. Mounts that the host makes below the
     /// tree later do not appear in it.
     pub private_mount: bool,
+    /// Have the guest map larger files through the DAX window, where the file system has one and the guest did not
+    /// mount with `dax=never`. Only for what nobody but this guest changes: a file that something else cuts short
+    /// while a guest has it mapped ends that guest at its next access to what was cut off.
+    pub dax: bool,
 }
 
 impl Default for AttachOptions {
@@ -67,6 +71,7 @@ impl Default for AttachOptions {
             cache: CachePolicy::Auto,
             device_nodes: true,
             private_mount: true,
+            dax: false,
         }
     }
 }

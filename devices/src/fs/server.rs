@@ -500,7 +500,7 @@ impl Server {
                 init::POSIX_ACL | init::DONT_MASK | init::SETXATTR_EXT,
             ),
             (self.config.announce_submounts, init::SUBMOUNTS),
-            (self.dax.is_some(), init::MAP_ALIGNMENT),
+            (self.dax.is_some(), init::MAP_ALIGNMENT | init::HAS_INODE_DAX),
         ];
         for (wanted, feature) in optional {
             if wanted {
@@ -607,6 +607,7 @@ impl Server {
         writable: bool,
     ) -> Result<(), Errno> {
         let flags = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+        let write_opens = inode.write_opens.load(Ordering::SeqCst);
         let file = self.open_file(inode, flags, false)?;
         dax.map(&MapRequest {
             file: file.as_fd(),
@@ -624,7 +625,20 @@ impl Server {
             dax.detach(inode.attachment.id);
             return Err(Errno::STALE);
         }
+        if !writable && inode.write_opens.load(Ordering::SeqCst) != write_opens {
+            // Opened for writing while we mapped: it may have looked for mappings before ours was there.
+            self.renew_mappings(dax, inode)?;
+        }
         Ok(())
+    }
+
+    /// Maps a node's read-only mappings anew from its present data (`dax.rs` says why).
+    pub(super) fn renew_mappings(&self, dax: &DaxWindow, inode: &Inode) -> Result<(), Errno> {
+        if !dax.has_readers(inode.id) {
+            return Ok(());
+        }
+        let file = self.open_file(inode, OFlags::RDONLY, false)?;
+        dax.renew(inode.id, file.as_fd())
     }
 
     /// The window, if there is one.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The server as a guest meets it: bytes in, bytes out, on a directory of the host.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::sync::Arc;
 
@@ -8,15 +9,15 @@ use rustix::io::Errno;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::abi::{
-    AttrOut, BatchForgetIn, CopyFileRangeIn, CreateIn, Dirent, EntryOut, FallocateIn, FileLock, FlushIn,
-    ForgetIn, ForgetOne, GetattrIn, GetxattrIn, InHeader, InterruptIn, LinkIn, LkIn, LkOut, LseekIn,
+    ATTR_DAX, AttrOut, BatchForgetIn, CopyFileRangeIn, CreateIn, Dirent, EntryOut, FallocateIn, FileLock,
+    FlushIn, ForgetIn, ForgetOne, GetattrIn, GetxattrIn, InHeader, InterruptIn, LinkIn, LkIn, LkOut, LseekIn,
     LseekOut, MkdirIn, MknodIn, Opcode, OpenIn, OpenOut, ROOT_ID, ReadIn, ReleaseIn, RemovemappingIn,
     RemovemappingOne, Rename2In, SetattrIn, SetupmappingIn, SetxattrIn, StatfsOut, StatxIn, StatxOut,
     WRITE_KILL_SUIDGID, WriteIn, WriteOut, fattr, init,
 };
 use super::config::FsConfig;
 use super::dax::DaxWindow;
-use super::root::{AttachError, AttachOptions};
+use super::root::{AttachError, AttachOptions, CachePolicy};
 use super::server::{Outcome, Server};
 use super::testing::{Driver, LINUX, TempDir};
 
@@ -25,6 +26,7 @@ const READ_ONLY: AttachOptions = AttachOptions {
     cache: super::root::CachePolicy::Auto,
     device_nodes: true,
     private_mount: true,
+    dax: false,
 };
 
 impl Driver {
@@ -1318,6 +1320,122 @@ fn dax_mappings_are_confined_and_read_only_stays_so() {
     assert!(window.all().iter().all(|(_, mapping)| mapping.source.is_none()));
     driver.call(Opcode::Destroy, ROOT_ID, &[]).unwrap();
     assert!(window.all().is_empty());
+}
+
+/// A byte of the window, read by the kernel: what is not there is an error and no signal.
+fn peek(window: &DaxWindow, offset: u64) -> Option<u8> {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let address = std::ptr::without_provenance::<libc::c_void>(
+        usize::try_from(window.host_address() + offset).unwrap(),
+    );
+    // SAFETY: the kernel checks the address.
+    let written = unsafe { libc::write(writer.as_raw_fd(), address, 1) };
+    drop(writer);
+    let mut byte = Vec::new();
+    std::io::Read::read_to_end(&mut { reader }, &mut byte).unwrap();
+    assert_eq!(written == 1, byte.len() == 1);
+    byte.first().copied()
+}
+
+#[test]
+fn only_larger_files_of_an_attachment_with_dax_are_for_the_window() {
+    let directory = TempDir::new();
+    let mib = 1 << 20;
+    for (name, len) in [("large", mib), ("small", mib - 1)] {
+        std::fs::File::create(directory.path().join(name))
+            .unwrap()
+            .set_len(len)
+            .unwrap();
+    }
+    let window = Arc::new(DaxWindow::new(2 << 20).unwrap());
+    let driver = Driver::with_server(Server::new(FsConfig::default(), Some(window)).unwrap());
+    let with = |dax, cache| AttachOptions {
+        dax,
+        cache,
+        ..AttachOptions::default()
+    };
+    let attach = |name, options| driver.server.attach(name, &directory.fd(), options).unwrap();
+    attach("dax", with(true, CachePolicy::Always));
+    attach("plain", with(false, CachePolicy::Always));
+    attach("uncached", with(true, CachePolicy::Never));
+    let flags = |attached: &str, name: &str| {
+        let root = driver.lookup(ROOT_ID, attached).unwrap();
+        let entry: EntryOut = driver
+            .ask(Opcode::Lookup, root, &[name.as_bytes(), b"\0"])
+            .unwrap();
+        let args = GetattrIn::default();
+        let again: AttrOut = driver
+            .ask(Opcode::Getattr, entry.nodeid, &[args.as_bytes()])
+            .unwrap();
+        assert_eq!(entry.attr.flags, again.attr.flags);
+        entry.attr.flags
+    };
+    assert_eq!(flags("dax", "large"), ATTR_DAX);
+    assert_eq!(flags("dax", "small"), 0);
+    assert_eq!(flags("plain", "large"), 0);
+    assert_eq!(flags("uncached", "large"), 0);
+    let root: AttrOut = driver
+        .ask(Opcode::Getattr, ROOT_ID, &[GetattrIn::default().as_bytes()])
+        .unwrap();
+    assert_eq!(root.attr.flags, 0);
+    // A guest that does not know of it is told nothing.
+    driver.init(LINUX & !init::HAS_INODE_DAX).unwrap();
+    assert_eq!(flags("dax", "large"), 0);
+}
+
+#[test]
+fn mappings_follow_a_copy_up() {
+    // An overlay cannot be mounted everywhere, so another file plays what the copy-up leaves behind.
+    let directory = TempDir::new();
+    let (old, new) = (directory.path().join("old"), directory.path().join("new"));
+    std::fs::write(&old, vec![1; 8192]).unwrap();
+    std::fs::write(&new, vec![2; 4096]).unwrap();
+    let window = Arc::new(DaxWindow::new(64 << 10).unwrap());
+    let driver = Driver::with_server(Server::new(FsConfig::default(), Some(Arc::clone(&window))).unwrap());
+    driver
+        .server
+        .attach("d", &directory.fd(), AttachOptions::default())
+        .unwrap();
+    let root = driver.lookup(ROOT_ID, "d").unwrap();
+    let node = driver.lookup(root, "old").unwrap();
+    let map = |moffset, flags| {
+        let args = SetupmappingIn {
+            fh: u64::MAX,
+            foffset: 0,
+            len: 8192,
+            flags,
+            moffset,
+        };
+        driver
+            .call(Opcode::Setupmapping, node, &[args.as_bytes()])
+            .unwrap();
+    };
+    assert!(!window.has_readers(node));
+    map(0, 2);
+    map(16 << 10, 3);
+    assert!(window.has_readers(node) && !window.has_readers(root));
+    // As if opening for writing had made another file of it.
+    let copy = std::fs::File::open(&new).unwrap();
+    window.renew(node, copy.as_fd()).unwrap();
+    assert_eq!((peek(&window, 0), peek(&window, 4096)), (Some(2), None));
+    // A mapping for writing was of the copy already.
+    assert_eq!(peek(&window, 16 << 10), Some(1));
+    // Opening for writing does that, be it to truncate.
+    driver.open(node, libc::O_WRONLY).unwrap();
+    assert_eq!((peek(&window, 0), peek(&window, 4096)), (Some(1), Some(1)));
+    window.renew(node, copy.as_fd()).unwrap();
+    let size = SetattrIn {
+        valid: fattr::SIZE,
+        size: 4096,
+        ..SetattrIn::default()
+    };
+    let attr: AttrOut = driver.ask(Opcode::Setattr, node, &[size.as_bytes()]).unwrap();
+    assert_eq!(attr.attr.size, 4096);
+    assert_eq!((peek(&window, 0), peek(&window, 4096)), (Some(1), None));
+    // Opening for reading leaves mappings alone.
+    window.renew(node, copy.as_fd()).unwrap();
+    driver.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(peek(&window, 0), Some(2));
 }
 
 #[test]

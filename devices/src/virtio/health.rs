@@ -22,6 +22,7 @@ type Observer = Box<dyn Fn(&str, &str) + Send + Sync>;
 pub struct Health {
     name: String,
     failed: AtomicBool,
+    quiescing: AtomicBool,
     complaints: Counter,
     log: RateLimit,
     interrupt: OnceLock<Arc<Interrupt>>,
@@ -34,6 +35,7 @@ impl Health {
         Self {
             name: name.into(),
             failed: AtomicBool::new(false),
+            quiescing: AtomicBool::new(false),
             complaints: Counter::default(),
             log: RateLimit::new(),
             interrupt: OnceLock::new(),
@@ -85,6 +87,19 @@ impl Health {
     /// Whether the device has stopped.
     pub fn is_failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)
+    }
+
+    /// Whether somebody waits for requests of the device that are under way, which may wait for the host's disks.
+    pub fn is_quiescing(&self) -> bool {
+        self.quiescing.load(Ordering::Acquire)
+    }
+
+    /// Does `wait`, which waits for requests that are under way.
+    pub(super) fn quiescing<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.quiescing.store(true, Ordering::Release);
+        let result = wait();
+        self.quiescing.store(false, Ordering::Release);
+        result
     }
 
     /// The driver reset the device: it works again.

@@ -545,7 +545,7 @@ impl MmioTransport {
     fn reset(&mut self) {
         if let Phase::Active(mut live) = std::mem::replace(&mut self.phase, Phase::Failed) {
             drop(live.registration.take());
-            lock(&live.device).quiesce();
+            self.health.quiescing(|| lock(&live.device).quiesce());
         }
         self.device.reset();
         self.health.recover();
@@ -565,7 +565,7 @@ impl MmioTransport {
     pub fn pause(&mut self) {
         if let Phase::Active(live) = &mut self.phase {
             drop(live.registration.take());
-            lock(&live.device).quiesce();
+            self.health.quiescing(|| lock(&live.device).quiesce());
         }
     }
 
@@ -583,7 +583,7 @@ impl MmioTransport {
     /// Waits until no request of the device is under way outside of its event loop. Call with the vCPUs paused.
     pub fn quiesce(&self) {
         if let Phase::Active(live) = &self.phase {
-            lock(&live.device).quiesce();
+            self.health.quiescing(|| lock(&live.device).quiesce());
         }
     }
 
@@ -702,7 +702,7 @@ impl Drop for MmioTransport {
     fn drop(&mut self) {
         if let Phase::Active(live) = &mut self.phase {
             drop(live.registration.take());
-            lock(&live.device).quiesce();
+            self.health.quiescing(|| lock(&live.device).quiesce());
         }
     }
 }

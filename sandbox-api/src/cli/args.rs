@@ -2,6 +2,7 @@
 //! The command line. What docker has is called as docker calls it.
 
 use super::parse;
+use crate::pod::detach_keys::Keys;
 use crate::pod::state::{Network, Publish};
 use crate::runtime::capabilities::{self, Change};
 use crate::runtime::spec::Volume;
@@ -56,6 +57,14 @@ pub struct Cli {
 pub enum Command {
     /// Create a virtual machine and run a command of an image in it
     Run(Box<RunArgs>),
+    /// Make a container, and do not start it
+    Create(Box<RunArgs>),
+    /// Start stopped containers
+    Start(StartArgs),
+    /// Stop containers and start them again
+    Restart(RestartArgs),
+    /// Get a running container's input and output
+    Attach(AttachArgs),
     /// List containers
     #[command(visible_alias = "list")]
     Ps(PsArgs),
@@ -97,6 +106,9 @@ pub enum Command {
     HostPod {
         /// The container's id
         id: String,
+        /// Start the container when somebody has attached
+        #[arg(long)]
+        awaited: bool,
     },
 }
 
@@ -131,6 +143,9 @@ pub struct RunArgs {
     /// Run in the background and print the container's id
     #[arg(short, long)]
     pub detach: bool,
+    /// Keys that leave the container running in the background
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "KEYS", value_parser = Keys::parse)]
+    pub detach_keys: Keys,
     /// Remove the container when it ends
     #[arg(long)]
     pub rm: bool,
@@ -158,6 +173,10 @@ pub struct RunArgs {
     /// Memory of the virtual machine, such as 512m or 2g
     #[arg(short, long, default_value = "512m", value_parser = parse::vm_memory)]
     pub memory: u64,
+    /// Let the guest map files of the image of 1m and more straight from the host's page cache, so many bytes of them
+    /// at a time; costs a 64th of it of the guest's memory
+    #[arg(long, value_name = "SIZE", value_parser = parse::dax_window)]
+    pub dax: Option<u64>,
     /// Working directory in the container
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<String>,
@@ -263,6 +282,9 @@ pub struct ExecArgs {
     /// Do not wait for the command
     #[arg(short, long)]
     pub detach: bool,
+    /// Keys that leave the command running in the background
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "KEYS", value_parser = Keys::parse)]
+    pub detach_keys: Keys,
     /// Set an environment variable
     #[arg(short, long, value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
@@ -275,6 +297,53 @@ pub struct ExecArgs {
     /// The container, the command and its arguments
     #[arg(value_name = "CONTAINER COMMAND [ARG]...", trailing_var_arg = true, required = true, num_args = 2..)]
     pub words: Vec<String>,
+}
+
+/// `start`.
+#[derive(Debug, Args)]
+pub struct StartArgs {
+    /// Show its output, and pass signals on
+    #[arg(short, long)]
+    pub attach: bool,
+    /// Pass stdin on, too
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Keys that leave the container running in the background
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "KEYS", value_parser = Keys::parse)]
+    pub detach_keys: Keys,
+    /// The containers
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// `restart`.
+#[derive(Debug, Args)]
+pub struct RestartArgs {
+    /// Seconds to wait before killing
+    #[arg(short, long, visible_alias = "timeout", default_value = "10", value_parser = parse::seconds)]
+    pub time: u64,
+    /// Signal to send instead of the container's own stop signal
+    #[arg(short, long, value_parser = parse::signal)]
+    pub signal: Option<i32>,
+    /// The containers
+    #[arg(required = true)]
+    pub containers: Vec<String>,
+}
+
+/// `attach`.
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// Keys that leave the container running in the background
+    #[arg(long, default_value = "", hide_default_value = true, value_name = "KEYS", value_parser = Keys::parse)]
+    pub detach_keys: Keys,
+    /// Do not pass stdin on
+    #[arg(long)]
+    pub no_stdin: bool,
+    /// Pass signals on
+    #[arg(long, default_value_t = true, default_missing_value = "true", num_args = 0..=1, require_equals = true, action = ArgAction::Set)]
+    pub sig_proxy: bool,
+    /// The container
+    pub container: String,
 }
 
 /// `logs`.
@@ -446,6 +515,39 @@ mod tests {
             "cloister run --cpus 0 x",
         ] {
             assert!(Cli::try_parse_from(wrong.split(' ')).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn start_and_attach() {
+        let parse = |line: &str| Cli::try_parse_from(line.split(' ')).map(|cli| cli.command);
+        let Ok(Command::Attach(attach)) = parse("cloister attach --sig-proxy=false --no-stdin web") else {
+            panic!()
+        };
+        assert!(!attach.sig_proxy && attach.no_stdin);
+        assert_eq!(attach.detach_keys, Keys::default());
+        let Ok(Command::Attach(attach)) = parse("cloister attach --sig-proxy web") else {
+            panic!()
+        };
+        assert!(attach.sig_proxy && !attach.no_stdin);
+        assert_eq!(attach.container, "web");
+        let Ok(Command::Start(start)) = parse("cloister start -ai --detach-keys=ctrl-x web") else {
+            panic!()
+        };
+        assert!(start.attach && start.interactive);
+        assert_eq!(start.detach_keys, Keys::parse("ctrl-x").unwrap());
+        let Ok(Command::Create(create)) = parse("cloister create -it --name web busybox sh") else {
+            panic!()
+        };
+        assert_eq!(create.words, ["busybox", "sh"]);
+        for wrong in [
+            "cloister start",
+            "cloister attach",
+            "cloister attach a b",
+            "cloister attach --detach-keys=ctrl-1 web",
+            "cloister run --detach-keys ctrl- web",
+        ] {
+            assert!(parse(wrong).is_err(), "{wrong}");
         }
     }
 

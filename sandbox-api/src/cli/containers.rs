@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `ps`, `logs`, `stop`, `kill`, `rm`, `wait`.
 
-use super::args::{LogsArgs, PsArgs, StopArgs};
+use super::args::{LogsArgs, PsArgs};
 use super::table::{printable, render, truncate};
 use super::{Context, Failure, Outcome, client, parse, print, print_json};
 use crate::clock;
@@ -136,17 +136,18 @@ pub fn logs(context: &Context, args: &LogsArgs) -> Outcome {
     }
 }
 
-pub fn stop(context: &Context, name: &str, args: &StopArgs) -> Outcome<()> {
+/// Asks a container to end, and kills it after so many seconds.
+pub fn stop(context: &Context, name: &str, seconds: u64, signal: Option<i32>) -> Outcome<()> {
     let pods = context.pods()?;
     let record = pods.find(name)?;
     if record.status != Status::Exited {
         let runtime = client::runtime()?;
         let stopped = runtime.block_on(async {
             let task = client::connect(&pods, &record).await?;
-            let signal = args.signal.unwrap_or(record.plan.stop_signal);
+            let signal = signal.unwrap_or(record.plan.stop_signal);
             // One that has just ended is what is wanted.
             let _ = client::kill(&task, &record.id, signal, false).await;
-            if !client::wait_exit(&task, &record.id, Duration::from_secs(args.time)).await? {
+            if !client::wait_exit(&task, &record.id, Duration::from_secs(seconds)).await? {
                 let _ = client::kill(&task, &record.id, libc::SIGKILL, true).await;
                 client::wait_exit(&task, &record.id, Duration::from_secs(10)).await?;
             }
@@ -157,7 +158,7 @@ pub fn stop(context: &Context, name: &str, args: &StopArgs) -> Outcome<()> {
             client::wait_ended(&pods, &record.id, Some(HOST_END))?;
         }
     }
-    print(&format!("{name}\n"))
+    Ok(())
 }
 
 pub fn kill(context: &Context, name: &str, signal: i32) -> Outcome<()> {

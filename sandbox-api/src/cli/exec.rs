@@ -2,6 +2,7 @@
 //! `exec`: another process in a running container, its streams through fifos, as containerd does it.
 
 use super::args::ExecArgs;
+use super::session::{InputEnd, copy_input, say_detached};
 use super::{Context, Failure, Outcome, client, parse};
 use crate::ids;
 use crate::pod::state::{Pods, Record};
@@ -21,7 +22,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::oneshot;
 
 pub fn exec(context: &Context, args: &ExecArgs) -> Outcome {
@@ -245,15 +246,24 @@ async fn run(pods: &Pods, record: &Record, args: &ExecArgs, process: Process) ->
         return Ok(0);
     }
     if args.interactive {
-        let stdin = io::stdin().as_fd().try_clone_to_owned()?;
         let path = fifos.path("stdin");
         let open = move || File::options().write(true).open(path);
-        stdin_end = Some(copy_on_thread("stdin", move || Ok(File::from(stdin)), open)?);
+        let keys = args.tty.then(|| args.detach_keys.clone());
+        stdin_end = Some(copy_input(keys, open)?);
     }
     let raw = (args.tty && terminal::stdin_is_terminal())
         .then(terminal::Raw::stdin)
         .transpose()?;
-    let code = follow(&task, &record.id, &exec_id, args.tty, stdin_end).await;
+    let code = match follow(&task, &record.id, &exec_id, args.tty, stdin_end).await {
+        Ok(Some(code)) => Ok(code),
+        Ok(None) => {
+            drop(raw);
+            say_detached();
+            // It goes on; the container's end takes it along.
+            return Ok(0);
+        }
+        Err(failure) => Err(failure),
+    };
     for end in ends {
         let _ = end.await;
     }
@@ -296,7 +306,8 @@ async fn start(task: &TaskClient, request: &ExecProcessRequest) -> Outcome<()> {
     started.map(|_| ())
 }
 
-async fn resize(task: &TaskClient, id: &str, exec_id: &str) {
+/// Tells a process's terminal the size of ours.
+pub(super) async fn resize(task: &TaskClient, id: &str, exec_id: &str) {
     if let Some((width, height)) = terminal::size() {
         let request = ResizePtyRequest {
             id: id.to_owned(),
@@ -309,14 +320,43 @@ async fn resize(task: &TaskClient, id: &str, exec_id: &str) {
     }
 }
 
-/// Waits for the process; signals and window sizes go to it, the end of our stdin to its stdin.
+/// The signals that are passed on.
+pub(super) fn signals() -> io::Result<Vec<(i32, Signal)>> {
+    let numbers = [
+        libc::SIGHUP,
+        libc::SIGINT,
+        libc::SIGQUIT,
+        libc::SIGTERM,
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+    ];
+    numbers
+        .into_iter()
+        .map(|number| Ok((number, signal(SignalKind::from_raw(number))?)))
+        .collect()
+}
+
+/// The next of them; never, if there are none to listen to.
+pub(super) async fn next_signal(signals: &mut Option<Vec<(i32, Signal)>>) -> i32 {
+    std::future::poll_fn(|context| {
+        for (number, signal) in signals.iter_mut().flatten() {
+            if signal.poll_recv(context).is_ready() {
+                return std::task::Poll::Ready(*number);
+            }
+        }
+        std::task::Poll::Pending
+    })
+    .await
+}
+
+/// Waits for the process; signals and window sizes go to it, the end of our stdin to its stdin. None if the user detached.
 async fn follow(
     task: &TaskClient,
     id: &str,
     exec_id: &str,
     tty: bool,
-    stdin_end: Option<oneshot::Receiver<()>>,
-) -> Outcome {
+    stdin_end: Option<oneshot::Receiver<InputEnd>>,
+) -> Outcome<Option<u8>> {
     let request = WaitRequest {
         id: id.to_owned(),
         exec_id: exec_id.to_owned(),
@@ -325,12 +365,10 @@ async fn follow(
     let wait = task.wait(Call::default(), &request);
     tokio::pin!(wait);
     let mut window = signal(SignalKind::window_change())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut hangup = signal(SignalKind::hangup())?;
+    let mut signals = Some(signals()?);
     let stdin_end = async move {
         match stdin_end {
-            Some(end) => drop(end.await),
+            Some(end) => end.await.unwrap_or(InputEnd::Closed),
             None => std::future::pending().await,
         }
     };
@@ -343,10 +381,13 @@ async fn follow(
         let signal = tokio::select! {
             response = &mut wait => {
                 let status = response.map_err(client::said)?.exit_status;
-                return Ok(u8::try_from(status).unwrap_or(125));
+                return Ok(Some(u8::try_from(status).unwrap_or(125)));
             }
-            () = &mut stdin_end, if stdin_open => {
+            how = &mut stdin_end, if stdin_open => {
                 stdin_open = false;
+                if how == InputEnd::Detached {
+                    return Ok(None);
+                }
                 let close = CloseIORequest { id: id.to_owned(), exec_id: exec_id.to_owned(), stdin: true, ..Default::default() };
                 let _ = task.close_io(Call::default(), &close).await;
                 continue;
@@ -355,9 +396,7 @@ async fn follow(
                 resize(task, id, exec_id).await;
                 continue;
             }
-            _ = interrupt.recv() => libc::SIGINT,
-            _ = terminate.recv() => libc::SIGTERM,
-            _ = hangup.recv() => libc::SIGHUP,
+            number = next_signal(&mut signals) => number,
         };
         let kill = KillRequest {
             id: id.to_owned(),

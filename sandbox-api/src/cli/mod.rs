@@ -12,6 +12,8 @@ mod images;
 mod info;
 pub mod parse;
 mod run;
+mod session;
+mod start;
 mod stats;
 pub mod table;
 
@@ -131,11 +133,18 @@ pub fn main() -> ExitCode {
 fn dispatch(context: &Context, command: Command) -> Outcome {
     match command {
         Command::Run(args) => run::run(context, *args),
-        Command::HostPod { id } => run::host_pod(context, &id),
+        Command::HostPod { id, awaited } => run::host_pod(context, &id, awaited),
+        Command::Create(args) => run::create(context, *args),
+        Command::Start(args) => start::start(context, &args),
+        Command::Restart(args) => each(&args.containers, |name| start::restart(context, name, &args)),
+        Command::Attach(args) => start::attach(context, &args),
         Command::Ps(args) => containers::ps(context, &args),
         Command::Exec(args) => exec::exec(context, &args),
         Command::Logs(args) => containers::logs(context, &args),
-        Command::Stop(args) => each(&args.containers, |name| containers::stop(context, name, &args)),
+        Command::Stop(args) => each(&args.containers, |name| {
+            containers::stop(context, name, args.time, args.signal)?;
+            print(&format!("{name}\n"))
+        }),
         Command::Kill(args) => each(&args.containers, |name| {
             containers::kill(context, name, args.signal)
         }),

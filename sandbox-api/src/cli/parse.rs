@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 /// Least memory of a VM: less does not boot.
 pub const MIN_MEMORY: u64 = 64 << 20;
+/// DAX windows are multiples of it.
+const DAX_UNIT: u64 = 2 << 20;
 
 /// A number of bytes: `512m`, `2g`, `1.5GiB` (powers of 1024; no unit is bytes).
 pub fn memory(text: &str) -> Result<u64, String> {
@@ -61,6 +63,15 @@ pub fn vm_memory(text: &str) -> Result<u64, String> {
         return Err(format!("{text} is too little: a VM needs 64m at least"));
     }
     Ok(bytes)
+}
+
+/// `--dax`: Linux maps 2 MiB at a time.
+pub fn dax_window(text: &str) -> Result<u64, String> {
+    let bytes = memory(text)?;
+    if !(DAX_UNIT..=1 << 40).contains(&bytes) {
+        return Err(format!("{text} is not between 2m and 1t"));
+    }
+    Ok(bytes.next_multiple_of(DAX_UNIT))
 }
 
 /// `--cpus`: vCPUs are whole.
@@ -422,6 +433,12 @@ mod tests {
         }
         assert!(vm_memory("63m").is_err());
         assert_eq!(vm_memory("64m"), Ok(64 << 20));
+        assert_eq!(dax_window("2m"), Ok(2 << 20));
+        assert_eq!(dax_window("64m"), Ok(64 << 20));
+        assert_eq!(dax_window("2049k"), Ok(4 << 20));
+        for text in ["1m", "0", "2t", "x"] {
+            assert!(dax_window(text).is_err(), "{text}");
+        }
     }
 
     #[test]

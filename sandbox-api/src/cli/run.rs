@@ -5,12 +5,13 @@
 //! which it says one line when the container runs, or why it does not.
 
 use super::args::{PullPolicy, RunArgs};
-use super::{Context, Failure, Outcome, containers, parse, print};
+use super::session::{self, Options};
+use super::{Context, Failure, Outcome, client, containers, parse, print};
 use crate::clock;
 use crate::host_check;
 use crate::ids;
 use crate::image::{self, Image, Progress, PullOptions, Source, Store};
-use crate::pod::host::{self, Attach};
+use crate::pod::host::{self, Attach, Moment};
 use crate::pod::state::{Alive, Plan, Pods, Record, Status};
 use crate::pod::terminal;
 use crate::runtime::spec::{self, Security, Wishes};
@@ -22,6 +23,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
+/// The hosting process waits for somebody to attach.
+const ATTACHABLE: &str = "attachable\n";
 /// The hosting process has nothing to say any more.
 const READY: &str = "ready\n";
 
@@ -30,10 +33,15 @@ pub fn run(context: &Context, args: RunArgs) -> Outcome {
         let code = if failure.code == 1 { 125 } else { failure.code };
         failure.with_code(code)
     };
-    run_inner(context, args).map_err(failed)
+    run_inner(context, args, false).map_err(failed)
 }
 
-fn run_inner(context: &Context, args: RunArgs) -> Outcome {
+/// `create`: as far as the record.
+pub fn create(context: &Context, args: RunArgs) -> Outcome {
+    run_inner(context, args, true)
+}
+
+fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
     // What can be refused without doing anything, first.
     if let Some(name) = &args.name
         && !ids::is_valid_name(name)
@@ -42,7 +50,8 @@ fn run_inner(context: &Context, args: RunArgs) -> Outcome {
             "Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed"
         )));
     }
-    if args.tty && args.interactive && !args.detach && !terminal::stdin_is_terminal() {
+    let in_front = !args.detach && !create;
+    if args.tty && args.interactive && in_front && !terminal::stdin_is_terminal() {
         return Err(Failure::new(
             "the input device is not a TTY (leave out -t, or give it one)",
         ));
@@ -79,6 +88,7 @@ fn run_inner(context: &Context, args: RunArgs) -> Outcome {
         wishes,
         cpus: args.cpus,
         memory: args.memory,
+        dax: args.dax,
         network: args.net,
         publish: args.publish,
         hostname: args
@@ -105,7 +115,7 @@ fn run_inner(context: &Context, args: RunArgs) -> Outcome {
         command,
         plan,
         status: Status::Created,
-        pid: Some(std::process::id()),
+        pid: (!create).then(std::process::id),
         created: clock::now(),
         started: None,
         finished: None,
@@ -115,8 +125,24 @@ fn run_inner(context: &Context, args: RunArgs) -> Outcome {
     };
     let (record, alive) = pods.reserve(record, args.name.as_deref())?;
     drop(hold);
+    if create {
+        drop(alive);
+        print(&format!("{}\n", record.id))?;
+        return Ok(0);
+    }
     if args.detach {
-        return detach(context, &pods, &record, alive);
+        launch(context, &pods, &record, alive, false)?.ready()?;
+        print(&format!("{}\n", record.id))?;
+        return Ok(0);
+    }
+    // A terminal can be left: another process hosts the VM then.
+    if args.tty && terminal::stdin_is_terminal() {
+        let options = Options {
+            stdin: record.plan.interactive,
+            sig_proxy: true,
+            keys: args.detach_keys,
+        };
+        return launch(context, &pods, &record, alive, true)?.attached(&pods, &record, options);
     }
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
     let attach = Attach {
@@ -127,8 +153,9 @@ fn run_inner(context: &Context, args: RunArgs) -> Outcome {
         },
         stdout: Some(own(io::stdout().as_fd())?),
         stderr: Some(own(io::stderr().as_fd())?),
+        awaited: false,
     };
-    let code = host::host(&pods, &store, record, alive, attach, || ())?;
+    let code = host::host(&pods, &store, record, alive, attach, |_| ())?;
     Ok(u8::try_from(code).unwrap_or(125))
 }
 
@@ -302,7 +329,20 @@ fn guest_file(given: Option<&PathBuf>, what: &str, name: &str, flag: &str) -> Ou
         .ok_or_else(|| missing(&installed))
 }
 
-fn detach(context: &Context, pods: &Pods, record: &Record, alive: Alive) -> Outcome {
+/// A hosting process that has just been started.
+pub struct Launched {
+    child: std::process::Child,
+    log: PathBuf,
+}
+
+/// Starts a process in the background that hosts the pod; `awaited` makes it wait for somebody to attach.
+pub fn launch(
+    context: &Context,
+    pods: &Pods,
+    record: &Record,
+    alive: Alive,
+    awaited: bool,
+) -> Outcome<Launched> {
     let log_path = pods.data_dir(&record.id).join("host.log");
     let log = File::options()
         .append(true)
@@ -311,41 +351,99 @@ fn detach(context: &Context, pods: &Pods, record: &Record, alive: Alive) -> Outc
         .open(&log_path)?;
     let program = std::env::current_exe()?;
     let level = log::max_level().as_str().to_lowercase();
-    let mut child = Command::new(program)
+    let child = Command::new(program)
         .arg("--root")
         .arg(context.root.canonicalize()?)
         .arg("--state")
         .arg(context.state.canonicalize()?)
         .args(["--log-level", &level, "host-pod", &record.id])
+        .args(awaited.then_some("--awaited"))
         .current_dir("/")
         .stdin(Stdio::from(alive.into_file()))
         .stdout(Stdio::piped())
         .stderr(Stdio::from(log))
         .spawn()?;
-    let mut said = String::new();
-    if let Some(pipe) = &mut child.stdout {
-        pipe.read_to_string(&mut said)?;
+    Ok(Launched { child, log: log_path })
+}
+
+impl Launched {
+    /// Waits until the container runs.
+    pub fn ready(mut self) -> Outcome<()> {
+        let mut said = String::new();
+        if let Some(pipe) = &mut self.child.stdout {
+            pipe.read_to_string(&mut said)?;
+        }
+        // Nobody waits for it to be attached to.
+        self.check(said.strip_prefix(ATTACHABLE).unwrap_or(&said))
     }
-    if said == READY {
-        print(&format!("{}\n", record.id))?;
-        return Ok(0);
+
+    /// Attaches before the container starts, and stays to its end, or until the user leaves.
+    pub fn attached(mut self, pods: &Pods, record: &Record, options: Options) -> Outcome {
+        let (said, stream) = self.attach(pods, record)?;
+        self.check(&said)?;
+        let stream = stream.ok_or_else(|| Failure::new("the container was not attached to"))?;
+        session::attached(pods, record, &stream, options)
     }
-    let status = child.wait()?;
-    let message = if said.is_empty() {
-        format!("the hosting process ended: {status}; see {}", log_path.display())
-    } else {
-        said
-    };
-    Err(Failure::new(message.trim_end()).with_code(
-        status
-            .code()
-            .and_then(|code| u8::try_from(code).ok())
-            .unwrap_or(125),
-    ))
+
+    /// What the hosting process said at last, and the connection it asked for. It is told of signals meanwhile.
+    fn attach(
+        &mut self,
+        pods: &Pods,
+        record: &Record,
+    ) -> Outcome<(String, Option<std::os::unix::net::UnixStream>)> {
+        use tokio::io::{AsyncBufReadExt, AsyncReadExt};
+        let Some(pipe) = self.child.stdout.take() else {
+            return Ok((String::new(), None));
+        };
+        let host = i32::try_from(self.child.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
+        client::runtime()?.block_on(async {
+            let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(OwnedFd::from(pipe))?;
+            let mut pipe = tokio::io::BufReader::new(pipe);
+            let mut signals = Some(super::exec::signals()?);
+            let listen = async {
+                let (mut said, mut stream) = (String::new(), None);
+                pipe.read_line(&mut said).await?;
+                if said == ATTACHABLE {
+                    stream = Some(session::connect(pods, record)?);
+                    said.clear();
+                }
+                pipe.read_to_string(&mut said).await?;
+                Ok((said, stream))
+            };
+            tokio::pin!(listen);
+            loop {
+                tokio::select! {
+                    heard = &mut listen => return heard,
+                    number = super::exec::next_signal(&mut signals) => {
+                        // Our own child, which we have not waited for: the number is still its.
+                        if let (Some(host), Some(signal)) = (host, rustix::process::Signal::from_named_raw(number)) {
+                            let _ = rustix::process::kill_process(host, signal);
+                        }
+                    }
+                }
+            }
+        })
+    }
+
+    fn check(&mut self, said: &str) -> Outcome<()> {
+        if said == READY {
+            return Ok(());
+        }
+        let status = self.child.wait()?;
+        let message = if said.is_empty() {
+            format!("the hosting process ended: {status}; see {}", self.log.display())
+        } else {
+            said.to_owned()
+        };
+        let code = status.code().and_then(|code| u8::try_from(code).ok());
+        Err(Failure::new(message.trim_end()).with_code(code.unwrap_or(125)))
+    }
 }
 
 /// The background copy.
-pub fn host_pod(context: &Context, id: &str) -> Outcome {
+pub fn host_pod(context: &Context, id: &str, awaited: bool) -> Outcome {
     let alive = Alive::from_file(File::from(io::stdin().as_fd().try_clone_to_owned()?));
     // Its end is what the parent waits for.
     let report = Mutex::new(Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)));
@@ -365,18 +463,20 @@ pub fn host_pod(context: &Context, id: &str) -> Outcome {
     let mut record = pods.load(id)?;
     record.pid = Some(std::process::id());
     pods.save(&record)?;
-    // `-di`: an input that never ends, until the container does.
-    let keep: Option<(OwnedFd, OwnedFd)> = if record.plan.interactive {
-        Some(io_pipe()?)
-    } else {
-        None
-    };
-    let (stdin, _writer) = keep.unzip();
     let attach = Attach {
-        stdin,
+        awaited,
         ..Attach::default()
     };
-    let result = host::host(&pods, &store, record, alive, attach, || tell(&report, READY));
+    let at = |moment| match moment {
+        Moment::Attachable => {
+            let report = report.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(mut pipe) = report.as_ref() {
+                let _ = pipe.write_all(ATTACHABLE.as_bytes());
+            }
+        }
+        Moment::Started => tell(&report, READY),
+    };
+    let result = host::host(&pods, &store, record, alive, attach, at);
     match result {
         Ok(code) => Ok(u8::try_from(code).unwrap_or(125)),
         Err(error) => {
@@ -386,8 +486,4 @@ pub fn host_pod(context: &Context, id: &str) -> Outcome {
             Ok(error.exit_code())
         }
     }
-}
-
-fn io_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    Ok(rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?)
 }

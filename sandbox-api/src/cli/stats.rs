@@ -28,6 +28,8 @@ struct Line {
     cpu_hundredths: u64,
     memory_bytes: u64,
     limit_bytes: u64,
+    /// Host memory that the VM's RAM takes: what the guest has used and not given back through its balloon.
+    vm_bytes: Option<u64>,
     pids: u64,
 }
 
@@ -123,8 +125,20 @@ fn line(record: &Record, before: &Sample, now: &Sample) -> Line {
         cpu_hundredths: u64::try_from(used * 10_000 / passed).unwrap_or(u64::MAX),
         memory_bytes: now.memory,
         limit_bytes: now.limit,
+        vm_bytes: record.pid.and_then(vm_memory),
         pids: now.pids,
     }
+}
+
+/// The guest's RAM is the only shared memory of the process that hosts it.
+fn vm_memory(host: u32) -> Option<u64> {
+    shared_memory(&std::fs::read_to_string(format!("/proc/{host}/status")).ok()?)
+}
+
+fn shared_memory(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    kib.checked_mul(1024)
 }
 
 fn hundredths(value: u64) -> String {
@@ -146,6 +160,7 @@ fn table(lines: &[Line]) -> String {
                     binary_size(line.limit_bytes)
                 ),
                 hundredths(u64::try_from(share).unwrap_or(u64::MAX)),
+                line.vm_bytes.map_or_else(|| "-".to_owned(), binary_size),
                 line.pids.to_string(),
             ]
         })
@@ -157,6 +172,7 @@ fn table(lines: &[Line]) -> String {
             "CPU %",
             "MEM USAGE / LIMIT",
             "MEM %",
+            "VM RAM",
             "PIDS",
         ],
         &rows,
@@ -185,13 +201,19 @@ mod tests {
             limit: 256 << 20,
             pids: 3,
         };
-        let line = line(&record, &before, &now);
+        let mut line = line(&record, &before, &now);
+        assert_eq!(line.vm_bytes, None);
+        let status = "RssFile:\t 100 kB\nRssShmem:\t   49152 kB\nVmData: 5 kB\n";
+        line.vm_bytes = shared_memory(status);
         assert_eq!(line.cpu_hundredths, 7500);
         let text = table(&[line]);
         assert!(
             text.contains("0123456789ab") && text.contains("75.00%") && text.contains("25.00%"),
             "{text}"
         );
-        assert!(text.contains("64.0MiB / 256MiB"), "{text}");
+        assert!(
+            text.contains("64.0MiB / 256MiB") && text.contains("48.0MiB"),
+            "{text}"
+        );
     }
 }

@@ -3,6 +3,7 @@
 //! [`run`] follows it to its end, and whatever was made is undone on every way out.
 
 use super::agent::{Agent, EventsServer};
+use super::attach;
 use super::guest::Guest;
 use super::log::Writer;
 use super::machine::{self, Machine, MachineConfig};
@@ -35,6 +36,8 @@ use tokio::sync::{mpsc, watch};
 const POWER_OFF: Duration = Duration::from_secs(5);
 /// Time for the agent to answer what is quick.
 const QUICK: Duration = Duration::from_secs(30);
+/// Time for those who are attached to hear of the end.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Signals that end a start, and go to the container later; docker forwards the same and more.
 const SIGNALS: [i32; 7] = [
     libc::SIGHUP,
@@ -170,6 +173,17 @@ pub struct Attach {
     pub stdout: Option<OwnedFd>,
     /// In the foreground without a terminal.
     pub stderr: Option<OwnedFd>,
+    /// The container does not start before somebody has attached.
+    pub awaited: bool,
+}
+
+/// What the starter of a pod is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// The VM runs, and `attach.sock` is there.
+    Attachable,
+    /// The container's process runs.
+    Started,
 }
 
 /// What was made, in order; [`Pod::undo`] takes it apart in the reverse one.
@@ -182,11 +196,12 @@ struct Pod<'a> {
     agent: Option<Agent>,
     service: Option<Arc<TaskService>>,
     server: Option<Server>,
+    attach: Option<attach::Server>,
     relays: Option<publish::Relays>,
 }
 
-/// Hosts a pod from its record to its end, and leaves the record ended, or nothing with `--rm`. `started` is called when
-/// the container's process runs. Answers the exit status of the container.
+/// Hosts a pod from its record to its end, and leaves the record ended, or nothing with `--rm`. `tell` is called at each
+/// [`Moment`]. Answers the exit status of the container.
 ///
 /// # Errors
 /// Why it could not run, or was lost.
@@ -196,7 +211,7 @@ pub fn host(
     record: Record,
     alive: Alive,
     attach: Attach,
-    started: impl FnOnce(),
+    tell: impl Fn(Moment),
 ) -> Result<u32, Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -213,15 +228,15 @@ pub fn host(
         agent: None,
         service: None,
         server: None,
+        attach: None,
         relays: None,
     };
-    let result = runtime.block_on(async {
-        let result = run(&mut pod, store, attach, started).await;
+    let (result, clients) = runtime.block_on(async {
+        let result = run(&mut pod, store, attach, tell).await;
+        let clients = pod.attach.as_ref().map(|attach| Arc::clone(&attach.clients));
         pod.undo().await;
-        result
+        (result, clients)
     });
-    // A thread that waits for the user's next key must not hold up the end.
-    runtime.shutdown_timeout(Duration::from_millis(100));
     let record = &mut pod.record;
     record.status = Status::Exited;
     record.finished = Some(clock::now());
@@ -241,17 +256,28 @@ pub fn host(
         }
     });
     drop(alive);
+    if let Some(clients) = clients {
+        let (status, message) = match &result {
+            Ok(code) => (*code, String::new()),
+            Err(error) => (u32::from(error.exit_code()), crate::error::chain(error)),
+        };
+        // Those who do not read are not waited for.
+        let told = async { tokio::time::timeout(LAST_WORDS, clients.end(status, &message)).await };
+        let _ = runtime.block_on(told);
+    }
+    // A thread that waits for the user's next key must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_millis(100));
     saved?;
     result
 }
 
-async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, started: impl FnOnce()) -> Result<u32, Error> {
+async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, tell: impl Fn(Moment)) -> Result<u32, Error> {
     let mut signals = signals().map_err(io_error("listen to signals"))?;
     let (interrupt, interrupted) = watch::channel(None);
     let id = pod.record.id.clone();
     let is_attached = attach.stdout.is_some();
     {
-        let starting = start(pod, store, attach, interrupted);
+        let starting = start(pod, store, attach, interrupted, &tell);
         tokio::pin!(starting);
         loop {
             tokio::select! {
@@ -264,7 +290,7 @@ async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, started: impl FnO
             }
         }
     }
-    started();
+    tell(Moment::Started);
     let (Some(service), Some(machine)) = (pod.service.clone(), pod.machine.clone()) else {
         return Err(Error::Io {
             what: "keep the pod",
@@ -315,7 +341,7 @@ async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, started: impl FnO
         Some(reason) if exit.status == state::EXIT_KILLED && reason != StopReason::Requested => {
             Err(Error::VmEnded {
                 when: "under its container",
-                reason: reason.to_string(),
+                reason: why(&reason),
                 tail: machine.last_words(),
             })
         }
@@ -355,6 +381,7 @@ async fn start(
     store: &Store,
     attach: Attach,
     mut interrupted: watch::Receiver<Option<i32>>,
+    tell: &impl Fn(Moment),
 ) -> Result<(), Error> {
     let plan = pod.record.plan.clone();
     let id = pod.record.id.clone();
@@ -400,6 +427,7 @@ async fn start(
             name: format!("pod-{}", pod.record.short_id()),
             cpus: plan.cpus,
             memory: plan.memory,
+            dax: plan.dax,
             kernel: &plan.kernel,
             initrd: &plan.initrd,
             kernel_args: &plan.kernel_args,
@@ -423,7 +451,7 @@ async fn start(
     tokio::select! {
         _ = ready.wait_for(Option::is_some) => {}
         ended = dead.wait_for(Option::is_some) => {
-            let reason = ended.ok().and_then(|reason| reason.as_ref().map(ToString::to_string)).unwrap_or_default();
+            let reason = ended.ok().and_then(|reason| reason.as_ref().map(why)).unwrap_or_default();
             return Err(Error::VmEnded { when: "before its agent was ready", reason, tail: machine.last_words() });
         }
         () = tokio::time::sleep(Duration::from_millis(plan.init_timeout_ms)) => {
@@ -456,7 +484,23 @@ async fn start(
     let service = TaskService::new(as_guest, agent, hub, reasons(machine.dead()));
     pod.service = Some(Arc::clone(&service));
     pod.server = Some(serve(&pod.pods.socket(&id), &service).await?);
-    let stdio = stdio(pod.pods, &pod.record, attach).map_err(io_error("open the container's log"))?;
+    let socket = bundle.join(attach::SOCKET);
+    // Input that is a descriptor's is that one's alone.
+    let shared_input = plan.interactive && attach.stdin.is_none();
+    let mut attached =
+        attach::Server::start(&socket, shared_input).map_err(io_error("make the pod's attach.sock"))?;
+    let awaited = attach.awaited;
+    let stdio =
+        stdio(pod.pods, &pod.record, attach, &mut attached).map_err(io_error("open the container's log"))?;
+    let mut first = attached.attached.clone();
+    pod.attach = Some(attached);
+    tell(Moment::Attachable);
+    if awaited {
+        tokio::select! {
+            _ = tokio::time::timeout(QUICK, first.wait_for(|attached| *attached)) => {}
+            _ = interrupted.wait_for(Option::is_some) => {}
+        }
+    }
     check(&interrupted)?;
     let new = New {
         id: id.clone(),
@@ -484,7 +528,7 @@ async fn start(
     tokio::select! {
         created = create => created?,
         ended = dead.wait_for(Option::is_some) => {
-            let reason = ended.ok().and_then(|reason| reason.as_ref().map(ToString::to_string)).unwrap_or_default();
+            let reason = ended.ok().and_then(|reason| reason.as_ref().map(why)).unwrap_or_default();
             return Err(Error::VmEnded { when: "before its container ran", reason, tail: machine.last_words() });
         }
     }
@@ -639,6 +683,16 @@ fn accept_streams(mut streams: mpsc::Receiver<std::os::unix::net::UnixStream>, h
     });
 }
 
+/// Why a VM ended, in the words of who runs pods: the guest's PID 1 is the agent.
+fn why(reason: &StopReason) -> String {
+    match reason {
+        StopReason::Panic { message } if message.contains("Attempted to kill init") => {
+            format!("the agent died: {reason}")
+        }
+        reason => reason.to_string(),
+    }
+}
+
 fn reasons(mut dead: watch::Receiver<Option<StopReason>>) -> watch::Receiver<Option<String>> {
     let (sender, receiver) = watch::channel(None);
     tokio::spawn(async move {
@@ -646,7 +700,7 @@ fn reasons(mut dead: watch::Receiver<Option<StopReason>>) -> watch::Receiver<Opt
             .wait_for(Option::is_some)
             .await
             .ok()
-            .and_then(|reason| reason.as_ref().map(ToString::to_string));
+            .and_then(|reason| reason.as_ref().map(why));
         sender.send_replace(Some(reason.unwrap_or_default()));
     });
     receiver
@@ -662,16 +716,18 @@ async fn serve(socket: &Path, service: &Arc<TaskService>) -> Result<Server, Erro
     Ok(server)
 }
 
-fn stdio(pods: &Pods, record: &Record, attach: Attach) -> io::Result<Stdio> {
+fn stdio(pods: &Pods, record: &Record, attach: Attach, clients: &mut attach::Server) -> io::Result<Stdio> {
     let log = Arc::new(Mutex::new(Writer::open(&pods.log(&record.id))?));
     let output = |stream, copy| Output::Logged {
         log: Arc::clone(&log),
         stream,
         copy,
+        clients: Arc::clone(&clients.clients),
     };
-    let stdin = match attach.stdin {
-        Some(fd) => Input::Descriptor(fd),
-        None => Input::Null,
+    let stdin = match (attach.stdin, clients.input.take()) {
+        (Some(fd), _) => Input::Descriptor(fd),
+        (None, Some(pieces)) => Input::Channel(pieces),
+        (None, None) => Input::Null,
     };
     Ok(Stdio {
         stdin,
@@ -724,6 +780,7 @@ impl Pod<'_> {
             let _ = server.shutdown().await;
             let _ = std::fs::remove_file(self.pods.socket(&self.record.id));
         }
+        self.attach = None;
         if let Some(events) = self.events.take() {
             events.stop().await;
         }

@@ -2,12 +2,12 @@
 //! A pod's VM: a cell with the devices a pod needs, and its ways in and out for asynchronous code.
 
 use super::guest::Guest;
-use cloister_devices::fs::{AttachOptions, CachePolicy, Fs, FsConfig, FsHandle};
+use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, FsHandle};
 use cloister_devices::net::{Net, NetBackend, NetConfig};
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
 use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
-use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, KernelBoot, StopReason};
+use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, DeviceHandle, KernelBoot, StopReason};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -35,6 +35,8 @@ pub struct MachineConfig<'a> {
     pub cpus: u8,
     /// Bytes of RAM.
     pub memory: u64,
+    /// Bytes of the window through which the guest maps files of its containers' roots; none without one.
+    pub dax: Option<u64>,
     /// Guest kernel.
     pub kernel: &'a Path,
     /// Initramfs.
@@ -103,14 +105,11 @@ impl Machine {
         let initrd = open("initramfs", config.initrd, "--initrd")?;
         let description = description(&kernel);
 
-        let queues = FsConfig {
+        let fs = FsConfig {
             tag: SHARED_TAG.to_owned(),
             request_queues: config.cpus.into(),
             ..FsConfig::default()
         };
-        let fs = Fs::new(queues, Arc::clone(host.workers()), None)
-            .map_err(|e| Error::Device("file system", e.into()))?;
-        let fs_handle = fs.handle();
         let (vsock, vsock_handle) =
             Vsock::new(VsockConfig::new(GUEST_CID)).map_err(|e| Error::Device("vsock", e.into()))?;
 
@@ -132,9 +131,9 @@ impl Machine {
         let mut cell = CellConfig::new(config.name, boot);
         cell.vcpus = config.cpus;
         cell.memory_mib = config.memory.div_ceil(1 << 20);
-        cell.devices.push(DeviceConfig::Custom {
-            name: "fs".into(),
-            device: Box::new(fs),
+        cell.devices.push(DeviceConfig::Fs {
+            config: fs,
+            dax_window: config.dax,
         });
         cell.devices.push(DeviceConfig::Custom {
             name: "vsock".into(),
@@ -158,11 +157,16 @@ impl Machine {
             });
         }
         let cell = Arc::new(Cell::create(cell, host)?);
+        let fs = cell.devices().iter().find_map(|device| match device {
+            DeviceHandle::Fs(fs) => Some(fs.clone()),
+            _ => None,
+        });
+        let fs = fs.ok_or_else(|| Error::Device("file system", "it is not there".into()))?;
         let dead = watch_end(&cell)?;
         cell.start()?;
         Ok(Arc::new(Self {
             cell,
-            fs: fs_handle,
+            fs,
             vsock: vsock_handle,
             attached: Mutex::default(),
             dead,
@@ -252,7 +256,8 @@ impl Guest for Machine {
     }
 
     fn attach(&self, name: &str, tree: OwnedFd, read_only: bool) -> io::Result<()> {
-        let cache = if name.starts_with(ROOT_PREFIX) {
+        let is_root = name.starts_with(ROOT_PREFIX);
+        let cache = if is_root {
             CachePolicy::Always
         } else {
             CachePolicy::Auto
@@ -260,6 +265,8 @@ impl Guest for Machine {
         let options = AttachOptions {
             read_only,
             cache,
+            // Volumes are others' too, who could cut a mapped file short and so end this guest.
+            dax: is_root,
             ..AttachOptions::default()
         };
         self.fs

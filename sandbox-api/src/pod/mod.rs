@@ -2,6 +2,8 @@
 //! Pods: their records, their VMs, their containers.
 
 pub mod agent;
+pub mod attach;
+pub mod detach_keys;
 pub mod guest;
 pub mod host;
 pub mod log;

@@ -2,11 +2,11 @@
 //! A specification in the host's terms becomes one in the guest's.
 //!
 //! What names things of the host is replaced (bind mounts, which are shared into the VM) or dropped (namespace paths,
-//! hooks, security profiles of the host's kernel); the pod's own DNS files are mounted where the specification does not
+//! security profiles of the host's kernel, hooks but those that are the container's own programs); the pod's own DNS files are mounted where the specification does not
 //! bring other ones.
 
 use cloister_protocol::{ETC_DIR, SHARED_DIR};
-use oci_spec::runtime::{LinuxNamespaceType, MountBuilder, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, MountBuilder, Spec};
 use std::path::{Path, PathBuf};
 
 /// A directory or file of the host that a container needs.
@@ -94,7 +94,13 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
         process.set_selinux_label(None);
         spec.set_process(Some(process));
     }
-    spec.set_hooks(None);
+    // Of all hooks, startContainer's are looked up in the container's root; the programs of the others lie on the host.
+    let hooks = spec.hooks().as_ref().and_then(|hooks| {
+        let mut kept = Hooks::default();
+        kept.set_start_container(Some(hooks.start_container().clone()?));
+        Some(kept)
+    });
+    spec.set_hooks(hooks);
     Ok(shares)
 }
 
@@ -104,7 +110,7 @@ mod tests {
 
     const SPEC: &str = r#"{"ociVersion":"1.2.0","root":{"path":"rootfs"},
         "process":{"user":{"uid":0,"gid":0},"cwd":"/","args":["a"],"apparmorProfile":"p","selinuxLabel":"l"},
-        "hooks":{"prestart":[{"path":"/bin/evil"}]},
+        "hooks":{"prestart":[{"path":"/bin/evil"}],"startContainer":[{"path":"/bin/own"}]},
         "mounts":[{"destination":"/proc","type":"proc","source":"proc"},
                   {"destination":"/data","type":"bind","source":"/srv/data","options":["rbind","ro"]},
                   {"destination":"/etc/hosts","type":"bind","source":"/srv/hosts","options":["rbind","rw"]}],
@@ -153,7 +159,11 @@ mod tests {
             .map(|ns| ns.typ())
             .collect();
         assert_eq!(types, [LinuxNamespaceType::Pid, LinuxNamespaceType::Mount]);
-        assert!(spec.hooks().is_none());
+        let hooks = serde_json::to_value(spec.hooks()).unwrap();
+        assert_eq!(
+            hooks,
+            serde_json::json!({"startContainer": [{"path": "/bin/own"}]})
+        );
         let process = spec.process().as_ref().unwrap();
         assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
     }

@@ -5,12 +5,14 @@
 //! <state>/pods/<id>/pod.json     the record, replaced as a whole      (state: /run/cloister, gone at boot)
 //! <state>/pods/<id>/alive        locked by the process that hosts the VM, from before the record says so to its end
 //! <state>/pods/<id>/task.sock    Task service, while it lives
+//! <state>/pods/<id>/attach.sock  the container's streams, likewise
 //! <state>/lock                   names are given, addresses taken and the dead buried under it
 //! <root>/pods/<id>/upper, work   the container's writes                (root: /var/lib/cloister)
 //! <root>/pods/<id>/container.log
 //!
 //! created ──▶ running ──▶ exited      the hosting process writes each step
 //!    └───────────┴──────▶ exited      written by the next command that finds `alive` unlocked: the host process died
+//!                         exited ──▶ created      `start`, by who takes `alive`
 //! ```
 //!
 //! The kernel gives up the lock whatever kills the process, so nothing here trusts a process id.
@@ -74,6 +76,9 @@ pub struct Plan {
     pub cpus: u8,
     /// Bytes of memory of the VM.
     pub memory: u64,
+    /// Bytes of the DAX window, if there is to be one.
+    #[serde(default)]
+    pub dax: Option<u64>,
     /// Network.
     pub network: Network,
     /// Published ports.
@@ -139,6 +144,15 @@ impl Record {
     /// The 12 digits that docker shows.
     pub fn short_id(&self) -> &str {
         self.id.get(..12).unwrap_or(&self.id)
+    }
+
+    /// Some process should host it. One that `create` made waits for `start` instead.
+    fn wants_host(&self) -> bool {
+        match self.status {
+            Status::Created => self.pid.is_some(),
+            Status::Running => true,
+            Status::Exited => false,
+        }
     }
 }
 
@@ -398,6 +412,27 @@ impl Pods {
         Ok((record, alive))
     }
 
+    /// Makes a container that has ended, or was never started, ready to be hosted by this process. None if some process
+    /// hosts it.
+    ///
+    /// # Errors
+    /// It is gone, or the disk.
+    pub fn revive(&self, id: &str) -> Result<Option<(Record, Alive)>> {
+        let _guard = self.lock()?;
+        let mut record = self.load(id)?;
+        let Some(alive) = self.try_alive(id)? else {
+            return Ok(None);
+        };
+        record.status = Status::Created;
+        record.pid = Some(std::process::id());
+        record.started = None;
+        record.finished = None;
+        record.exit_code = None;
+        record.error = None;
+        self.save(&record)?;
+        Ok(Some((record, alive)))
+    }
+
     /// Takes the `alive` lock, unless a living process has it.
     ///
     /// # Errors
@@ -435,13 +470,13 @@ impl Pods {
     pub fn dead(&self) -> Result<Vec<(Record, Alive)>> {
         let mut dead = Vec::new();
         for record in self.list()? {
-            if record.status == Status::Exited {
+            if !record.wants_host() {
                 continue;
             }
             if let Some(alive) = self.try_alive(&record.id)? {
                 // Between list and lock its host may have finished properly.
                 match self.load(&record.id) {
-                    Ok(record) if record.status != Status::Exited => dead.push((record, alive)),
+                    Ok(record) if record.wants_host() => dead.push((record, alive)),
                     _ => {}
                 }
             }
@@ -492,6 +527,7 @@ pub(crate) mod tests {
                 wishes: Wishes::default(),
                 cpus: 1,
                 memory: 1 << 28,
+                dax: None,
                 network: Network::Tap("tap0".into()),
                 publish: Vec::new(),
                 hostname: "h".into(),
@@ -554,6 +590,32 @@ pub(crate) mod tests {
         pods.remove(&a).unwrap();
         assert!(!pods.state_dir(&a).exists() && !pods.data_dir(&a).exists());
         pods.reserve(record(&a), Some("web")).unwrap();
+    }
+
+    #[test]
+    fn the_ended_can_be_started_again() {
+        let bed = bed();
+        let pods = &bed.1;
+        // Made and not started: nobody misses its host.
+        let (_, alive) = pods.reserve(record("aa"), Some("one")).unwrap();
+        assert!(pods.revive("aa").unwrap().is_none());
+        drop(alive);
+        assert!(pods.dead().unwrap().is_empty());
+        let (mut first, alive) = pods.revive("aa").unwrap().unwrap();
+        assert_eq!(
+            (first.status, first.pid),
+            (Status::Created, Some(std::process::id()))
+        );
+        first.status = Status::Exited;
+        first.exit_code = Some(3);
+        pods.save(&first).unwrap();
+        drop(alive);
+        let (second, alive) = pods.revive("aa").unwrap().unwrap();
+        assert_eq!((second.status, second.exit_code), (Status::Created, None));
+        drop(alive);
+        // Its host died before it said a word.
+        assert_eq!(pods.dead().unwrap().len(), 1);
+        assert!(matches!(pods.revive("zz"), Err(Error::NotFound(_))));
     }
 
     #[test]

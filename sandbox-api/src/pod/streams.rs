@@ -8,6 +8,7 @@
 //! Bytes are copied through one fixed buffer per stream. A slow reader on the host stops the copying, hence vsock's
 //! credit, hence the writer in the guest.
 
+use super::attach::Clients;
 use super::log::{Lines, Writer};
 use cloister_protocol::stream::{HEADER_LEN, StreamId};
 use std::collections::HashMap;
@@ -20,7 +21,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
-use tokio::sync::{Semaphore, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 const BUFFER: usize = 32 << 10;
@@ -131,6 +132,8 @@ pub enum Output {
         stream: &'static str,
         /// Where the user sees it, too.
         copy: Option<OwnedFd>,
+        /// And all who attach.
+        clients: Arc<Clients>,
     },
 }
 
@@ -142,6 +145,8 @@ pub enum Input {
     Fifo(PathBuf),
     /// A descriptor of the hosting process; its end of file is the stream's.
     Descriptor(OwnedFd),
+    /// Whoever attaches. The stream ends with the last sender.
+    Channel(mpsc::Receiver<Vec<u8>>),
 }
 
 /// The three streams of a process.
@@ -218,9 +223,15 @@ impl Pumps {
                 Output::Fifo(path) => {
                     Sink::Fifo(pipe::OpenOptions::new().read_write(true).open_sender(&path)?)
                 }
-                Output::Logged { log, stream, copy } => Sink::Logged {
+                Output::Logged {
                     log,
                     stream,
+                    copy,
+                    clients,
+                } => Sink::Logged {
+                    log,
+                    stream,
+                    clients,
                     lines: Lines::default(),
                     copy: copy.map(|fd| tokio::fs::File::from_std(fd.into())),
                 },
@@ -237,6 +248,7 @@ impl Pumps {
             Input::Null => None,
             Input::Fifo(path) => Some(open_input_fifo(&path)?),
             Input::Descriptor(fd) => Some(Source::Descriptor(fd)),
+            Input::Channel(receiver) => Some(Source::Channel(receiver)),
         };
         if let Some(source) = source {
             let expected = hub.expect();
@@ -294,6 +306,7 @@ enum Sink {
         stream: &'static str,
         lines: Lines,
         copy: Option<tokio::fs::File>,
+        clients: Arc<Clients>,
     },
 }
 
@@ -306,6 +319,7 @@ impl Sink {
                 stream,
                 lines,
                 copy,
+                clients,
             } => {
                 let logged = log
                     .lock()
@@ -324,6 +338,7 @@ impl Sink {
                         *copy = None;
                     }
                 }
+                clients.output(stream, bytes).await;
                 Ok(())
             }
         }
@@ -380,6 +395,7 @@ enum Source {
         keep_open: pipe::Sender,
     },
     Descriptor(OwnedFd),
+    Channel(mpsc::Receiver<Vec<u8>>),
 }
 
 fn open_input_fifo(path: &Path) -> io::Result<Source> {
@@ -424,6 +440,14 @@ async fn pump_input(
                             return;
                         }
                     }
+                }
+            }
+            let _ = stream.shutdown().await;
+        }
+        Source::Channel(mut pieces) => {
+            while let Some(piece) = pieces.recv().await {
+                if stream.write_all(&piece).await.is_err() {
+                    return;
                 }
             }
             let _ = stream.shutdown().await;

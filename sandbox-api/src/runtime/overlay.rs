@@ -216,17 +216,22 @@ fn fd_path(fd: BorrowedFd<'_>) -> String {
 /// # Errors
 /// The folder cannot be written.
 pub fn make_upper(dir: &Path, like: Option<BorrowedFd<'_>>) -> io::Result<Upper> {
-    let open = |name: &str| -> io::Result<OwnedFd> {
+    let open = |name: &str| -> io::Result<(OwnedFd, bool)> {
         let path = dir.join(name);
-        match rustix::fs::mkdirat(CWD, &path, Mode::RWXU) {
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+        let is_new = match rustix::fs::mkdirat(CWD, &path, Mode::RWXU) {
+            Ok(()) => true,
+            Err(rustix::io::Errno::EXIST) => false,
             Err(e) => return Err(e.into()),
-        }
+        };
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(rustix::fs::openat(CWD, &path, flags, Mode::empty())?)
+        Ok((rustix::fs::openat(CWD, &path, flags, Mode::empty())?, is_new))
     };
-    let upper = open("upper")?;
-    let work = open("work")?;
+    let (work, _) = open("work")?;
+    let (upper, is_new) = open("upper")?;
+    if !is_new {
+        // What the container has made of it.
+        return Ok(Upper { upper, work });
+    }
     // The root of an overlay has the attributes of the upper directory, not of the layers.
     let (owner, mode) = match like {
         Some(layer) => {

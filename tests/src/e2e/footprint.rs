@@ -38,9 +38,17 @@ impl<'a> Footprint<'a> {
 pub struct OwnFootprint(Things);
 
 impl OwnFootprint {
-    /// Looks.
+    /// Looks, once nothing changes any more: what was just stopped may still be on its way out.
     pub fn now() -> Self {
-        Self(own_things())
+        let mut things = own_things();
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = own_things();
+            if now == things {
+                return Self(things);
+            }
+            things = now;
+        }
     }
 
     /// Ends the test unless all is as it was.
@@ -156,7 +164,10 @@ fn own_things() -> Things {
     }
     for entry in fs::read_dir("/proc/self/task").unwrap().flatten() {
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        add(&mut things, format!("thread {}", name.trim()));
+        // This one comes and goes: it may still be on its way out after the last cell.
+        if name.trim() != "take-down" {
+            add(&mut things, format!("thread {}", name.trim()));
+        }
     }
     for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
         // Files without a name: memory of guests.

@@ -134,6 +134,14 @@ guests! {
         "mov al, 0x34",
         "out dx, al",
         "3: jmp 3b";
+    /// Waits for interrupts, of which there are none: no PIC, no timer.
+    idle:
+        "mov al, 0xff",
+        "out 0x21, al",
+        "out 0xa1, al",
+        "sti",
+        "2: hlt",
+        "jmp 2b";
     /// Waits with interrupts off.
     halt:
         "cli",
@@ -192,6 +200,26 @@ guests! {
         "sti",
         "3: hlt",
         "jmp 3b";
+    /// Drives virtio device 0 to DRIVER_OK with one queue of 16 and notifies queue 0 for ever, with interrupts off.
+    notify_for_ever:
+        "mov dword ptr [0xd0000070], 0",
+        "mov dword ptr [0xd0000070], 1",
+        "mov dword ptr [0xd0000070], 3",
+        "mov dword ptr [0xd0000024], 1",
+        "mov dword ptr [0xd0000020], 1",
+        "mov dword ptr [0xd0000070], 0xb",
+        "mov dword ptr [0xd0000030], 0",
+        "mov dword ptr [0xd0000038], 16",
+        "mov dword ptr [0xd0000080], 0x330000",
+        "mov dword ptr [0xd0000090], 0x331000",
+        "mov dword ptr [0xd00000a0], 0x332000",
+        "mov dword ptr [0xd0000044], 1",
+        "mov dword ptr [0xd0000070], 0xf",
+        "2: mov dword ptr [0xd0000050], 0",
+        "mov ecx, 10000",
+        "3: dec ecx",
+        "jnz 3b",
+        "jmp 2b";
     /// Starts all other vCPUs with INIT and SIPI; each adds one to 0x200000 in real mode and halts. Powers off when
     /// as many as 0x200004 says have.
     start_others:

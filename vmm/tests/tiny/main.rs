@@ -34,17 +34,6 @@ fn host() -> CellHost {
     CellHost::new(CellHostConfig::default()).expect("these tests need /dev/kvm")
 }
 
-/// A host that takes devices for stuck early.
-fn impatient_host() -> CellHost {
-    let (warn_after, stuck_after) = (Duration::from_millis(250), Duration::from_millis(500));
-    let config = CellHostConfig {
-        warn_after,
-        stuck_after,
-        ..CellHostConfig::default()
-    };
-    CellHost::new(config).expect("these tests need /dev/kvm")
-}
-
 fn config(code: Vec<u8>) -> CellConfig {
     let boot = KernelBoot {
         kernel: guests::kernel(&code),
@@ -292,7 +281,7 @@ fn a_panicking_device_stops_its_cell_and_no_other() {
 #[test]
 fn a_stuck_device_stops_its_cell() {
     let _alone = alone();
-    let host = impatient_host();
+    let host = host();
     let mut config = config(guests::notify_and_wait());
     let (device, seen) = TestDevice::boxed(Behaviour::Stuck);
     config.devices.push(DeviceConfig::Custom {
@@ -316,10 +305,74 @@ fn a_stuck_device_stops_its_cell() {
     assert!(cell.wait_taken_down(PATIENCE));
 }
 
+fn custom(name: &str, behaviour: Behaviour) -> (DeviceConfig, std::sync::Arc<devices::Seen>) {
+    let (device, seen) = TestDevice::boxed(behaviour);
+    let name = name.to_owned();
+    (DeviceConfig::Custom { name, device }, seen)
+}
+
+#[test]
+fn a_stuck_device_takes_no_other_cell_along() {
+    let _alone = alone();
+    let shared = CellHostConfig {
+        // All cells on one.
+        event_loops: 1,
+        ..CellHostConfig::default()
+    };
+    let host = CellHost::new(shared).expect("these tests need /dev/kvm");
+    let busy_cell = || {
+        let mut config = config(guests::notify_for_ever());
+        let (device, seen) = custom("good", Behaviour::Interrupt);
+        config.devices.push(device);
+        let cell = Cell::create(config, &host).unwrap();
+        cell.start().unwrap();
+        (cell, seen)
+    };
+    let goes_on = |seen: &devices::Seen| {
+        let before = seen.notifications();
+        eventually("the other cell's I/O goes on", || {
+            seen.notifications() > before + 100
+        });
+    };
+    let (other, others) = busy_cell();
+    goes_on(&others);
+    let mut config = config(guests::notify_for_ever());
+    let (device, seen) = custom("stuck", Behaviour::Stuck);
+    config.devices.push(device);
+    let cell = Cell::create(config, &host).unwrap();
+    cell.start().unwrap();
+    let reason = cell.wait(PATIENCE).expect("nobody noticed");
+    assert!(
+        matches!(&reason, StopReason::DeviceFailed { device, why } if device.contains("stuck") && why.contains("not returned")),
+        "{reason:?}"
+    );
+    // The handler is still in there.
+    assert_eq!(seen.notifications(), 1);
+    goes_on(&others);
+    assert_eq!(other.state(), CellState::Running);
+    // New cells come to the same loop, and old ones leave it.
+    let (third, thirds) = busy_cell();
+    goes_on(&thirds);
+    other.stop();
+    assert_eq!(other.wait(PATIENCE), Some(StopReason::Requested));
+    assert!(
+        other.wait_taken_down(PATIENCE),
+        "waits for somebody else's device"
+    );
+    third.pause().unwrap();
+    third.resume().unwrap();
+    goes_on(&thirds);
+    seen.release();
+    assert!(cell.wait_taken_down(PATIENCE));
+    // Its old thread has gone, too: what is there is what there was.
+    drop((cell, other));
+    eventually("the left thread ends", || threads() == 1 + 3 + 1 + 1);
+}
+
 #[test]
 fn a_vcpu_stuck_in_a_device_stops_its_cell() {
     let _alone = alone();
-    let host = impatient_host();
+    let host = host();
     let mut config = config(guests::notify_and_wait());
     let (device, seen) = TestDevice::boxed(Behaviour::StuckAtActivation);
     config.devices.push(DeviceConfig::Custom {
@@ -328,15 +381,15 @@ fn a_vcpu_stuck_in_a_device_stops_its_cell() {
     });
     let cell = Cell::create(config, &host).unwrap();
     cell.start().unwrap();
-    // Its thread cannot end before the device lets go of it, but the reason is known and reported.
-    eventually("the watchdog sees it", || seen.activations() == 1);
-    std::thread::sleep(Duration::from_millis(1500));
-    seen.release();
-    let reason = cell.wait(PATIENCE).unwrap();
+    // Its thread cannot end before the device lets go of it, but the cell has stopped.
+    let reason = cell.wait(PATIENCE).expect("nobody noticed");
     assert!(
         matches!(&reason, StopReason::DeviceFailed { why, .. } if why.contains("not returned")),
         "{reason:?}"
     );
+    assert_eq!(seen.activations(), 1);
+    seen.release();
+    assert!(cell.wait_taken_down(PATIENCE));
 }
 
 #[test]
@@ -367,13 +420,48 @@ fn pause_and_resume_as_often_as_one_likes() {
 }
 
 #[test]
-fn a_halted_guest_can_be_paused_and_stopped() {
+fn a_guest_that_halted_for_good_is_noticed_and_an_idle_one_is_left_alone() {
+    let _alone = alone();
+    let host = host();
+    let start = |code| {
+        // Three that are never started.
+        let cell = CellConfig {
+            vcpus: 4,
+            ..config(code)
+        };
+        let cell = Cell::create(cell, &host).unwrap();
+        cell.start().unwrap();
+        cell
+    };
+    let idle = start(guests::idle());
+    for _ in 0..2 {
+        let halted = start(guests::halt());
+        assert_eq!(halted.wait(PATIENCE), Some(StopReason::AllHalted));
+        assert!(halted.wait_taken_down(PATIENCE));
+    }
+    assert_eq!(idle.state(), CellState::Running);
+    // It was asked once, not over and over.
+    assert!(idle.stats().interrupted <= 8, "{:?}", idle.stats());
+    // A cell that is paused runs no guest that could have halted; resumed it can be looked at again.
+    let paused = start(guests::halt());
+    paused.pause().unwrap();
+    let other = start(guests::halt());
+    assert_eq!(other.wait(PATIENCE), Some(StopReason::AllHalted));
+    assert_eq!(paused.state(), CellState::Paused);
+    paused.resume().unwrap();
+    assert_eq!(paused.wait(PATIENCE), Some(StopReason::AllHalted));
+    idle.stop();
+    assert_eq!(idle.wait(PATIENCE), Some(StopReason::Requested));
+}
+
+#[test]
+fn an_idle_guest_can_be_paused_and_stopped() {
     let _alone = alone();
     let host = host();
     let cell = Cell::create(
         CellConfig {
             vcpus: 4,
-            ..config(guests::halt())
+            ..config(guests::idle())
         },
         &host,
     )
@@ -576,7 +664,7 @@ fn nothing_is_left_of_stopped_cells() {
         }
         // Only the handles are left, with one eventfd each; no thread but the host's own.
         // Two event loops, three workers, one housekeeper: for all cells together.
-        assert_eq!(threads(), 6);
+        eventually("the thread that took them down ends", || threads() == 6);
         drop(cells);
     }
     assert_eq!(threads(), 0);

@@ -192,6 +192,7 @@ async fn life_of_a_container() {
     let log_path = root.0.join("log");
     let log = Arc::new(Mutex::new(crate::pod::log::Writer::open(&log_path).unwrap()));
     let output = Output::Logged {
+        clients: Default::default(),
         log,
         stream: "stdout",
         copy: None,
