@@ -72,6 +72,9 @@ bench: build
 	guest-image/build-initramfs $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-guest-bench $(guest)/bench.cpio
 	mkdir -p target/bench
 	ci/with-kvm $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY)
+	case "$(ONLY)" in "" | boot*) \
+		ci/kvm-host --icount $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY) --counting ;; \
+	esac
 
 clean:
 	cargo clean

@@ -163,6 +163,8 @@ pub struct Timeline {
     pub started: u64,
     /// What it did since.
     pub steps: Vec<Step>,
+    /// The kernel keeps the initial RAM disk's memory and uses it for nothing else.
+    pub initrd_retained: bool,
 }
 
 impl Timeline {
@@ -171,6 +173,7 @@ impl Timeline {
         Self {
             started: boottime_ns(),
             steps: Vec::new(),
+            initrd_retained: false,
         }
     }
 
@@ -204,6 +207,9 @@ pub fn main(mut timeline: Timeline) -> i32 {
         warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on\n"));
     }
     warn("/proc was not mounted", proc);
+    // A kernel that does not know the word hands it to us as an argument.
+    timeline.initrd_retained =
+        options.retain_initrd && !std::env::args_os().any(|word| word == cmdline::RETAIN_INITRD);
     timeline.step("logging");
 
     load_modules();

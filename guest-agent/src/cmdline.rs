@@ -4,6 +4,9 @@
 use cloister_protocol::cmdline::{LOG, READY};
 use log::LevelFilter;
 
+/// The kernel's word for keeping the initial RAM disk's memory.
+pub const RETAIN_INITRD: &str = "retain_initrd";
+
 /// What the command line says to the agent.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Options {
@@ -11,6 +14,8 @@ pub struct Options {
     pub log: LevelFilter,
     /// Dial the host when ready, and send events.
     pub ready: bool,
+    /// The kernel was told to keep the initial RAM disk's memory.
+    pub retain_initrd: bool,
 }
 
 impl Default for Options {
@@ -18,6 +23,7 @@ impl Default for Options {
         Self {
             log: LevelFilter::Warn,
             ready: true,
+            retain_initrd: false,
         }
     }
 }
@@ -32,6 +38,8 @@ pub fn parse(text: &str) -> Options {
             }
         } else if let Some(value) = word.strip_prefix(READY) {
             options.ready = value != "0";
+        } else if word == RETAIN_INITRD {
+            options.retain_initrd = true;
         }
     }
     options
@@ -43,12 +51,13 @@ mod tests {
 
     #[test]
     fn keys_are_found_among_others() {
-        let options = parse("console=hvc0 quiet cloister.log=debug root=x cloister.ready=0\n");
+        let options = parse("console=hvc0 quiet cloister.log=debug root=x cloister.ready=0 retain_initrd\n");
         assert_eq!(
             options,
             Options {
                 log: LevelFilter::Debug,
-                ready: false
+                ready: false,
+                retain_initrd: true,
             }
         );
     }

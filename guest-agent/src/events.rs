@@ -93,6 +93,7 @@ fn ready(timeline: &Timeline) -> pod::Ready {
         main_ns: timeline.started,
         ready_ns: boottime_ns(),
         steps: timeline.steps.clone(),
+        initrd_retained: timeline.initrd_retained,
         ..Default::default()
     }
 }

@@ -22,6 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use cloister_boot::initrd::{ALIGNMENT, Initrd};
 use cloister_boot::x86_64::cpuid::{self, CpuidConfig};
 use cloister_boot::x86_64::layout::{IOAPIC, Layout, POWER_PORT, VIRTIO_MMIO_FIRST_GSI};
 use cloister_boot::x86_64::{self as boot, BootRequest, MmioDevice};
@@ -38,12 +39,13 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Bus, BusDevice};
-use crate::config::{Boot, CellConfig, HugePages, SerialConfig};
+use crate::config::{Boot, CellConfig, SerialConfig};
 use crate::device_set::{self, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
 use crate::error::{CreateError, LifecycleError};
 use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
 use crate::memory::{Memory, SlotRange};
+use crate::spare::{Kind, Spare};
 use crate::stats::{self, CellStats, KvmStat};
 use crate::stop::{StopReason, classify_halt};
 use crate::vcpu::{Access, VcpuControl, VcpuThread, lock_fd};
@@ -304,6 +306,10 @@ pub(crate) struct Machine {
     vm: Arc<VmFd>,
     windows: Vec<DaxPlacement>,
     memory: Memory,
+    /// Which spares fit it.
+    kind: Option<Kind>,
+    /// Where the initial RAM disk was put.
+    initrd: Option<Initrd>,
 }
 
 impl Machine {
@@ -320,6 +326,8 @@ impl Machine {
             vm,
             windows,
             memory,
+            kind: _,
+            initrd: _,
         } = self;
         for thread in threads {
             // Panics are contained in the thread.
@@ -414,6 +422,33 @@ impl Cell {
         let inner = self.shared.lock();
         let stat = rustix::fs::fstat(inner.machine.as_ref()?.memory.file()).ok()?;
         u64::try_from(stat.st_blocks).ok()?.checked_mul(BLOCK)
+    }
+
+    /// Says that the guest is up, for the sake of spares: those of this cell's kind will have ready what it has touched
+    /// by now.
+    pub fn note_ready(&self) {
+        let inner = self.shared.lock();
+        if let Some(machine) = &inner.machine
+            && let Some(kind) = &machine.kind
+        {
+            self.host.spares.note_touched(kind, &machine.memory);
+        }
+    }
+
+    /// Gives the pages of the initial RAM disk back to the host. Only for a guest that has unpacked it and keeps its
+    /// memory for nothing else (Linux does by `retain_initrd`). Answers how many bytes there were.
+    pub fn discard_initrd(&self) -> std::io::Result<u64> {
+        let mut inner = self.shared.lock();
+        let Some(machine) = &mut inner.machine else {
+            return Ok(0);
+        };
+        let Some(initrd) = machine.initrd.take() else {
+            return Ok(0);
+        };
+        // A kernel reserves whole pages for it.
+        let size = initrd.size.next_multiple_of(ALIGNMENT);
+        machine.memory.discard(initrd.address, size)?;
+        Ok(size)
     }
 
     /// The guest's latest console output.
@@ -752,18 +787,18 @@ fn build(
         Boot::Restore { saved, memory } => (Some(memory), Source::Saved(saved)),
         Boot::Kernel(kernel) => (None, Source::Kernel(kernel)),
     };
-    let huge_mount = if config.huge_pages == HugePages::Transparent {
-        host.huge_mount()
-    } else {
-        None
+    let kind = match &boot {
+        Source::Kernel(kernel) => Kind::of(kernel, config.memory_mib, config.huge_pages),
+        Source::Saved(_) => None,
     };
-    let memory = Memory::new(
-        layout,
-        config.huge_pages,
-        config.overcommit,
-        memory_file,
-        huge_mount,
-    )?;
+    let (memory, vm, images) = match kind.and_then(|kind| host.spares.take(&kind)) {
+        Some(Spare { vm, memory, images }) => (memory, Some(vm), Some(images)),
+        None => {
+            let mount = host.mount_for(config.huge_pages);
+            let memory = Memory::new(layout, config.huge_pages, config.overcommit, memory_file, mount)?;
+            (memory, None, None)
+        }
+    };
     let on_failure = || -> OnFailure {
         let cell = Arc::downgrade(shared);
         Box::new(move |device, why| {
@@ -796,7 +831,10 @@ fn build(
     let first_gsi = u8::try_from(VIRTIO_MMIO_FIRST_GSI).unwrap_or(0);
     let pins = first_gsi.saturating_add(u8::try_from(devices.len()).unwrap_or(u8::MAX));
 
-    let vm = Arc::new(create_vm(host)?);
+    let vm = Arc::new(match vm {
+        Some(vm) => vm,
+        None => create_vm(host)?,
+    });
     set_memory(&vm, &memory, &windows)?;
     let chip = Chip::create(&vm, config.interrupt_chip, pins)?;
     let serial = make_serial(config.serial, shared, &boot)?;
@@ -813,6 +851,7 @@ fn build(
     }
 
     let vcpus = create_vcpus(&vm, host, config.vcpus)?;
+    let mut initrd = None;
     match boot {
         Source::Kernel(kernel) => {
             let request = BootRequest {
@@ -824,7 +863,12 @@ fn build(
                 other_gsis: if serial.is_some() { &[COM1_GSI] } else { &[] },
                 devices: &addresses,
             };
-            let loaded = boot::load(memory.ram().as_ref(), layout, &request)?;
+            let ram = memory.ram().as_ref();
+            let loaded = match &images {
+                Some(images) => boot::describe(ram, layout, images, &request)?,
+                None => boot::load(ram, layout, &request)?,
+            };
+            initrd = loaded.initrd;
             for (index, fd) in vcpus.iter().enumerate() {
                 vcpu_state::prepare_boot(&lock_fd(fd), (index == 0).then_some(&loaded.entry))?;
             }
@@ -842,6 +886,8 @@ fn build(
         vm,
         windows,
         memory,
+        kind,
+        initrd,
     })
 }
 
@@ -850,7 +896,7 @@ enum Source {
     Saved(Box<SavedCell>),
 }
 
-fn create_vm(host: &HostInner) -> Result<VmFd, CreateError> {
+pub(crate) fn create_vm(host: &HostInner) -> Result<VmFd, CreateError> {
     loop {
         match host.kvm.create_vm() {
             // A signal to this thread: the call has no side effects yet.

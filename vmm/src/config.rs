@@ -22,8 +22,12 @@ use crate::x86_64::ioapic::MAX_PINS;
 pub const MAX_NAME: usize = 64;
 
 /// What every kernel of ours is told, whatever else: to keep to itself what is less than critical (each letter on a serial
-/// port is two exits), how to end (see `stop`), and that its clock and its random numbers can be trusted. Only words that our kernel knows: it hands others to init as arguments.
-pub const BASE_COMMAND_LINE: &str = "loglevel=3 reboot=t panic=-1 tsc=reliable random.trust_cpu=on";
+/// port is two exits), how to end (see `stop`), and that its clock and its random numbers can be trusted. With one vCPU it
+/// is not to take out its lock prefixes, which costs a switch of page tables for each. The RAM disk's memory is not to be
+/// filled with a pattern and freed: `Cell::discard_initrd` gives it back to the host.
+/// Only words that our kernel knows: it hands others to init as arguments.
+pub const BASE_COMMAND_LINE: &str =
+    "loglevel=3 reboot=t panic=-1 tsc=reliable random.trust_cpu=on noreplace-smp retain_initrd";
 
 /// One virtual machine.
 #[derive(Debug)]

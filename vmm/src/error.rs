@@ -56,6 +56,12 @@ pub enum HostError {
 /// Why a cell could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum CreateError {
+    /// The files of a kind of cell to keep spares of.
+    #[error("cannot keep spares: the kernel or the initial RAM disk cannot be looked at")]
+    Spare {
+        /// The cause.
+        source: std::io::Error,
+    },
     /// The configuration contradicts itself or asks for too much.
     #[error("bad configuration of cell {name}")]
     Config {

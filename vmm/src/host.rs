@@ -14,10 +14,12 @@ use kvm_bindings::kvm_cpuid_entry2;
 use kvm_ioctls::{Cap, Kvm};
 
 use crate::cell::{Machine, Shared};
+use crate::config::HugePages;
 use crate::error::HostError;
 use crate::halt::{self, HaltWatch};
 use crate::kick;
 use crate::memory;
+use crate::spare::Spares;
 use crate::suspicion::{Limits, Suspicion, Verdict};
 use crate::take_down::TakeDown;
 
@@ -109,6 +111,8 @@ pub(crate) struct HostInner {
     pub(crate) workers: Arc<WorkerPool>,
     event_loops: Vec<Arc<EventLoop>>,
     next_loop: AtomicUsize,
+    /// VMs made ahead.
+    pub(crate) spares: Spares,
     /// A tmpfs with huge pages, made when first asked for; `None` when it could not be.
     huge_mount: OnceLock<Option<OwnedFd>>,
     /// `None` only while dropping.
@@ -201,6 +205,7 @@ impl CellHost {
                 workers: Arc::new(workers),
                 event_loops,
                 next_loop: AtomicUsize::new(0),
+                spares: Spares::default(),
                 huge_mount: OnceLock::new(),
                 housekeeper: Some(sender),
                 thread: Some(thread),
@@ -221,8 +226,11 @@ impl HostInner {
         &self.event_loops[n % self.event_loops.len()]
     }
 
-    /// Where memory files with transparent huge pages are made.
-    pub(crate) fn huge_mount(&self) -> Option<BorrowedFd<'_>> {
+    /// Where memory files with pages of this kind are made, if not by memfd_create(2).
+    pub(crate) fn mount_for(&self, huge_pages: HugePages) -> Option<BorrowedFd<'_>> {
+        if huge_pages != HugePages::Transparent {
+            return None;
+        }
         let mount = self.huge_mount.get_or_init(|| {
             let made = memory::huge_tmpfs();
             if let Err(error) = &made {

@@ -28,6 +28,7 @@ mod halt;
 mod host;
 mod kick;
 pub mod memory;
+pub mod spare;
 pub mod stats;
 pub mod stop;
 mod suspicion;
@@ -42,5 +43,6 @@ pub use config::{Boot, CellConfig, DeviceConfig, HugePages, InterruptChip, Kerne
 pub use device_set::DeviceHandle;
 pub use error::{CreateError, HostError, LifecycleError};
 pub use host::{CellHost, CellHostConfig, KvmKind};
+pub use spare::SpareConfig;
 pub use stats::{CellStats, KvmStat};
 pub use stop::StopReason;

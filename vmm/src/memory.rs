@@ -9,11 +9,13 @@ use cloister_boot::x86_64::layout::Layout;
 use cloister_devices::GuestRam;
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MemoryRegionAddress,
 };
 
 use crate::config::HugePages;
@@ -140,6 +142,75 @@ impl Memory {
     /// The memory file: another mapping of the same RAM can be made from it.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// The parts of the memory file that have pages, as ranges in bytes. Empty if the file system cannot tell.
+    pub fn touched(&self) -> Vec<Range<u64>> {
+        use rustix::fs::{SeekFrom, seek};
+        let mut ranges = Vec::new();
+        let mut at = 0;
+        // Another offset of the same open file may be in use: all our own accesses name theirs.
+        while let Ok(start) = seek(&self.file, SeekFrom::Data(at)) {
+            let Ok(end) = seek(&self.file, SeekFrom::Hole(start)) else {
+                break;
+            };
+            ranges.push(start..end);
+            at = end;
+        }
+        ranges
+    }
+
+    /// Has the host make the pages of these parts of the memory file ready. What it cannot do now comes when touched.
+    pub fn populate(&self, ranges: &[Range<u64>]) {
+        let mut offset = 0;
+        for region in self.ram.iter() {
+            let in_file = offset..offset + region.len();
+            offset = in_file.end;
+            for range in ranges {
+                let start = range.start.max(in_file.start);
+                let end = range.end.min(in_file.end);
+                if start >= end {
+                    continue;
+                }
+                let (skip, len) = (start - in_file.start, end - start);
+                let Ok(slice) = region.get_slice(
+                    MemoryRegionAddress(skip),
+                    usize::try_from(len).unwrap_or(usize::MAX),
+                ) else {
+                    continue;
+                };
+                // SAFETY: the range lies in a mapping of ours, and the call changes no content.
+                let result = unsafe {
+                    libc::madvise(
+                        slice.ptr_guard_mut().as_ptr().cast(),
+                        slice.len(),
+                        libc::MADV_POPULATE_WRITE,
+                    )
+                };
+                if result != 0 {
+                    let error = std::io::Error::last_os_error();
+                    log::debug!("guest memory was not populated: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Gives the pages of this guest-physical range back to the host; the guest reads zeros there from now on. The
+    /// bounds are those of whole pages.
+    pub fn discard(&self, guest: u64, len: u64) -> std::io::Result<()> {
+        use rustix::fs::{FallocateFlags, fallocate};
+        let mut offset = 0;
+        for region in self.ram.iter() {
+            let start = region.start_addr().0;
+            if (start..start + region.len()).contains(&guest) {
+                let len = len.min(start + region.len() - guest);
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                return Ok(fallocate(&self.file, flags, offset + (guest - start), len)?);
+            }
+            offset += region.len();
+        }
+        Err(std::io::ErrorKind::InvalidInput.into())
     }
 
     /// The ranges for KVM's memory slots.
@@ -302,6 +373,30 @@ mod tests {
         let layout = Layout::new(1024 * 1024).unwrap();
         let error = Memory::new(&layout, HugePages::No, false, None, None).unwrap_err();
         assert!(matches!(error, Error::MoreThanHost { .. }), "{error}");
+    }
+
+    #[test]
+    fn pages_are_found_made_ready_and_given_back() {
+        let memory = Memory::new(&Layout::new(8).unwrap(), HugePages::No, false, None, None).unwrap();
+        assert!(memory.touched().is_empty());
+        memory.ram().write_obj(7u8, GuestAddress(0x10_2003)).unwrap();
+        assert_eq!(
+            memory.touched(),
+            vec![Range {
+                start: 0x10_2000,
+                end: 0x10_3000
+            }]
+        );
+        memory.populate(&[0x10_2000..0x10_3000, 0x20_0000..0x20_2000, 0x7f_f000..0x100_0000]);
+        assert_eq!(
+            memory.touched(),
+            [0x10_2000..0x10_3000, 0x20_0000..0x20_2000, 0x7f_f000..0x80_0000]
+        );
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(0x10_2003)).unwrap(), 7);
+        memory.discard(0x10_2000, 0x1000).unwrap();
+        assert_eq!(memory.touched(), [0x20_0000..0x20_2000, 0x7f_f000..0x80_0000]);
+        assert_eq!(memory.ram().read_obj::<u8>(GuestAddress(0x10_2003)).unwrap(), 0);
+        assert!(memory.discard(0x800_0000, 0x1000).is_err());
     }
 
     #[test]

@@ -109,6 +109,13 @@ pub enum Error {
     },
 }
 
+/// The files in guest memory: what [`load_images`] put there.
+#[derive(Debug, Clone, Copy)]
+pub struct Images {
+    kernel: kernel::Kernel,
+    initrd: Option<Initrd>,
+}
+
 /// What [`load`] put into guest memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Loaded {
@@ -122,12 +129,33 @@ pub struct Loaded {
 
 /// Writes kernel, RAM disk, command line and tables into `mem`, which must be laid out as `layout` says.
 pub fn load<M: GuestMemoryBackend>(mem: &M, layout: &Layout, request: &BootRequest) -> Result<Loaded, Error> {
-    let kernel = kernel::load(mem, layout, request.kernel)?;
-    let initrd = request
-        .initrd
+    let images = load_images(mem, layout, request.kernel, request.initrd)?;
+    describe(mem, layout, &images, request)
+}
+
+/// The first half of [`load`], the same for all machines of one size: writes the kernel and the RAM disk.
+pub fn load_images<M: GuestMemoryBackend>(
+    mem: &M,
+    layout: &Layout,
+    kernel: &File,
+    initrd: Option<&File>,
+) -> Result<Images, Error> {
+    let kernel = kernel::load(mem, layout, kernel)?;
+    let initrd = initrd
         .map(|file| initrd::load(mem, file, kernel.end, layout.low_ram_end()))
         .transpose()?;
+    Ok(Images { kernel, initrd })
+}
 
+/// The second half of [`load`]: writes what differs from machine to machine, beside `images` that are in `mem` already.
+/// The files of `request` are not read.
+pub fn describe<M: GuestMemoryBackend>(
+    mem: &M,
+    layout: &Layout,
+    images: &Images,
+    request: &BootRequest,
+) -> Result<Loaded, Error> {
+    let &Images { kernel, initrd } = images;
     let mut line = KernelCommandLine::new()?;
     line.push(request.command_line)?;
     let rsdp = match request.description {

@@ -462,6 +462,11 @@ async fn start(
         }
     }
 
+    let retained = ready.borrow().as_ref().is_some_and(|ready| ready.initrd_retained);
+    if retained {
+        machine.discard_initrd();
+    }
+
     // The agent takes over inside.
     let agent = Agent::connect(&*machine).map_err(io_error("connect to the agent"))?;
     pod.agent = Some(agent.clone());

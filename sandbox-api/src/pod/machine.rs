@@ -195,6 +195,14 @@ impl Machine {
             .collect()
     }
 
+    /// Has the host take back the memory of the initial RAM disk, which the guest has said it does not use.
+    pub fn discard_initrd(&self) {
+        match self.cell.discard_initrd() {
+            Ok(bytes) => log::debug!("{bytes} bytes of initial RAM disk were given back"),
+            Err(error) => log::warn!("the initial RAM disk keeps its memory: {error}"),
+        }
+    }
+
     /// Ends the VM as it is.
     pub fn stop(&self) {
         self.cell.stop();

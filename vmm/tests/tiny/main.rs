@@ -15,7 +15,7 @@ use std::time::Duration;
 use cloister_boot::x86_64::Description;
 use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, CellHostConfig, CellState, CreateError, DeviceConfig, HugePages,
-    InterruptChip, KernelBoot, LifecycleError, SavedCell, StopReason,
+    InterruptChip, KernelBoot, LifecycleError, SavedCell, SpareConfig, StopReason,
 };
 use devices::{Behaviour, TestDevice};
 use vm_memory::{Bytes, GuestAddress};
@@ -97,6 +97,51 @@ fn output_and_power_off() {
     assert_eq!(cell.console_tail().bytes(), b"hello");
     assert_eq!(cell.stats().io_out, 6);
     assert_eq!(cell.state(), CellState::Stopped(StopReason::PowerOff));
+}
+
+#[test]
+fn a_spare_runs_like_any_other() {
+    let _alone = alone();
+    let host = host();
+    let kernel = guests::kernel(&guests::hello());
+    let again = |kernel: &std::fs::File| {
+        let mut config = config(Vec::new());
+        config.boot = Boot::Kernel(KernelBoot {
+            kernel: kernel.try_clone().unwrap(),
+            initrd: None,
+            command_line: String::new(),
+            description: Description::MpTable,
+        });
+        config
+    };
+    let keep = |count| SpareConfig {
+        kernel: kernel.try_clone().unwrap(),
+        initrd: None,
+        memory_mib: 4,
+        huge_pages: HugePages::default(),
+        count,
+    };
+    host.keep_spares(keep(1)).unwrap();
+    assert_eq!(host.refill_spares().unwrap(), 1);
+    assert_eq!(host.refill_spares().unwrap(), 0);
+    for spares_used in [1, 1, 1] {
+        let (reason, cell) = run(&host, again(&kernel));
+        assert_eq!(reason, StopReason::PowerOff);
+        assert_eq!(cell.console_tail().bytes(), b"hello");
+        assert_eq!(host.refill_spares().unwrap(), spares_used);
+    }
+    // Other memory, another kernel: not of this kind.
+    let mut other = again(&kernel);
+    other.memory_mib = 6;
+    assert_eq!(run(&host, other).0, StopReason::PowerOff);
+    assert_eq!(run(&host, config(guests::hello())).0, StopReason::PowerOff);
+    assert_eq!(host.refill_spares().unwrap(), 0);
+    // A cell's word about its pages, then none are kept any more.
+    let cell = Cell::create(again(&kernel), &host).unwrap();
+    cell.note_ready();
+    assert_eq!(host.refill_spares().unwrap(), 1);
+    host.keep_spares(keep(0)).unwrap();
+    assert_eq!(host.refill_spares().unwrap(), 0);
 }
 
 #[test]

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The benchmarks: our cells and their peers side by side, in one run on one host.
 //!
-//! `cloister-bench [--only PREFIX] [--out FILE]`, as root on a host whose KVM runs Linux (`make bench` finds or makes
-//! one). Prints a table and writes one JSON object per figure.
+//! `cloister-bench [--only PREFIX] [--out FILE] [--counting]`, as root on a host whose KVM runs Linux (`make bench` finds
+//! or makes one). Prints a table and writes one JSON object per figure. `--counting` says that the host's clock counts
+//! instructions: other figures then, appended to the file.
 
 mod boot;
 mod cells;
@@ -41,6 +42,8 @@ const PARTS: [(&str, Part); 5] = [
     ("vsock", vsock::run),
     ("sizes", sizes),
 ];
+
+const COUNTING_PARTS: [(&str, Part); 1] = [("boot", boot::count)];
 
 /// `agent.bytes`, `kernel.bytes`.
 fn sizes(context: &mut Context) -> io::Result<()> {
@@ -87,6 +90,7 @@ fn host_conditions() -> String {
 
 fn run() -> io::Result<usize> {
     let (mut only, mut out) = (String::new(), PathBuf::from("target/bench/results.jsonl"));
+    let mut counting = false;
     let mut args = std::env::args().skip(1);
     while let Some(option) = args.next() {
         let mut value = || {
@@ -96,9 +100,10 @@ fn run() -> io::Result<usize> {
         match option.as_str() {
             "--only" => only = value()?,
             "--out" => out = value()?.into(),
+            "--counting" => counting = true,
             _ => {
                 return Err(io::Error::other(
-                    "usage: cloister-bench [--only PREFIX] [--out FILE]",
+                    "usage: cloister-bench [--only PREFIX] [--out FILE] [--counting]",
                 ));
             }
         }
@@ -115,9 +120,10 @@ fn run() -> io::Result<usize> {
         kernel: file("vmlinux")?,
         initrd: file("initramfs.cpio")?,
         bench_initrd: file("bench.cpio")?,
-        report: Report::create(Path::new(&out), host_conditions())?,
+        report: Report::create(Path::new(&out), counting, host_conditions())?,
     };
-    for (name, part) in PARTS {
+    let parts = if counting { &COUNTING_PARTS[..] } else { &PARTS[..] };
+    for &(name, part) in parts {
         // ONLY=fs runs fs; ONLY=fs.seq runs all of fs, as its figures come out of one guest.
         if !(name.starts_with(&only) || only.starts_with(name)) {
             continue;

@@ -33,15 +33,16 @@ pub struct Report {
 }
 
 impl Report {
-    /// Starts an empty results file. `conditions` describes the host and is put before each figure's own.
-    pub fn create(path: &Path, conditions: String) -> io::Result<Self> {
+    /// Starts a results file, empty unless it is to be appended to. `conditions` describes the host and is put before each figure's own.
+    pub fn create(path: &Path, append: bool, conditions: String) -> io::Result<Self> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
         }
         let file = OpenOptions::new()
             .create(true)
             .write(true)
-            .truncate(true)
+            .append(append)
+            .truncate(!append)
             .open(path)?;
         println!("{conditions}\n");
         println!(
