@@ -59,8 +59,8 @@ pub struct AttachOptions {
     /// tree later do not appear in it.
     pub private_mount: bool,
     /// Have the guest map larger files through the DAX window, where the file system has one and the guest did not
-    /// mount with `dax=never`. Only for what nobody but this guest changes: a file that something else cuts short
-    /// while a guest has it mapped ends that guest at its next access to what was cut off.
+    /// mount with `dax=never`. Only for what nobody but this guest changes: when something else cuts a mapped file
+    /// short, the guest's next access to what was cut off ends that guest, or never completes (`dax.rs`).
     pub dax: bool,
 }
 

@@ -265,7 +265,7 @@ impl Guest for Machine {
         let options = AttachOptions {
             read_only,
             cache,
-            // Volumes are others' too, who could cut a mapped file short and so end this guest.
+            // Volumes are others' too, who could cut a mapped file short, which stops this guest.
             dax: is_root,
             ..AttachOptions::default()
         };
