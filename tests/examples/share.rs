@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Boots a kernel in one cell that shares host directories, to try the file system with a real Linux guest:
-//! `share KERNEL INITRAMFS NAME=DIR[:ro][:always|:never]... [--append TEXT] [--dax MIB] [--cpus N] [--queues N]
+//! `share KERNEL INITRAMFS NAME=DIR[:ro][:always|:never][:dax]... [--append TEXT] [--dax MIB] [--cpus N] [--queues N]
 //! [--memory MIB] [--transparent] [--locks] [--writeback] [--acl]`. `--transparent` asks for huge pages.
 //! The guest's console is standard output; ends with the guest.
 
@@ -52,6 +52,7 @@ fn main() -> Result<()> {
                         "ro" => options.read_only = true,
                         "always" => options.cache = CachePolicy::Always,
                         "never" => options.cache = CachePolicy::Never,
+                        "dax" => options.dax = true,
                         _ => return Err(format!("unknown way to share: {word}").into()),
                     }
                 }
