@@ -6,8 +6,8 @@
 //! Start-up time of every pod passes through here, so the order matters:
 //!
 //! 1. load modules, if the kernel needs any to have vsock (never with our own kernel);
-//! 2. listen on vsock, then start dialling the host: the kernel does both without us;
-//! 3. enter the runtime, say "ready" ([`crate::serve`]);
+//! 2. listen on vsock, dial the host and say "ready" ([`events::say_ready`]);
+//! 3. enter the runtime ([`crate::serve`]);
 //! 4. [`rest`]: mount what containers expect, bring up the loopback device. Requests wait in the listener's queue
 //!    meanwhile;
 //! 5. serve.
@@ -27,7 +27,7 @@ use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
 use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::{cmdline, log as logger, net, power, serve, transport};
+use crate::{cmdline, events, log as logger, net, power, serve, transport};
 
 /// List of kernel module files to load, one path per line, in order.
 const MODULE_ORDER: &str = "/lib/modules/cloister/order";
@@ -163,8 +163,6 @@ pub struct Timeline {
     pub started: u64,
     /// What it did since.
     pub steps: Vec<Step>,
-    /// The kernel keeps the initial RAM disk's memory and uses it for nothing else.
-    pub initrd_retained: bool,
 }
 
 impl Timeline {
@@ -173,7 +171,6 @@ impl Timeline {
         Self {
             started: boottime_ns(),
             steps: Vec::new(),
-            initrd_retained: false,
         }
     }
 
@@ -190,8 +187,6 @@ impl Timeline {
 /// Life of PID 1; returns only by panicking the kernel.
 pub fn main(mut timeline: Timeline) -> i32 {
     standard_fds();
-    let proc = mount_at("proc", "/proc", NO_ALL, "");
-    let options = cmdline::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
     // What devtmpfs will bring later.
     let kmsg = rustix::fs::makedev(1, 11);
     let _ = mknodat(
@@ -201,15 +196,7 @@ pub fn main(mut timeline: Timeline) -> i32 {
         Mode::from_raw_mode(0o600),
         kmsg,
     );
-    logger::to_kernel(options.log);
-    if options.log >= log::LevelFilter::Debug {
-        // The kernel would drop most of it otherwise.
-        warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on\n"));
-    }
-    warn("/proc was not mounted", proc);
-    // A kernel that does not know the word hands it to us as an argument.
-    timeline.initrd_retained =
-        options.retain_initrd && !std::env::args_os().any(|word| word == cmdline::RETAIN_INITRD);
+    logger::to_kernel(cmdline::Options::default().log);
     timeline.step("logging");
 
     load_modules();
@@ -220,8 +207,19 @@ pub fn main(mut timeline: Timeline) -> i32 {
         )),
     };
     timeline.step("listening");
-    let dial = options.ready.then(|| transport::dial_vsock(EVENTS_PORT));
+    let mut dial = transport::dial_vsock(EVENTS_PORT);
     timeline.step("dialled");
+    if let Ok(dial) = &mut dial {
+        events::say_ready(dial, &timeline);
+    }
+
+    warn("/proc was not mounted", mount_at("proc", "/proc", NO_ALL, ""));
+    let options = cmdline::parse(&fs::read_to_string("/proc/cmdline").unwrap_or_default());
+    log::set_max_level(options.log);
+    if options.log >= log::LevelFilter::Debug {
+        // The kernel would drop most of it otherwise.
+        warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on\n"));
+    }
     match serve::in_vm(listener, dial, timeline) {
         Ok(()) => fatal("the server ended"),
         Err(error) => fatal(&format!("cannot serve: {error}")),

@@ -1,29 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The agent's keys on the kernel command line.
 
-use cloister_protocol::cmdline::{LOG, READY};
+use cloister_protocol::cmdline::LOG;
 use log::LevelFilter;
-
-/// The kernel's word for keeping the initial RAM disk's memory.
-pub const RETAIN_INITRD: &str = "retain_initrd";
 
 /// What the command line says to the agent.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Options {
     /// Level of the log.
     pub log: LevelFilter,
-    /// Dial the host when ready, and send events.
-    pub ready: bool,
-    /// The kernel was told to keep the initial RAM disk's memory.
-    pub retain_initrd: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
         Self {
             log: LevelFilter::Warn,
-            ready: true,
-            retain_initrd: false,
         }
     }
 }
@@ -32,14 +23,8 @@ impl Default for Options {
 pub fn parse(text: &str) -> Options {
     let mut options = Options::default();
     for word in text.split_ascii_whitespace() {
-        if let Some(value) = word.strip_prefix(LOG) {
-            if let Ok(level) = value.parse() {
-                options.log = level;
-            }
-        } else if let Some(value) = word.strip_prefix(READY) {
-            options.ready = value != "0";
-        } else if word == RETAIN_INITRD {
-            options.retain_initrd = true;
+        if let Some(level) = word.strip_prefix(LOG).and_then(|value| value.parse().ok()) {
+            options.log = level;
         }
     }
     options
@@ -51,13 +36,11 @@ mod tests {
 
     #[test]
     fn keys_are_found_among_others() {
-        let options = parse("console=hvc0 quiet cloister.log=debug root=x cloister.ready=0 retain_initrd\n");
+        let options = parse("console=hvc0 quiet cloister.log=debug root=x cloister.logs=off\n");
         assert_eq!(
             options,
             Options {
                 log: LevelFilter::Debug,
-                ready: false,
-                retain_initrd: true,
             }
         );
     }
@@ -65,7 +48,7 @@ mod tests {
     #[test]
     fn nonsense_leaves_the_defaults() {
         assert_eq!(
-            parse("cloister.log=loud cloister.=1 xcloister.ready=0"),
+            parse("cloister.log=loud cloister.=1 xcloister.log=off"),
             Options::default()
         );
         assert_eq!(parse(""), Options::default());

@@ -15,6 +15,7 @@ use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::protobuf::well_known_types::timestamp::Timestamp;
 use cloister_protocol::protobuf::{Message, MessageField};
 use cloister_protocol::ttrpc::asynchronous::transport::Socket;
+use cloister_protocol::ttrpc::proto::{Code, Message as Frame, MessageHeader, Request, Response};
 use cloister_protocol::ttrpc::{asynchronous::Client, context};
 use cloister_protocol::{
     AGENT_PACKAGE, EVENT_NAMESPACE, EVENTS_PACKAGE, EVENTS_PORT, READY_TOPIC, pack, pod,
@@ -29,12 +30,14 @@ use crate::transport::{Conn, Dial, Host};
 const QUEUE: usize = 1024;
 /// Pause between attempts to reach the host.
 const RETRY: Duration = Duration::from_millis(500);
+/// Number of a ttrpc client's first request.
+const FIRST_STREAM: u32 = 1;
 /// How long the host may take for one event, in nanoseconds.
 const TIMEOUT: i64 = 10_000_000_000;
 
 /// Queue to the host. Clones share it.
 #[derive(Clone)]
-pub struct Publisher(Option<mpsc::Sender<Envelope>>);
+pub struct Publisher(mpsc::Sender<Envelope>);
 
 /// A time as protobuf has it; before 1970 counts as 1970.
 pub fn timestamp(at: SystemTime) -> MessageField<Timestamp> {
@@ -57,26 +60,20 @@ fn envelope(topic: &str, event: Any) -> Envelope {
 }
 
 impl Publisher {
-    /// A publisher that sends nothing.
-    pub fn none() -> Self {
-        Self(None)
-    }
-
     /// Starts to send. `dial` is the connection already begun, if one is. The receiver tells when "ready" has been said, or
     /// that it could not be said yet.
     pub fn start(host: Host, dial: Option<Dial>, timeline: Timeline) -> (Self, oneshot::Receiver<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (saying, said) = oneshot::channel();
         tokio::spawn(send_all(host, dial, receiver, timeline, saying));
-        (Self(Some(sender)), said)
+        (Self(sender), said)
     }
 
     /// Queues one of containerd's events.
     pub fn publish<M: Message>(&self, topic: &str, event: &M) {
-        let Some(queue) = &self.0 else { return };
         match pack(EVENTS_PACKAGE, event) {
             Ok(event) => {
-                if queue.try_send(envelope(topic, event)).is_err() {
+                if self.0.try_send(envelope(topic, event)).is_err() {
                     log::error!("event {topic} was dropped: the host takes none");
                 }
             }
@@ -93,8 +90,65 @@ fn ready(timeline: &Timeline) -> pod::Ready {
         main_ns: timeline.started,
         ready_ns: boottime_ns(),
         steps: timeline.steps.clone(),
-        initrd_retained: timeline.initrd_retained,
+        knows_retain_initrd: !std::env::args_os().any(|word| word == "retain_initrd"),
         ..Default::default()
+    }
+}
+
+fn ready_request(timeline: &Timeline) -> cloister_protocol::protobuf::Result<ForwardRequest> {
+    let event = pack(AGENT_PACKAGE, &ready(timeline))?;
+    Ok(ForwardRequest {
+        envelope: MessageField::some(envelope(READY_TOPIC, event)),
+        ..Default::default()
+    })
+}
+
+/// Says "ready" on a connection that is being made: the host can go on while the runtime starts. It is the frame that a
+/// ttrpc client would send as its first; [`send_all`] takes the answer. If it cannot be said now, it will be later.
+pub fn say_ready(dial: &mut Dial, timeline: &Timeline) {
+    let frame = ready_request(timeline).and_then(|request| {
+        let request = Request {
+            service: "containerd.services.events.ttrpc.v1.Events".to_owned(),
+            method: "Forward".to_owned(),
+            timeout_nano: TIMEOUT,
+            payload: request.write_to_bytes()?,
+            ..Default::default()
+        };
+        let payload = request.write_to_bytes()?;
+        let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        let mut frame = Vec::from(MessageHeader::new_request(FIRST_STREAM, length));
+        frame.extend_from_slice(&payload);
+        Ok(frame)
+    });
+    let said = frame.map_err(io::Error::other).and_then(|frame| dial.say(&frame));
+    if let Err(error) = said {
+        log::warn!("the host was not told at once: {error}");
+    }
+}
+
+/// Takes the answer to [`say_ready`]; false when the connection is no good.
+async fn said_ready(conn: &mut Conn) -> bool {
+    let limit = Duration::from_nanos(TIMEOUT.unsigned_abs());
+    match tokio::time::timeout(limit, Frame::<Response>::read_from(conn)).await {
+        Ok(Ok(frame)) => {
+            if let Some(status) = frame
+                .payload
+                .status
+                .as_ref()
+                .filter(|status| status.code() != Code::OK)
+            {
+                log::warn!("the host refuses event {READY_TOPIC}: {}", status.message());
+            }
+            true
+        }
+        Ok(Err(error)) => {
+            log::warn!("event {READY_TOPIC} was not answered: {error}");
+            false
+        }
+        Err(_) => {
+            log::warn!("event {READY_TOPIC} was not answered");
+            false
+        }
     }
 }
 
@@ -156,12 +210,18 @@ async fn send_all(
     saying: oneshot::Sender<()>,
 ) {
     let mut saying = Some(saying);
-    let mut first = None;
+    let (mut first, mut told) = (None, false);
     if let Some(dial) = dial {
+        told = dial.said();
+        if told {
+            saying = None;
+        }
         match dial.finish().await {
-            Ok(conn) => {
+            Ok(mut conn) => {
                 timeline.step("connected");
-                first = Some(conn);
+                if !told || said_ready(&mut conn).await {
+                    first = Some(conn);
+                }
             }
             Err(error) => log::warn!("the host does not take events yet (port {EVENTS_PORT}): {error}"),
         }
@@ -172,7 +232,7 @@ async fn send_all(
         let conn = match first.take() {
             Some(conn) => conn,
             None => {
-                saying = None;
+                (saying, told) = (None, false);
                 connect(&host).await
             }
         };
@@ -181,10 +241,11 @@ async fn send_all(
             saying: saying.take(),
         };
         let client = EventsClient::new(Client::new(Socket::new(conn)));
-        let Ok(event) = pack(AGENT_PACKAGE, &ready(&timeline)) else {
+        let Ok(request) = ready_request(&timeline) else {
             return;
         };
-        if forward(&client, envelope(READY_TOPIC, event)).await {
+        let told = std::mem::take(&mut told);
+        if told || forward(&client, request).await {
             loop {
                 let next = match pending.take() {
                     Some(event) => event,
@@ -193,7 +254,11 @@ async fn send_all(
                         None => return,
                     },
                 };
-                if !forward(&client, next.clone()).await {
+                let request = ForwardRequest {
+                    envelope: MessageField::some(next.clone()),
+                    ..Default::default()
+                };
+                if !forward(&client, request).await {
                     pending = Some(next);
                     break;
                 }
@@ -204,13 +269,9 @@ async fn send_all(
 }
 
 /// Sends one event; false when the connection is no good. An event the host refuses is gone: it would refuse it again.
-async fn forward(client: &EventsClient, event: Envelope) -> bool {
+async fn forward(client: &EventsClient, request: ForwardRequest) -> bool {
     use cloister_protocol::ttrpc::Error;
-    let topic = event.topic.clone();
-    let request = ForwardRequest {
-        envelope: MessageField::some(event),
-        ..Default::default()
-    };
+    let topic = &request.envelope.topic;
     match client.forward(context::with_timeout(TIMEOUT), &request).await {
         Ok(_) => true,
         Err(Error::RpcStatus(status)) => {

@@ -37,27 +37,21 @@ async fn serve(listener: Listener, context: Arc<Context>) -> io::Result<()> {
     Ok(())
 }
 
-/// Serves for ever as PID 1. `listener` listens already; `dial` is the way to the events service, if events are wanted.
+/// Serves for ever as PID 1. `listener` listens already; `dial` is the way to the events service.
 ///
 /// # Errors
 /// When the runtime or the server cannot be set up.
-pub fn in_vm(listener: OwnedFd, dial: Option<io::Result<Dial>>, mut timeline: Timeline) -> io::Result<()> {
+pub fn in_vm(listener: OwnedFd, dial: io::Result<Dial>, mut timeline: Timeline) -> io::Result<()> {
     let runtime = runtime()?;
     timeline.step("runtime");
     runtime.block_on(async move {
         let host = Host::Vsock;
-        let events = match dial {
-            Some(dial) => {
-                let dial = dial
-                    .inspect_err(|error| log::warn!("vsock: cannot dial the host: {error}"))
-                    .ok();
-                let (events, said) = Publisher::start(host.clone(), dial, timeline);
-                // An error is as good as a word: what follows does not need the host.
-                let _ = said.await;
-                events
-            }
-            None => Publisher::none(),
-        };
+        let dial = dial
+            .inspect_err(|error| log::warn!("vsock: cannot dial the host: {error}"))
+            .ok();
+        let (events, said) = Publisher::start(host.clone(), dial, timeline);
+        // An error is as good as a word: what follows does not need the host.
+        let _ = said.await;
         boot::rest();
         let context = Arc::new(Context {
             host,

@@ -66,7 +66,17 @@ pub fn listen_vsock() -> io::Result<OwnedFd> {
 }
 
 /// A vsock connection that is being made.
-pub struct Dial(OwnedFd);
+pub struct Dial {
+    socket: OwnedFd,
+    /// Something has been said on it already.
+    said: bool,
+}
+
+/// How long [`Dial::say`] waits for the host, which takes well under a millisecond if it listens.
+const SAY_TIMEOUT: rustix::event::Timespec = rustix::event::Timespec {
+    tv_sec: 0,
+    tv_nsec: 100_000_000,
+};
 
 /// Starts a connection to a port of the host and does not wait for it, so that there is time to do other things.
 ///
@@ -84,16 +94,40 @@ pub fn dial_vsock(port: u32) -> io::Result<Dial> {
             return Err(error);
         }
     }
-    Ok(Dial(socket))
+    Ok(Dial { socket, said: false })
 }
 
 impl Dial {
+    /// Writes `words`, all or nothing, without a runtime. If the host is not there yet nothing is written.
+    ///
+    /// # Errors
+    /// As of connect(2) and write(2).
+    pub fn say(&mut self, words: &[u8]) -> io::Result<()> {
+        use rustix::event::{PollFd, PollFlags, poll};
+        let mut fds = [PollFd::new(&self.socket, PollFlags::OUT)];
+        if poll(&mut fds, Some(&SAY_TIMEOUT))? == 0 {
+            return Ok(());
+        }
+        rustix::net::sockopt::socket_error(&self.socket)??;
+        // A new connection has room for far more.
+        if rustix::io::write(&self.socket, words)? != words.len() {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        self.said = true;
+        Ok(())
+    }
+
+    /// Whether [`Dial::say`] has said its words.
+    pub fn said(&self) -> bool {
+        self.said
+    }
+
     /// Waits until the connection stands.
     ///
     /// # Errors
     /// As of connect(2).
     pub async fn finish(self) -> io::Result<Conn> {
-        let poll = register(self.0, Interest::WRITABLE)?;
+        let poll = register(self.socket, Interest::WRITABLE)?;
         poll.writable().await?.retain_ready();
         let socket = poll.into_inner();
         rustix::net::sockopt::socket_error(&socket)??;

@@ -55,12 +55,10 @@ pub const PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-s
 /// `type_url` of the Linux resources (JSON) in `UpdateTaskRequest.resources`.
 pub const RESOURCES_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
-/// Prefixes of the keys the agent looks for on the kernel command line.
+/// Prefix of the key the agent looks for on the kernel command line.
 pub mod cmdline {
     /// Level of the agent's log: `error`, `warn`, `info`, `debug`, `trace` or `off`; `warn` when absent.
     pub const LOG: &str = "cloister.log=";
-    /// `0`: do not dial [`EVENTS_PORT`](crate::EVENTS_PORT), hence no ready message and no events.
-    pub const READY: &str = "cloister.ready=";
 }
 
 /// Our own Pod service: messages, the `Pod` trait for servers, `PodClient`, `create_pod`.

@@ -462,7 +462,8 @@ async fn start(
         }
     }
 
-    let retained = ready.borrow().as_ref().is_some_and(|ready| ready.initrd_retained);
+    // The command line of every VM has the word.
+    let retained = ready.borrow().as_ref().is_some_and(|ready| ready.knows_retain_initrd);
     if retained {
         machine.discard_initrd();
     }
