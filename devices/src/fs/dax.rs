@@ -7,9 +7,9 @@
 //!
 //! What a guest can do wrong there hurts only itself: an access to what is not mapped, a write to a read-only mapping,
 //! an access beyond the end of a file that was truncated on the host all make KVM_RUN return EFAULT on its own vCPU,
-//! and the cell stops with a reason; or, where the guest takes KVM's asynchronous page faults, the access is tried for
-//! ever (seen with a 6.1 host: KVM tells the guest that the page has come although it never does). They cannot raise a signal here because nothing in this process ever touches the
-//! window: it is not part of `GuestRam`, so no descriptor can point to it.
+//! and the cell stops with a reason; or the access is tried for ever (seen with a 6.1 host, whose KVM waits for the page
+//! and tries again, whether or not the guest takes asynchronous page faults). They cannot raise a signal here because
+//! nothing in this process ever touches the window: it is not part of `GuestRam`, so no descriptor can point to it.
 //!
 //! A read-only attachment's files are mapped PROT_READ from descriptors that are open for reading only: no write can
 //! reach them, whatever the guest does. When an attachment goes, its mappings become read-only zeros.
