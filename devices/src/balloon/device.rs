@@ -10,7 +10,7 @@ use super::BalloonMetrics;
 use super::handler::BalloonHandler;
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
-    ActivateError, ActivationContext, ActiveDevice, DeviceType, Interrupt, RestoreError, VirtioDevice,
+    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, RestoreError, VirtioDevice,
     copy_config,
 };
 use crate::worker_pool::WorkerPool;
@@ -38,16 +38,7 @@ struct BalloonState {
 struct Common {
     target: AtomicU32,
     actual: AtomicU32,
-    interrupt: Mutex<Option<Arc<Interrupt>>>,
-}
-
-impl Common {
-    fn set_interrupt(&self, interrupt: Option<Arc<Interrupt>>) {
-        *self
-            .interrupt
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner()) = interrupt;
-    }
+    signal: ConfigSignal,
 }
 
 /// A way to a balloon that is in use by a guest. Sizes are in pages of 4096 bytes.
@@ -63,14 +54,7 @@ impl BalloonHandle {
         if self.common.target.swap(pages, Ordering::AcqRel) == pages {
             return;
         }
-        let interrupt = self
-            .common
-            .interrupt
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(interrupt) = &*interrupt {
-            interrupt.signal_config();
-        }
+        self.common.signal.changed();
     }
 
     /// The size that was asked for.
@@ -166,14 +150,14 @@ impl VirtioDevice for Balloon {
             0 => None,
             _ => Some(context.take_queue(2)?),
         };
-        self.common.set_interrupt(Some(context.interrupt));
+        self.common.signal.connect(Some(context.interrupt));
         let metrics = Arc::clone(&self.metrics);
         let handler = BalloonHandler::new(queues, report, &self.pool, context.health, metrics);
         Ok(Arc::new(Mutex::new(handler)))
     }
 
     fn reset(&mut self) {
-        self.common.set_interrupt(None);
+        self.common.signal.connect(None);
         // Whatever was in the balloon, the next driver starts with an empty one.
         self.common.actual.store(0, Ordering::Release);
     }

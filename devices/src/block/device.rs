@@ -14,7 +14,7 @@ use super::request::{
 use super::{BlockMetrics, SECTOR_SIZE};
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
-    ActivateError, ActivationContext, ActiveDevice, DeviceType, Interrupt, RestoreError, VirtioDevice,
+    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, RestoreError, VirtioDevice,
     copy_config,
 };
 use crate::worker_pool::WorkerPool;
@@ -55,16 +55,7 @@ struct Common {
     disk: Arc<Disk>,
     /// The cache mode that the driver chose, if it may choose.
     writeback: Arc<AtomicBool>,
-    interrupt: Mutex<Option<Arc<Interrupt>>>,
-}
-
-impl Common {
-    fn set_interrupt(&self, interrupt: Option<Arc<Interrupt>>) {
-        *self
-            .interrupt
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner()) = interrupt;
-    }
+    signal: ConfigSignal,
 }
 
 /// A way to a disk that is in use by a guest.
@@ -82,14 +73,11 @@ impl BlockHandle {
 
     /// The disk has another size on the host: the driver is told. Returns the size in bytes.
     pub fn refresh_capacity(&self) -> Result<u64, BlockError> {
-        let Common { disk, interrupt, .. } = &*self.common;
+        let Common { disk, signal, .. } = &*self.common;
         let before = disk.capacity();
         let sectors = disk.refresh_capacity()?;
-        let interrupt = interrupt.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if sectors != before
-            && let Some(interrupt) = &*interrupt
-        {
-            interrupt.signal_config();
+        if sectors != before {
+            signal.changed();
         }
         // Came from a number of bytes.
         Ok(sectors * SECTOR_SIZE)
@@ -124,7 +112,7 @@ impl Block {
             common: Arc::new(Common {
                 disk: Arc::new(disk),
                 writeback: Arc::new(AtomicBool::new(config.cache == CacheMode::Writeback)),
-                interrupt: Mutex::new(None),
+                signal: ConfigSignal::default(),
             }),
             cache: config.cache,
             serial,
@@ -161,7 +149,7 @@ impl Block {
         if queues.first().is_none_or(Option::is_none) {
             return Err(ActivateError::MissingQueue(0));
         }
-        self.common.set_interrupt(Some(context.interrupt));
+        self.common.signal.connect(Some(context.interrupt));
         let shared = Arc::new(Shared {
             disk: Arc::clone(&self.common.disk),
             serial: self.serial,
@@ -256,7 +244,7 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.shared = None;
-        self.common.set_interrupt(None);
+        self.common.signal.connect(None);
         let writeback = self.cache == CacheMode::Writeback;
         self.common.writeback.store(writeback, Ordering::Release);
     }

@@ -12,7 +12,7 @@ use super::handler::{HandlerState, NetHandler, Pair};
 use super::tap::{self, TapError, offload};
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
-    ActivateError, ActivationContext, ActiveDevice, DeviceType, Interrupt, RestoreError, VirtioDevice,
+    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, RestoreError, VirtioDevice,
     copy_config,
 };
 
@@ -74,16 +74,7 @@ pub struct NetConfig {
 /// What control side and handle share.
 struct Common {
     link_up: AtomicBool,
-    interrupt: Mutex<Option<Arc<Interrupt>>>,
-}
-
-impl Common {
-    fn set_interrupt(&self, interrupt: Option<Arc<Interrupt>>) {
-        *self
-            .interrupt
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner()) = interrupt;
-    }
+    signal: ConfigSignal,
 }
 
 /// A way to a network device that is in use by a guest.
@@ -98,14 +89,7 @@ impl NetHandle {
         if self.common.link_up.swap(up, Ordering::AcqRel) == up {
             return;
         }
-        let interrupt = self
-            .common
-            .interrupt
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(interrupt) = &*interrupt {
-            interrupt.signal_config();
-        }
+        self.common.signal.changed();
     }
 }
 
@@ -164,7 +148,7 @@ impl Net {
         Ok(Self {
             common: Arc::new(Common {
                 link_up: AtomicBool::new(true),
-                interrupt: Mutex::new(None),
+                signal: ConfigSignal::default(),
             }),
             fds: fds.into_iter().map(Arc::new).collect(),
             is_tap,
@@ -252,7 +236,7 @@ impl Net {
                 ActivateError::Host { what, source }
             })?;
         }
-        self.common.set_interrupt(Some(context.interrupt));
+        self.common.signal.connect(Some(context.interrupt));
         let mut handler = NetHandler::new(
             live,
             control,
@@ -337,7 +321,7 @@ impl VirtioDevice for Net {
     }
 
     fn reset(&mut self) {
-        self.common.set_interrupt(None);
+        self.common.signal.connect(None);
     }
 
     fn save(&self) -> Result<SavedState, StateError> {

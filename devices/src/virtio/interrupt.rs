@@ -5,6 +5,7 @@
 //! line is an eventfd that KVM turns into an edge on the device's GSI (irqfd), so raising it is one `write`.
 
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -71,6 +72,26 @@ impl Interrupt {
         self.config_generation.store(config_generation, Ordering::Release);
         if status & (USED_BUFFER | CONFIG_CHANGE) != 0 {
             self.raise(status & (USED_BUFFER | CONFIG_CHANGE));
+        }
+    }
+}
+
+/// A configuration that the host can change while a driver may be looking: it tells the driver, if there is one.
+#[derive(Debug, Default)]
+pub struct ConfigSignal {
+    interrupt: Mutex<Option<Arc<Interrupt>>>,
+}
+
+impl ConfigSignal {
+    /// The driver that is to be told from now on, at activation; none after a reset.
+    pub fn connect(&self, interrupt: Option<Arc<Interrupt>>) {
+        *self.interrupt.lock().unwrap_or_else(PoisonError::into_inner) = interrupt;
+    }
+
+    /// The configuration is another one now.
+    pub fn changed(&self) {
+        if let Some(interrupt) = &*self.interrupt.lock().unwrap_or_else(PoisonError::into_inner) {
+            interrupt.signal_config();
         }
     }
 }

@@ -18,7 +18,7 @@ pub use device::{
     copy_config,
 };
 pub use health::Health;
-pub use interrupt::Interrupt;
+pub use interrupt::{ConfigSignal, Interrupt};
 pub use mmio::{MmioTransport, REGISTER_PAGE_SIZE, TransportError};
 pub use queue::{ActiveQueue, Chain, Outcome, QueueError};
 
