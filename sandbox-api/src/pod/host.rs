@@ -463,7 +463,10 @@ async fn start(
     }
 
     // The command line of every VM has the word.
-    let retained = ready.borrow().as_ref().is_some_and(|ready| ready.knows_retain_initrd);
+    let retained = ready
+        .borrow()
+        .as_ref()
+        .is_some_and(|ready| ready.knows_retain_initrd);
     if retained {
         machine.discard_initrd();
     }
