@@ -41,9 +41,14 @@ pub fn run(context: &mut Context) -> io::Result<()> {
             Ok(move || listener.accept().map(|(stream, _)| stream))
         });
         cell.start().map_err(chain)?;
-        wait(&cell, 120)?;
+        let ended = wait(&cell, 120);
         drop(cell);
-        ours.add_console(&io::read_to_string(reader)?)?;
+        let console = io::read_to_string(reader)?;
+        ended.map_err(|error| {
+            let counters = vsock.metrics();
+            io::Error::other(format!("{error}; {counters:?}; its console:\n{console}"))
+        })?;
+        ours.add_console(&console)?;
         let peer = Qemu {
             kernel: &context.kernel,
             initrd: &context.bench_initrd,
