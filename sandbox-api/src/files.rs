@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Small files that other processes read while they change.
+//! Small files that other processes read while they change, and sockets wherever they lie.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Replaces a file as a whole: a reader sees the old bytes or the new ones, also after a crash.
 ///
@@ -29,4 +30,60 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         let _ = fs::remove_file(&new);
     }
     result
+}
+/// A path of a unix socket that fits into a socket address (108 bytes), however deep its directory lies. Good for bind(2)
+/// and connect(2) in this process while it lives.
+#[derive(Debug)]
+pub struct SocketPath {
+    short: PathBuf,
+    _directory: File,
+}
+
+impl SocketPath {
+    /// The short path of `socket`, which need not be there.
+    ///
+    /// # Errors
+    /// Its directory cannot be opened.
+    pub fn of(socket: &Path) -> io::Result<Self> {
+        let (Some(parent), Some(name)) = (socket.parent(), socket.file_name()) else {
+            return Err(io::ErrorKind::InvalidInput.into());
+        };
+        let directory = fs::OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_DIRECTORY | libc::O_PATH)
+            .open(parent)?;
+        let short = Path::new("/proc/self/fd")
+            .join(directory.as_raw_fd().to_string())
+            .join(name);
+        Ok(Self {
+            short,
+            _directory: directory,
+        })
+    }
+
+    /// The path.
+    pub fn path(&self) -> &Path {
+        &self.short
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_lies_as_deep_as_one_likes() {
+        let directory = std::env::temp_dir().join(format!("cloister-socket-{}", std::process::id()));
+        let deep = directory.join("d".repeat(100)).join("e".repeat(100));
+        std::fs::create_dir_all(&deep).unwrap();
+        let socket = deep.join("a.sock");
+        assert!(std::os::unix::net::UnixListener::bind(&socket).is_err());
+        let listener =
+            std::os::unix::net::UnixListener::bind(SocketPath::of(&socket).unwrap().path()).unwrap();
+        assert!(socket.exists());
+        std::os::unix::net::UnixStream::connect(SocketPath::of(&socket).unwrap().path()).unwrap();
+        listener.accept().unwrap();
+        assert!(SocketPath::of(Path::new("/")).is_err());
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
 }

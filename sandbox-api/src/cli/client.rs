@@ -2,6 +2,7 @@
 //! The Task service of a running pod, called from another process.
 
 use super::{Context, Failure, Outcome};
+use crate::files::SocketPath;
 use crate::pod::state::{Pods, Record, Status};
 use cloister_protocol::task::{KillRequest, TaskClient, WaitRequest};
 use cloister_protocol::ttrpc;
@@ -29,9 +30,11 @@ pub fn running(context: &Context, name: &str) -> Outcome<(Pods, Record)> {
 /// Connects to a pod's socket.
 pub async fn connect(pods: &Pods, record: &Record) -> Outcome<TaskClient> {
     // Not ttrpc's own address parsing, which takes some characters of a path for its own.
-    let stream = tokio::net::UnixStream::connect(pods.socket(&record.id))
+    let failed = |e| Failure::new(format!("container {} does not answer: {e}", record.name));
+    let socket = SocketPath::of(&pods.socket(&record.id)).map_err(failed)?;
+    let stream = tokio::net::UnixStream::connect(socket.path())
         .await
-        .map_err(|e| Failure::new(format!("container {} does not answer: {e}", record.name)))?;
+        .map_err(failed)?;
     Ok(TaskClient::new(Client::new(
         ttrpc::asynchronous::transport::Socket::from(stream),
     )))

@@ -2,6 +2,7 @@
 //! The user's side of a process's streams: keys that detach, and a container attached to.
 
 use super::{Failure, Outcome, client, exec};
+use crate::files::SocketPath;
 use crate::pod::attach::{self, Frame};
 use crate::pod::detach_keys::{Keys, Scanner};
 use crate::pod::state::{Pods, Record};
@@ -88,7 +89,8 @@ pub struct Options {
 
 /// Connects to a running container's streams.
 pub fn connect(pods: &Pods, record: &Record) -> Outcome<UnixStream> {
-    UnixStream::connect(pods.state_dir(&record.id).join(attach::SOCKET))
+    SocketPath::of(&pods.state_dir(&record.id).join(attach::SOCKET))
+        .and_then(|socket| UnixStream::connect(socket.path()))
         .map_err(|e| Failure::new(format!("cannot attach to container {}: {e}", record.name)))
 }
 

@@ -23,6 +23,8 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinHandle;
 
+use crate::files::SocketPath;
+
 /// Largest content of a frame.
 const MAX_CONTENT: usize = 64 << 10;
 /// Pieces of input on their way.
@@ -152,7 +154,7 @@ impl Server {
     /// # Errors
     /// The socket cannot be made.
     pub fn start(path: &Path, interactive: bool) -> io::Result<Self> {
-        let listener = UnixListener::bind(path)?;
+        let listener = UnixListener::bind(SocketPath::of(path)?.path())?;
         let clients = Arc::new(Clients::default());
         let (sender, receiver) = mpsc::channel(INPUT_QUEUE);
         let (tell, attached) = watch::channel(false);

@@ -12,6 +12,7 @@ use super::streams::{Hub, Input, Output, Stdio};
 use super::task::{New, Served, TaskService};
 use super::terminal;
 use crate::clock;
+use crate::files::SocketPath;
 use crate::image::{self, Store};
 use crate::net::{self, dns, nat, publish, tap};
 use crate::runtime::{overlay, spec, user};
@@ -711,7 +712,9 @@ fn reasons(mut dead: watch::Receiver<Option<StopReason>>) -> watch::Receiver<Opt
 }
 
 async fn serve(socket: &Path, service: &Arc<TaskService>) -> Result<Server, Error> {
-    let listener = tokio::net::UnixListener::bind(socket).map_err(io_error("make the pod's task.sock"))?;
+    let listener = SocketPath::of(socket)
+        .and_then(|socket| tokio::net::UnixListener::bind(socket.path()))
+        .map_err(io_error("make the pod's task.sock"))?;
     let served = Arc::new(Served(Arc::clone(service)));
     let mut server = Server::new()
         .add_listener(Listener::from(listener))
