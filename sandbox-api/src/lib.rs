@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod clock;
+pub mod daemon;
 pub mod error;
 pub mod files;
 pub mod host_check;

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `cloisterd`: the daemon that containerd uses as a sandboxer.
+
+pub mod controller;
+
+use std::process::ExitCode;
+
+/// Runs the daemon.
+pub fn main() -> ExitCode {
+    ExitCode::FAILURE
+}
