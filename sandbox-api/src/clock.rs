@@ -11,6 +11,14 @@ pub fn now() -> Millis {
     Utc::now().timestamp_millis()
 }
 
+/// Now in ns since 1970.
+pub fn unix_ns() -> u64 {
+    Utc::now()
+        .timestamp_nanos_opt()
+        .and_then(|nanos| u64::try_from(nanos).ok())
+        .unwrap_or(0)
+}
+
 /// RFC 3339 with nanoseconds, as docker's logs have it.
 pub fn rfc3339_now() -> String {
     Utc::now().to_rfc3339_opts(SecondsFormat::Nanos, true)

@@ -2,27 +2,21 @@
 //! The life of a pod in the process that hosts it: [`start`] is the straight line from a record to a running process,
 //! [`run`] follows it to its end, and whatever was made is undone on every way out.
 
-use super::agent::{Agent, EventsServer};
 use super::attach;
-use super::guest::Guest;
 use super::log::Writer;
-use super::machine::{self, Machine, MachineConfig};
+use super::machine::MachineConfig;
 use super::state::{self, Alive, Network, Pods, Record, Status};
-use super::streams::{Hub, Input, Output, Stdio};
-use super::task::{New, Served, TaskService};
+use super::streams::{Input, Output, Stdio};
+use super::task::{New, TaskService};
 use super::terminal;
+use super::vm::{self, PodVm, QUICK, agent_error};
 use crate::clock;
-use crate::files::SocketPath;
 use crate::image::{self, Store};
 use crate::net::{self, dns, nat, publish, tap};
 use crate::runtime::{overlay, spec, user};
-use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, PowerOffRequest, Route};
+use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, Route};
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::task::DeleteRequest;
-use cloister_protocol::ttrpc::asynchronous::Server;
-use cloister_protocol::ttrpc::asynchronous::transport::Listener;
-use cloister_protocol::ttrpc::context::with_duration;
-use cloister_protocol::{EVENTS_PORT, STREAM_PORT, ttrpc};
 use cloister_vmm::{CellHost, CellHostConfig, StopReason};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -33,10 +27,6 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-/// Time for the guest to power itself off.
-const POWER_OFF: Duration = Duration::from_secs(5);
-/// Time for the agent to answer what is quick.
-const QUICK: Duration = Duration::from_secs(30);
 /// Time for those who are attached to hear of the end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Signals that end a start, and go to the container later; docker forwards the same and more.
@@ -85,37 +75,9 @@ pub enum Error {
     /// The host's hypervisor.
     #[error(transparent)]
     Host(#[from] cloister_vmm::HostError),
-    /// Its VM.
+    /// Its VM, or the agent in it.
     #[error(transparent)]
-    Machine(#[from] machine::Error),
-    /// The VM ended by itself.
-    #[error("the virtual machine ended {when}: {reason}\n{tail}")]
-    VmEnded {
-        /// "before its agent was ready", ...
-        when: &'static str,
-        /// Why.
-        reason: String,
-        /// Its last words.
-        tail: String,
-    },
-    /// The agent did not come.
-    #[error(
-        "the agent in the virtual machine was not ready after {seconds} s (--init-timeout gives it longer)\n{tail}"
-    )]
-    NotReady {
-        /// How long we waited.
-        seconds: u64,
-        /// The guest's last words.
-        tail: String,
-    },
-    /// The agent refused.
-    #[error("{what}: {message}")]
-    Agent {
-        /// The request.
-        what: &'static str,
-        /// Its answer.
-        message: String,
-    },
+    Vm(#[from] vm::Error),
     /// A signal came first.
     #[error("interrupted by signal {0}")]
     Interrupted(i32),
@@ -135,29 +97,19 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             // The words of the runtime in the guest, which are docker's.
-            Self::Agent { message, .. }
+            Self::Vm(vm::Error::Agent { message, .. })
                 if message.contains("exec: ") && message.contains("permission denied") =>
             {
                 126
             }
-            Self::Agent { message, .. } if message.contains("executable file not found") => 127,
-            Self::Agent { message, .. } if message.contains("exec: ") && message.contains("no such file") => {
+            Self::Vm(vm::Error::Agent { message, .. }) if message.contains("executable file not found") => 127,
+            Self::Vm(vm::Error::Agent { message, .. }) if message.contains("exec: ") && message.contains("no such file") => {
                 127
             }
-            Self::Agent { message, .. } if message.contains("is a directory") => 126,
+            Self::Vm(vm::Error::Agent { message, .. }) if message.contains("is a directory") => 126,
             Self::Interrupted(signal) => u8::try_from(signal.saturating_add(128)).unwrap_or(125),
             _ => 125,
         }
-    }
-}
-
-fn agent_error(what: &'static str) -> impl FnOnce(ttrpc::Error) -> Error {
-    move |error| {
-        let message = match error {
-            ttrpc::Error::RpcStatus(status) => status.message,
-            other => other.to_string(),
-        };
-        Error::Agent { what, message }
     }
 }
 
@@ -192,11 +144,8 @@ struct Pod<'a> {
     pods: &'a Pods,
     record: Record,
     made_net: bool,
-    machine: Option<Arc<Machine>>,
-    events: Option<EventsServer>,
-    agent: Option<Agent>,
+    vm: Option<PodVm>,
     service: Option<Arc<TaskService>>,
-    server: Option<Server>,
     attach: Option<attach::Server>,
     relays: Option<publish::Relays>,
 }
@@ -224,11 +173,8 @@ pub fn host(
         pods,
         record,
         made_net: false,
-        machine: None,
-        events: None,
-        agent: None,
+        vm: None,
         service: None,
-        server: None,
         attach: None,
         relays: None,
     };
@@ -292,7 +238,10 @@ async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, tell: impl Fn(Mom
         }
     }
     tell(Moment::Started);
-    let (Some(service), Some(machine)) = (pod.service.clone(), pod.machine.clone()) else {
+    let (Some(service), Some(machine)) = (
+        pod.service.clone(),
+        pod.vm.as_ref().map(|vm| Arc::clone(&vm.machine)),
+    ) else {
         return Err(Error::Io {
             what: "keep the pod",
             source: io::ErrorKind::NotFound.into(),
@@ -340,11 +289,12 @@ async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, tell: impl Fn(Mom
     match ended {
         // The container was alive when its VM ended.
         Some(reason) if exit.status == state::EXIT_KILLED && reason != StopReason::Requested => {
-            Err(Error::VmEnded {
+            Err(vm::Error::Ended {
                 when: "under its container",
-                reason: why(&reason),
+                reason: vm::why(&reason),
                 tail: machine.last_words(),
-            })
+            }
+            .into())
         }
         _ => Ok(exit.status),
     }
@@ -423,72 +373,28 @@ async fn start(
 
     // The virtual machine, up to its agent's first word.
     let cells = CellHost::new(CellHostConfig::default())?;
-    let machine = Machine::start(
-        MachineConfig {
-            name: format!("pod-{}", pod.record.short_id()),
-            cpus: plan.cpus,
-            memory: plan.memory,
-            dax: plan.dax,
-            kernel: &plan.kernel,
-            initrd: &plan.initrd,
-            kernel_args: &plan.kernel_args,
-            tap: network.tap,
-        },
-        &cells,
-    )?;
-    pod.machine = Some(Arc::clone(&machine));
-    let accepted = machine
-        .listen(EVENTS_PORT)
-        .map_err(io_error("listen to the agent"))?;
-    let streams = machine
-        .listen(STREAM_PORT)
-        .map_err(io_error("listen to the agent"))?;
-    let events = EventsServer::start(accepted)
-        .await
-        .map_err(agent_error("serve the agent's events"))?;
-    let mut ready = events.ready.clone();
-    pod.events = Some(events);
-    let mut dead = machine.dead();
+    let config = MachineConfig {
+        name: format!("pod-{}", pod.record.short_id()),
+        cpus: plan.cpus,
+        memory: plan.memory,
+        dax: plan.dax,
+        kernel: &plan.kernel,
+        initrd: &plan.initrd,
+        kernel_args: &plan.kernel_args,
+        tap: network.tap,
+    };
+    let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
     tokio::select! {
-        _ = ready.wait_for(Option::is_some) => {}
-        ended = dead.wait_for(Option::is_some) => {
-            let reason = ended.ok().and_then(|reason| reason.as_ref().map(why)).unwrap_or_default();
-            return Err(Error::VmEnded { when: "before its agent was ready", reason, tail: machine.last_words() });
-        }
-        () = tokio::time::sleep(Duration::from_millis(plan.init_timeout_ms)) => {
-            return Err(Error::NotReady { seconds: plan.init_timeout_ms / 1000, tail: machine.last_words() });
-        }
+        ready = vm.ready(Duration::from_millis(plan.init_timeout_ms)) => { ready?; }
         signal = interrupted.wait_for(Option::is_some) => {
             return Err(Error::Interrupted(signal.ok().and_then(|signal| *signal).unwrap_or(libc::SIGTERM)));
         }
     }
-
-    // The command line of every VM has the word.
-    let retained = ready
-        .borrow()
-        .as_ref()
-        .is_some_and(|ready| ready.knows_retain_initrd);
-    if retained {
-        machine.discard_initrd();
-    }
-
-    // The agent takes over inside.
-    let agent = Agent::connect(&*machine).map_err(io_error("connect to the agent"))?;
-    pod.agent = Some(agent.clone());
-    let request = network.configure.into_request(&plan.hostname);
-    agent
-        .pod
-        .configure(with_duration(QUICK), &request)
-        .await
-        .map_err(agent_error("configure the pod"))?;
+    vm.configure(&network.configure.into_request(&plan.hostname)).await?;
 
     // The container.
-    let hub = Hub::new();
-    accept_streams(streams, &hub);
-    let as_guest: Arc<dyn Guest> = Arc::<Machine>::clone(&machine);
-    let service = TaskService::new(as_guest, agent, hub, reasons(machine.dead()));
+    let service = vm.serve(&pod.pods.socket(&id)).await?;
     pod.service = Some(Arc::clone(&service));
-    pod.server = Some(serve(&pod.pods.socket(&id), &service).await?);
     let socket = bundle.join(attach::SOCKET);
     // Input that is a descriptor's is that one's alone.
     let shared_input = plan.interactive && attach.stdin.is_none();
@@ -529,13 +435,15 @@ async fn start(
             .map_err(agent_error("failed to start the container"))?;
         Ok::<(), Error>(())
     };
-    let mut dead = machine.dead();
+    let ended = async {
+        match &pod.vm {
+            Some(vm) => vm.ended("before its container ran").await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         created = create => created?,
-        ended = dead.wait_for(Option::is_some) => {
-            let reason = ended.ok().and_then(|reason| reason.as_ref().map(why)).unwrap_or_default();
-            return Err(Error::VmEnded { when: "before its container ran", reason, tail: machine.last_words() });
-        }
+        error = ended => return Err(error.into()),
     }
     pod.record.status = Status::Running;
     pod.record.started = Some(clock::now());
@@ -586,16 +494,12 @@ impl Configure {
             hostname: format!("{hostname}\n"),
             ..Default::default()
         };
-        let now = chrono::Utc::now()
-            .timestamp_nanos_opt()
-            .and_then(|nanos| u64::try_from(nanos).ok())
-            .unwrap_or(0);
         ConfigureRequest {
             hostname: hostname.to_owned(),
             interfaces: self.interface.into_iter().collect(),
             routes: self.route.into_iter().collect(),
             files: MessageField::some(files),
-            unix_time_ns: now,
+            unix_time_ns: clock::unix_ns(),
             entropy,
             ..Default::default()
         }
@@ -679,50 +583,6 @@ fn host_resolvers() -> String {
     text
 }
 
-fn accept_streams(mut streams: mpsc::Receiver<std::os::unix::net::UnixStream>, hub: &Arc<Hub>) {
-    let hub = Arc::clone(hub);
-    tokio::spawn(async move {
-        while let Some(stream) = streams.recv().await {
-            hub.accepted(stream);
-        }
-    });
-}
-
-/// Why a VM ended, in the words of who runs pods: the guest's PID 1 is the agent.
-fn why(reason: &StopReason) -> String {
-    match reason {
-        StopReason::Panic { message } if message.contains("Attempted to kill init") => {
-            format!("the agent died: {reason}")
-        }
-        reason => reason.to_string(),
-    }
-}
-
-fn reasons(mut dead: watch::Receiver<Option<StopReason>>) -> watch::Receiver<Option<String>> {
-    let (sender, receiver) = watch::channel(None);
-    tokio::spawn(async move {
-        let reason = dead
-            .wait_for(Option::is_some)
-            .await
-            .ok()
-            .and_then(|reason| reason.as_ref().map(why));
-        sender.send_replace(Some(reason.unwrap_or_default()));
-    });
-    receiver
-}
-
-async fn serve(socket: &Path, service: &Arc<TaskService>) -> Result<Server, Error> {
-    let listener = SocketPath::of(socket)
-        .and_then(|socket| tokio::net::UnixListener::bind(socket.path()))
-        .map_err(io_error("make the pod's task.sock"))?;
-    let served = Arc::new(Served(Arc::clone(service)));
-    let mut server = Server::new()
-        .add_listener(Listener::from(listener))
-        .register_service(cloister_protocol::create_task(served));
-    server.start().await.map_err(agent_error("serve task.sock"))?;
-    Ok(server)
-}
-
 fn stdio(pods: &Pods, record: &Record, attach: Attach, clients: &mut attach::Server) -> io::Result<Stdio> {
     let log = Arc::new(Mutex::new(Writer::open(&pods.log(&record.id))?));
     let output = |stream, copy| Output::Logged {
@@ -751,9 +611,9 @@ impl Pod<'_> {
         let id = self.record.id.clone();
         if let Some(service) = self.service.take() {
             let dead = self
-                .machine
+                .vm
                 .as_ref()
-                .is_some_and(|machine| machine.dead().borrow().is_some());
+                .is_some_and(|vm| vm.machine.dead().borrow().is_some());
             if !dead {
                 let request = DeleteRequest {
                     id,
@@ -763,34 +623,10 @@ impl Pod<'_> {
                 log::debug!("deleted: {deleted:?}");
             }
         }
-        if let (Some(machine), Some(agent)) = (&self.machine, &self.agent) {
-            let mut dead = machine.dead();
-            let off = async {
-                if dead.borrow().is_none() {
-                    let _ = agent
-                        .pod
-                        .power_off(with_duration(POWER_OFF), &PowerOffRequest::new())
-                        .await;
-                    let _ = dead.wait_for(Option::is_some).await;
-                }
-            };
-            if tokio::time::timeout(POWER_OFF, off).await.is_err() {
-                log::warn!("the guest did not power off in time");
-            }
-        }
-        self.agent = None;
-        if let Some(machine) = self.machine.take() {
-            machine.stop();
-            machine.taken_down().await;
-        }
-        if let Some(mut server) = self.server.take() {
-            let _ = server.shutdown().await;
-            let _ = std::fs::remove_file(self.pods.socket(&self.record.id));
+        if let Some(vm) = self.vm.take() {
+            vm.shut_down().await;
         }
         self.attach = None;
-        if let Some(events) = self.events.take() {
-            events.stop().await;
-        }
         if self.made_net {
             remove_net(self.pods, &mut self.record);
         }

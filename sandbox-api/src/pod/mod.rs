@@ -13,3 +13,4 @@ pub mod state;
 pub mod streams;
 pub mod task;
 pub mod terminal;
+pub mod vm;

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The agents' events (TaskOOM, TaskExit, ...) on their way to containerd, which needs TaskOOM to tell OOMKilled from an
+//! ordinary end.
+//!
+//! One queue and one connection for all pods. containerd may be away: an event is tried again for a while, later ones wait
+//! behind it, and those that the queue has no room for are dropped with a warning.
+
+use cloister_protocol::events::Envelope;
+use containerd_client::services::v1::ForwardRequest;
+use containerd_client::services::v1::events_client::EventsClient;
+use containerd_client::types;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+use tokio::sync::mpsc;
+use tonic::transport::Channel;
+
+/// Events that wait for containerd.
+const MAX_WAITING: usize = 1024;
+/// How often one is tried.
+const TRIES: u32 = 8;
+/// Before the second try; doubled for each further one.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// See the module.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    queue: mpsc::Sender<types::Envelope>,
+}
+
+impl Publisher {
+    /// Publishes to the containerd that listens on `address`. To be called in a runtime.
+    pub fn start(address: &Path) -> Self {
+        let (queue, waiting) = mpsc::channel(MAX_WAITING);
+        tokio::spawn(publish(address.to_owned(), waiting));
+        Self { queue }
+    }
+
+    /// Passes on what comes from one pod, to containerd's `namespace`.
+    pub fn follow(&self, namespace: &str, mut events: mpsc::Receiver<Envelope>) {
+        let queue = self.queue.clone();
+        let namespace = namespace.to_owned();
+        tokio::spawn(async move {
+            while let Some(event) = events.recv().await {
+                if queue.try_send(envelope(&namespace, event)).is_err() {
+                    log::warn!("an event was dropped: containerd does not take them");
+                }
+            }
+        });
+    }
+}
+
+/// The guest's payload is passed on as it is, of the topics and types that are its to send.
+fn envelope(namespace: &str, event: Envelope) -> types::Envelope {
+    let payload = event.event.into_option().unwrap_or_default();
+    types::Envelope {
+        timestamp: Some(SystemTime::now().into()),
+        namespace: namespace.to_owned(),
+        topic: event.topic,
+        event: Some(prost_types::Any {
+            type_url: payload.type_url,
+            value: payload.value,
+        }),
+    }
+}
+
+async fn publish(address: PathBuf, mut waiting: mpsc::Receiver<types::Envelope>) {
+    let mut client = None;
+    while let Some(envelope) = waiting.recv().await {
+        if !envelope.topic.starts_with("/tasks/") {
+            log::debug!("an event of topic {:?} is not passed on", envelope.topic);
+            continue;
+        }
+        let mut pause = PAUSE;
+        for attempt in 1..=TRIES {
+            match forward(&address, &mut client, envelope.clone()).await {
+                Ok(()) => break,
+                Err(error) => {
+                    log::debug!("event {}: {error}", envelope.topic);
+                    client = None;
+                    if attempt == TRIES {
+                        log::warn!("event {} was not taken by containerd: {error}", envelope.topic);
+                    } else {
+                        tokio::time::sleep(pause).await;
+                        pause = pause.saturating_mul(2);
+                    }
+                }
+            }
+        }
+    }
+}
+
+async fn forward(
+    address: &Path,
+    client: &mut Option<EventsClient<Channel>>,
+    envelope: types::Envelope,
+) -> Result<(), String> {
+    if client.is_none() {
+        let channel = crate::daemon::uds::channel(address).await.map_err(|e| e.to_string())?;
+        *client = Some(EventsClient::new(channel));
+    }
+    let Some(client) = client else { return Ok(()) };
+    let request = ForwardRequest {
+        envelope: Some(envelope),
+    };
+    client.forward(request).await.map(|_| ()).map_err(|e| e.message().to_owned())
+}

@@ -1,0 +1,524 @@
+// SPDX-License-Identifier: Apache-2.0
+//! One pod of the daemon, from Create to Shutdown.
+//!
+//! ```text
+//!  Create         Start             agent ready               Stop, or the VM ends          Shutdown
+//! ───────▶ created ───▶ starting ───────────────▶ ready ───────────────────▶ stopping ──▶ stopped ───▶ gone
+//!             │            ├──── it fails, Start is abandoned: all is undone ──────────────────────────▶ ▲
+//!             │            └──── Stop ──────────────────────────────────────────▶ ▲           ▲
+//!             └───────────────── Stop ────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! One task, spawned by Start, walks a pod through its life and undoes what it made on every way out; requests only ask
+//! ([`Ask`]) and watch ([`Phase`]). So they can be concurrent, repeated and abandoned, and no lock is held across a boot.
+//! The Task service outlives the VM: its State, Wait and Delete answer until Shutdown.
+
+use super::config::Profile;
+use super::node::Node;
+use super::pod_plan::PodPlan;
+use crate::clock::{self, Millis};
+use crate::files;
+use crate::pod::machine::MachineConfig;
+use crate::pod::state::EXIT_KILLED;
+use crate::pod::task::TaskService;
+use crate::pod::vm::{self, PodVm};
+use cloister_protocol::pod::ConfigureRequest;
+use cloister_protocol::protobuf::MessageField;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use tokio::sync::watch;
+
+/// Longest path of a unix socket that containerd can dial (`sun_path`, with its NUL).
+const MAX_SOCKET_PATH: usize = 107;
+
+/// Where a pod is in its life; see the module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Known, nothing made.
+    Created,
+    /// Being made.
+    Starting,
+    /// Takes containers.
+    Ready,
+    /// Being taken apart.
+    Stopping,
+    /// Over; its tasks can still be asked about.
+    Stopped,
+    /// Not known any more.
+    Gone,
+}
+
+/// What the pod's task is asked for; only ever raised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Ask {
+    Live,
+    Stop,
+    Remove,
+}
+
+/// How a pod ended.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Exit {
+    /// 0 when it was asked to, 137 when its VM was lost.
+    pub status: u32,
+    /// When.
+    pub at: Millis,
+    /// Why, if nobody asked for it.
+    pub reason: Option<String>,
+}
+
+/// What is kept of a pod in `sandbox.json`, replaced as a whole at each step.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Record {
+    /// containerd's id.
+    pub id: String,
+    /// containerd's namespace.
+    pub namespace: String,
+    /// The sandboxer whose profile it has.
+    pub sandboxer: String,
+    /// What its VM is to be.
+    pub plan: PodPlan,
+    /// Its network namespace; empty: none.
+    pub netns: String,
+    /// Phase.
+    pub phase: Phase,
+    /// When Create came.
+    pub created: Millis,
+    /// When its agent was ready.
+    pub started: Option<Millis>,
+    /// How it ended.
+    pub exit: Option<Exit>,
+}
+
+/// Why a request to a pod fails.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its VM.
+    #[error("sandbox {id}: {}", crate::error::chain(source))]
+    Vm {
+        /// The pod.
+        id: String,
+        /// Why.
+        source: vm::Error,
+    },
+    /// Its network.
+    #[error("sandbox {id}: {message}")]
+    Net {
+        /// The pod.
+        id: String,
+        /// Why.
+        message: String,
+    },
+    /// Its files.
+    #[error("sandbox {id}: cannot {what} {}: {source}", path.display())]
+    Io {
+        /// The pod.
+        id: String,
+        /// The verb.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The request does not go with the pod's phase.
+    #[error("sandbox {id} is {phase}: it cannot be {verb}")]
+    Phase {
+        /// The pod.
+        id: String,
+        /// Its phase.
+        phase: &'static str,
+        /// What was asked.
+        verb: &'static str,
+    },
+}
+
+impl Phase {
+    /// As in messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Gone => "gone",
+        }
+    }
+}
+
+/// See the module.
+pub struct Sandbox {
+    dir: PathBuf,
+    profile: Profile,
+    record: Mutex<Record>,
+    phase: watch::Sender<Phase>,
+    ask: watch::Sender<Ask>,
+    service: OnceLock<Arc<TaskService>>,
+    /// A task walks it through its life.
+    lives: AtomicBool,
+    /// Why Start failed, for those who wait for it.
+    failure: Mutex<Option<Arc<Error>>>,
+}
+
+/// Asks for the pod's end when the Start that began its life is abandoned.
+struct Abandoned<'a>(Option<&'a Sandbox>);
+
+impl Drop for Abandoned<'_> {
+    fn drop(&mut self) {
+        if let Some(sandbox) = self.0 {
+            log::info!("sandbox {}: its start was abandoned", sandbox.id());
+            sandbox.ask(Ask::Remove);
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under these locks is complete in itself.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Sandbox {
+    /// A pod that is only known so far; its folder and record are made.
+    ///
+    /// # Errors
+    /// The folder cannot be made, or its path is too long for a socket.
+    pub fn create(dir: PathBuf, profile: Profile, record: Record) -> Result<Arc<Self>, Error> {
+        let sandbox = Self::new(dir, profile, record);
+        let io = |what, path: &Path, source| Error::Io {
+            id: sandbox.id(),
+            what,
+            path: path.to_owned(),
+            source,
+        };
+        let socket = sandbox.socket();
+        if socket.as_os_str().len() > MAX_SOCKET_PATH {
+            let source = io::Error::other(format!(
+                "longer than {MAX_SOCKET_PATH} bytes; choose a shorter state_dir"
+            ));
+            return Err(io("make the socket", &socket, source));
+        }
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&sandbox.dir)
+            .map_err(|e| io("make", &sandbox.dir, e))?;
+        if let Err(source) = sandbox.save() {
+            let error = io("write", &sandbox.record_path(), source);
+            let _ = std::fs::remove_dir_all(&sandbox.dir);
+            return Err(error);
+        }
+        Ok(sandbox)
+    }
+
+    /// A pod that a daemon before this one left behind: its VM ended with that.
+    ///
+    /// # Errors
+    /// The record cannot be read.
+    pub fn recover(dir: PathBuf, profile: impl FnOnce(&str) -> Profile) -> io::Result<Arc<Self>> {
+        let mut record: Record = serde_json::from_slice(&std::fs::read(dir.join("sandbox.json"))?)?;
+        if record.phase != Phase::Stopped {
+            record.phase = Phase::Stopped;
+            record.exit = Some(Exit {
+                status: EXIT_KILLED,
+                at: clock::now(),
+                reason: Some("cloisterd was restarted".into()),
+            });
+        }
+        let profile = profile(&record.sandboxer);
+        let sandbox = Self::new(dir, profile, record);
+        let _ = std::fs::remove_file(sandbox.socket());
+        sandbox.save()?;
+        Ok(sandbox)
+    }
+
+    fn new(dir: PathBuf, profile: Profile, record: Record) -> Arc<Self> {
+        Arc::new(Self {
+            dir,
+            profile,
+            phase: watch::channel(record.phase).0,
+            ask: watch::channel(Ask::Live).0,
+            record: Mutex::new(record),
+            service: OnceLock::new(),
+            lives: AtomicBool::new(false),
+            failure: Mutex::default(),
+        })
+    }
+
+    /// containerd's id of it.
+    pub fn id(&self) -> String {
+        lock(&self.record).id.clone()
+    }
+
+    /// What is known of it.
+    pub fn record(&self) -> Record {
+        lock(&self.record).clone()
+    }
+
+    /// Its phase.
+    pub fn phase(&self) -> Phase {
+        *self.phase.borrow()
+    }
+
+    /// Its Task service, from ready on.
+    pub fn service(&self) -> Option<&Arc<TaskService>> {
+        self.service.get()
+    }
+
+    /// Where its Task service listens.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("task.sock")
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.dir.join("sandbox.json")
+    }
+
+    fn save(&self) -> io::Result<()> {
+        let json = serde_json::to_vec_pretty(&*lock(&self.record))?;
+        files::replace(&self.record_path(), &json)
+    }
+
+    /// Goes to another phase: record first, then those who wait.
+    fn enter(&self, phase: Phase, note: impl FnOnce(&mut Record)) {
+        {
+            let mut record = lock(&self.record);
+            record.phase = phase;
+            note(&mut record);
+        }
+        if phase != Phase::Gone
+            && let Err(error) = self.save()
+        {
+            log::warn!("sandbox {}: cannot write its record: {error}", self.id());
+        }
+        self.phase.send_replace(phase);
+    }
+
+    fn ask(&self, ask: Ask) {
+        self.ask.send_if_modified(|now| {
+            let raised = ask > *now;
+            *now = (*now).max(ask);
+            raised
+        });
+    }
+
+    async fn asked(&self, least: Ask) {
+        let mut asks = self.ask.subscribe();
+        // The sender is ours: it cannot be gone.
+        let _ = asks.wait_for(|ask| *ask >= least).await;
+    }
+
+    async fn reached(&self, least: Phase) -> Phase {
+        let mut phases = self.phase.subscribe();
+        phases.wait_for(|phase| *phase >= least).await.map_or(Phase::Gone, |phase| *phase)
+    }
+
+    /// Has it run; answers when its agent is ready. A repeated call waits for the same.
+    ///
+    /// # Errors
+    /// It could not be had, and all is undone; or it is over already.
+    pub async fn start(self: &Arc<Self>, node: &Arc<Node>) -> Result<(), Arc<Error>> {
+        let begins = self.phase.send_if_modified(|phase| {
+            let begins = *phase == Phase::Created;
+            if begins {
+                *phase = Phase::Starting;
+            }
+            begins
+        });
+        let mut abandoned = Abandoned(None);
+        if begins {
+            abandoned.0 = Some(self);
+            self.lives.store(true, Ordering::Relaxed);
+            tokio::spawn(Arc::clone(self).live(Arc::clone(node)));
+        }
+        let phase = self.reached(Phase::Ready).await;
+        abandoned.0 = None;
+        if phase == Phase::Ready {
+            return Ok(());
+        }
+        // Whoever hears of the failure finds the network namespace and the files as they were.
+        self.reached(Phase::Stopped).await;
+        let failure = lock(&self.failure).clone();
+        Err(failure.unwrap_or_else(|| self.wrong_phase("started")))
+    }
+
+    fn wrong_phase(&self, verb: &'static str) -> Arc<Error> {
+        Arc::new(Error::Phase {
+            id: self.id(),
+            phase: self.phase().name(),
+            verb,
+        })
+    }
+
+    /// Ends its VM; answers when it has.
+    pub async fn stop(&self) {
+        // Nothing was made yet, and nothing will be.
+        let never = self.phase.send_if_modified(|phase| {
+            let never = *phase == Phase::Created;
+            if never {
+                *phase = Phase::Stopping;
+            }
+            never
+        });
+        if never {
+            self.enter(Phase::Stopped, |record| record.exit = Some(asked_for()));
+        }
+        self.ask(Ask::Stop);
+        self.reached(Phase::Stopped).await;
+    }
+
+    /// Ends what is left of it; answers when there is nothing.
+    pub async fn remove(&self) {
+        self.stop().await;
+        self.ask(Ask::Remove);
+        if !self.lives.load(Ordering::Relaxed) {
+            self.forget();
+        }
+        self.reached(Phase::Gone).await;
+    }
+
+    fn forget(&self) {
+        if self.phase() == Phase::Gone {
+            return;
+        }
+        if let Err(error) = std::fs::remove_dir_all(&self.dir)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            log::warn!("cannot remove {}: {error}", self.dir.display());
+        }
+        self.enter(Phase::Gone, |_| ());
+    }
+
+    /// Waits for the end of the VM, or of a pod that never had one.
+    pub async fn wait(&self) -> Exit {
+        self.reached(Phase::Stopped).await;
+        let exit = lock(&self.record).exit.clone();
+        exit.unwrap_or_else(asked_for)
+    }
+
+    async fn live(self: Arc<Self>, node: Arc<Node>) {
+        let mut made = Made::default();
+        let booted = tokio::select! {
+            booted = self.boot(&node, &mut made) => booted,
+            () = self.asked(Ask::Stop) => Err(Error::Phase {
+                id: self.id(),
+                phase: "asked to stop",
+                verb: "started",
+            }),
+        };
+        let exit = match booted {
+            Ok(()) => {
+                self.enter(Phase::Ready, |record| record.started = Some(clock::now()));
+                self.until_end(&made).await
+            }
+            Err(error) => {
+                log::warn!("{}", crate::error::chain(&error));
+                *lock(&self.failure) = Some(Arc::new(error));
+                // Create or Start that fails is not followed by Stop and Shutdown.
+                if *self.ask.borrow() < Ask::Stop {
+                    self.ask(Ask::Remove);
+                }
+                asked_for()
+            }
+        };
+        self.enter(Phase::Stopping, |_| ());
+        made.power_off().await;
+        self.enter(Phase::Stopped, |record| record.exit = Some(exit));
+        self.asked(Ask::Remove).await;
+        made.shut_down().await;
+        node.forget(&self);
+        self.forget();
+    }
+
+    /// From nothing to an agent that takes containers.
+    async fn boot(&self, node: &Node, made: &mut Made) -> Result<(), Error> {
+        let record = self.record();
+        let id = record.id.clone();
+        let vm_error = |source| Error::Vm {
+            id: id.clone(),
+            source,
+        };
+        let plan = &record.plan;
+        let config = MachineConfig {
+            name: format!("pod-{}", id.get(..12).unwrap_or(&id)),
+            cpus: plan.cpus,
+            memory: plan.memory,
+            dax: Some(self.profile.dax_window.0).filter(|bytes| *bytes > 0),
+            kernel: &self.profile.kernel,
+            initrd: &self.profile.initrd,
+            kernel_args: &self.profile.kernel_args,
+            tap: None,
+        };
+        let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
+        let vm = made.vm.insert(vm);
+        vm.ready(self.profile.init_timeout).await.map_err(vm_error)?;
+        vm.configure(&self.configuration(plan)).await.map_err(vm_error)?;
+        let service = vm.serve(&self.socket()).await.map_err(vm_error)?;
+        let _ = self.service.set(service);
+        if let Some(events) = vm.events() {
+            node.events.follow(&record.namespace, events);
+        }
+        Ok(())
+    }
+
+    fn configuration(&self, plan: &PodPlan) -> ConfigureRequest {
+        let mut entropy = vec![0; 64];
+        crate::ids::fill(&mut entropy);
+        ConfigureRequest {
+            hostname: plan.hostname.clone(),
+            files: MessageField::some(plan.files(&[])),
+            sysctls: plan.sysctls.clone().into_iter().collect(),
+            unix_time_ns: clock::unix_ns(),
+            entropy,
+            ..Default::default()
+        }
+    }
+
+    /// Waits for the end that somebody asks for, or the VM's own.
+    async fn until_end(&self, made: &Made) -> Exit {
+        let Some(vm) = &made.vm else {
+            return asked_for();
+        };
+        tokio::select! {
+            () = self.asked(Ask::Stop) => asked_for(),
+            error = vm.ended("by itself") => {
+                let reason = error.to_string();
+                log::error!("sandbox {}: {reason}", self.id());
+                Exit { status: EXIT_KILLED, at: clock::now(), reason: Some(reason) }
+            }
+        }
+    }
+}
+
+fn asked_for() -> Exit {
+    Exit {
+        status: 0,
+        at: clock::now(),
+        reason: None,
+    }
+}
+
+/// What was made for a pod, in order.
+#[derive(Default)]
+struct Made {
+    vm: Option<PodVm>,
+}
+
+impl Made {
+    /// Ends the VM and what carries its traffic.
+    async fn power_off(&mut self) {
+        if let Some(vm) = &self.vm {
+            vm.power_off().await;
+        }
+    }
+
+    /// Ends the services that outlive the VM.
+    async fn shut_down(self) {
+        if let Some(vm) = self.vm {
+            vm.shut_down().await;
+        }
+    }
+}
