@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cloisterd`: the daemon that containerd uses as a sandboxer.
 
+pub mod args;
+pub mod config;
 pub mod controller;
 
 use std::process::ExitCode;
