@@ -4,6 +4,7 @@
 pub mod args;
 pub mod config;
 pub mod controller;
+pub mod quantity;
 
 use std::process::ExitCode;
 
