@@ -5,7 +5,10 @@
 /// The generated server side.
 pub mod api {
     #![allow(missing_docs, warnings, clippy::all, clippy::pedantic, clippy::unwrap_used)]
-    include!(concat!(env!("OUT_DIR"), "/containerd.services.sandbox.v1.Controller.rs"));
+    include!(concat!(
+        env!("OUT_DIR"),
+        "/containerd.services.sandbox.v1.Controller.rs"
+    ));
 }
 
 use super::config::DEFAULT_SANDBOXER;
@@ -65,7 +68,9 @@ impl From<&sandbox::Error> for Status {
 /// containerd's namespace, which its client puts into the metadata.
 fn namespace<T>(request: &Request<T>) -> Result<String, Status> {
     let value = request.metadata().get("containerd-namespace");
-    let name = value.and_then(|value| value.to_str().ok()).filter(|name| !name.is_empty());
+    let name = value
+        .and_then(|value| value.to_str().ok())
+        .filter(|name| !name.is_empty());
     name.map(str::to_owned)
         .ok_or_else(|| Status::invalid_argument("namespace is required"))
 }
@@ -73,7 +78,9 @@ fn namespace<T>(request: &Request<T>) -> Result<String, Status> {
 fn timestamp(time: Millis) -> Timestamp {
     Timestamp {
         seconds: time.div_euclid(1000),
-        nanos: i32::try_from(time.rem_euclid(1000)).unwrap_or(0).saturating_mul(1_000_000),
+        nanos: i32::try_from(time.rem_euclid(1000))
+            .unwrap_or(0)
+            .saturating_mul(1_000_000),
     }
 }
 
@@ -111,7 +118,10 @@ impl api::controller_server::Controller for Service {
 
     async fn start(&self, request: Request<ControllerStartRequest>) -> Answer<ControllerStartResponse> {
         let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
-        sandbox.start(&self.0).await.map_err(|error| Status::from(&*error))?;
+        sandbox
+            .start(&self.0)
+            .await
+            .map_err(|error| Status::from(&*error))?;
         let record = sandbox.record();
         log::info!("sandbox {}: ready", record.id);
         Ok(Response::new(ControllerStartResponse {
@@ -124,7 +134,10 @@ impl api::controller_server::Controller for Service {
         }))
     }
 
-    async fn platform(&self, request: Request<ControllerPlatformRequest>) -> Answer<ControllerPlatformResponse> {
+    async fn platform(
+        &self,
+        request: Request<ControllerPlatformRequest>,
+    ) -> Answer<ControllerPlatformResponse> {
         self.find(&request, &request.get_ref().sandbox_id)?;
         let platform = Platform {
             os: "linux".into(),
@@ -169,12 +182,19 @@ impl api::controller_server::Controller for Service {
             created_at: Some(timestamp(record.created)),
             exited_at: record.exit.map(|exit| timestamp(exit.at)),
             extra: None,
-            address: if is_ready { address(&sandbox) } else { String::new() },
+            address: if is_ready {
+                address(&sandbox)
+            } else {
+                String::new()
+            },
             version: TASK_VERSION,
         }))
     }
 
-    async fn shutdown(&self, request: Request<ControllerShutdownRequest>) -> Answer<ControllerShutdownResponse> {
+    async fn shutdown(
+        &self,
+        request: Request<ControllerShutdownRequest>,
+    ) -> Answer<ControllerShutdownResponse> {
         let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
         sandbox.remove().await;
         self.0.forget(&sandbox);

@@ -95,12 +95,18 @@ async fn forward(
     envelope: types::Envelope,
 ) -> Result<(), String> {
     if client.is_none() {
-        let channel = crate::daemon::uds::channel(address).await.map_err(|e| e.to_string())?;
+        let channel = crate::daemon::uds::channel(address)
+            .await
+            .map_err(|e| e.to_string())?;
         *client = Some(EventsClient::new(channel));
     }
     let Some(client) = client else { return Ok(()) };
     let request = ForwardRequest {
         envelope: Some(envelope),
     };
-    client.forward(request).await.map(|_| ()).map_err(|e| e.message().to_owned())
+    client
+        .forward(request)
+        .await
+        .map(|_| ())
+        .map_err(|e| e.message().to_owned())
 }

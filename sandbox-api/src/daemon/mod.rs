@@ -1,14 +1,135 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cloisterd`: the daemon that containerd uses as a sandboxer.
+//!
+//! ```text
+//! containerd ── gRPC, one socket ──▶ controller ─▶ node (table of pods) ─▶ sandbox (one pod's life) ─▶ pod::vm
+//!            ── ttrpc, a socket per pod ──────────────────────────────────▶ pod::task
+//!            ◀── events ── events
+//! ```
+//!
+//! The controller translates; a sandbox is walked through its life by a task of its own; everything about virtual machines
+//! is below `pod::vm`. A pod is kept as plain data in `<state_dir>/sandboxes/<id>/sandbox.json`, from which a new daemon
+//! learns which pods ended with the one before it.
 
 pub mod args;
 pub mod config;
 pub mod controller;
+pub mod events;
+pub mod node;
+pub mod pod_plan;
 pub mod quantity;
+pub mod sandbox;
+pub mod uds;
 
+use config::Config;
+use controller::Service;
+use controller::api::controller_server::ControllerServer;
+use events::Publisher;
+use node::{Node, Only};
+use std::io;
 use std::process::ExitCode;
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
 
-/// Runs the daemon.
+/// Time for connections to end after the last pod has.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// Why the daemon cannot run.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("cannot use the state directory {path}")]
+    State {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot listen on {path}")]
+    Listen {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Cells(#[from] cloister_vmm::HostError),
+    #[error("cannot serve")]
+    Serve(#[from] tonic::transport::Error),
+    #[error("cannot start")]
+    Io(#[from] io::Error),
+}
+
+/// Runs the daemon to its end, or does what else its command line asks for.
 pub fn main() -> ExitCode {
-    ExitCode::FAILURE
+    let config = match args::configuration() {
+        Ok(config) => config,
+        Err(code) => return code,
+    };
+    env_logger::Builder::new()
+        .filter_level(config.log.level.into())
+        .filter_module("ttrpc", log::LevelFilter::Error)
+        .init();
+    match run(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("cloisterd: {}", crate::error::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: Config) -> Result<(), Error> {
+    // One daemon per state folder, hence per socket in it.
+    let _only = Only::take(&config.state_dir).map_err(|source| Error::State {
+        path: config.state_dir.display().to_string(),
+        source,
+    })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("cloisterd")
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(serve(config));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+async fn serve(config: Config) -> Result<(), Error> {
+    let socket = config.socket.clone();
+    let in_listening = |source| Error::Listen {
+        path: socket.display().to_string(),
+        source,
+    };
+    // Another daemon, with another state folder, may have it.
+    if UnixStream::connect(&socket).await.is_ok() {
+        return Err(in_listening(io::Error::other("another process listens there")));
+    }
+    let cells = cloister_vmm::CellHost::new(cloister_vmm::CellHostConfig::default())?;
+    let events = Publisher::start(&config.containerd_address);
+    let state = config.state_dir.display().to_string();
+    let node = Node::new(config, cells, events).map_err(|source| Error::State { path: state, source })?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let listener = uds::listen(&socket).map_err(in_listening)?;
+    log::info!("listening on {}", socket.display());
+
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
+        .add_service(ControllerServer::new(Service(std::sync::Arc::clone(&node))))
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+            let _ = ended.await;
+        });
+    let mut server = std::pin::pin!(server);
+    tokio::select! {
+        served = &mut server => served?,
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    log::info!("ending all pods");
+    // Those who wait for a pod hear of its end before the connections go.
+    node.stop_all().await;
+    let _ = end.send(());
+    let _ = tokio::time::timeout(LAST_ANSWERS, server).await;
+    let _ = std::fs::remove_file(&socket);
+    Ok(())
 }

@@ -95,7 +95,13 @@ impl Node {
     pub fn sandboxer(&self, name: &str) -> Result<Profile, Error> {
         self.profile(name).ok_or_else(|| Error::Sandboxer {
             asked: name.to_owned(),
-            known: self.config.sandboxer.keys().cloned().collect::<Vec<_>>().join(", "),
+            known: self
+                .config
+                .sandboxer
+                .keys()
+                .cloned()
+                .collect::<Vec<_>>()
+                .join(", "),
         })
     }
 
@@ -113,7 +119,9 @@ impl Node {
     ) -> Result<Arc<Sandbox>, Error> {
         let profile = self.sandboxer(sandboxer)?;
         let sound = (1..=128).contains(&id.len())
-            && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+            && id
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
             && id.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
         if !sound {
             return Err(Error::Id(id.to_owned()));

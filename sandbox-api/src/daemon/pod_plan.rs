@@ -21,7 +21,9 @@ const LEAST: u64 = 64 << 20;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Refusal {
     /// Something of the host that a pod in a VM cannot share.
-    #[error("{0} is not supported: the pod has a virtual machine of its own; use another runtime class for it")]
+    #[error(
+        "{0} is not supported: the pod has a virtual machine of its own; use another runtime class for it"
+    )]
     Unsupported(&'static str),
     /// Not what containerd sends.
     #[error("the sandbox's options cannot be read: {0}")]
@@ -182,7 +184,10 @@ fn cpus(resources: &LinuxContainerResources, profile: &Profile) -> Result<u8, Re
     if quota <= 0 || period <= 0 {
         return Ok(profile.default_vcpus);
     }
-    let asked = u64::try_from(quota).unwrap_or(0).div_ceil(u64::try_from(period).unwrap_or(1)).max(1);
+    let asked = u64::try_from(quota)
+        .unwrap_or(0)
+        .div_ceil(u64::try_from(period).unwrap_or(1))
+        .max(1);
     u8::try_from(asked)
         .ok()
         .filter(|cpus| *cpus <= profile.max_vcpus)
@@ -224,7 +229,9 @@ fn memory(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use k8s_cri::v1::{LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxMetadata};
+    use k8s_cri::v1::{
+        LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxMetadata,
+    };
 
     fn with_linux(linux: LinuxPodSandboxConfig) -> PodSandboxConfig {
         PodSandboxConfig {
@@ -261,7 +268,17 @@ mod tests {
         let memory = plan(0, 100_000_000).memory;
         assert!(memory >= 100_000_000 + profile.overhead.memory.0 && memory.is_multiple_of(STEP));
         let error = PodPlan::new(resources(100_000_000, 0), &profile).unwrap_err();
-        assert!(matches!(error, Refusal::TooMuch { key: "max_vcpus", asked: 1000, .. }), "{error}");
+        assert!(
+            matches!(
+                error,
+                Refusal::TooMuch {
+                    key: "max_vcpus",
+                    asked: 1000,
+                    ..
+                }
+            ),
+            "{error}"
+        );
         assert_eq!(plan(0, 1).memory.max(LEAST), plan(0, 1).memory);
     }
 
@@ -281,9 +298,27 @@ mod tests {
         };
         let node = NamespaceMode::Node.into();
         let options = NamespaceOption::default;
-        assert!(refused(NamespaceOption { network: node, ..options() }).contains("hostNetwork"));
-        assert!(refused(NamespaceOption { pid: node, ..options() }).contains("hostPID"));
-        assert!(refused(NamespaceOption { ipc: node, ..options() }).contains("hostIPC"));
+        assert!(
+            refused(NamespaceOption {
+                network: node,
+                ..options()
+            })
+            .contains("hostNetwork")
+        );
+        assert!(
+            refused(NamespaceOption {
+                pid: node,
+                ..options()
+            })
+            .contains("hostPID")
+        );
+        assert!(
+            refused(NamespaceOption {
+                ipc: node,
+                ..options()
+            })
+            .contains("hostIPC")
+        );
     }
 
     #[test]
@@ -294,7 +329,10 @@ mod tests {
             type_url: type_url.into(),
             value: config.encode_to_vec(),
         };
-        assert_eq!(read_options(Some(&any("runtime.v1.PodSandboxConfig"))).unwrap(), config);
+        assert_eq!(
+            read_options(Some(&any("runtime.v1.PodSandboxConfig"))).unwrap(),
+            config
+        );
         assert!(read_options(Some(&any("a.b/c.d"))).is_err());
         let garbage = Any {
             type_url: "runtime.v1.PodSandboxConfig".into(),
@@ -310,7 +348,10 @@ mod tests {
             searches: vec!["a.svc".into(), "svc".into()],
             options: vec!["ndots:5".into()],
         };
-        assert_eq!(resolv_conf(&dns), "search a.svc svc\nnameserver 10.0.0.10\noptions ndots:5\n");
+        assert_eq!(
+            resolv_conf(&dns),
+            "search a.svc svc\nnameserver 10.0.0.10\noptions ndots:5\n"
+        );
         assert_eq!(resolv_conf(&DnsConfig::default()), "");
     }
 }

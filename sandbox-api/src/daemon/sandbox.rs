@@ -313,7 +313,10 @@ impl Sandbox {
 
     async fn reached(&self, least: Phase) -> Phase {
         let mut phases = self.phase.subscribe();
-        phases.wait_for(|phase| *phase >= least).await.map_or(Phase::Gone, |phase| *phase)
+        phases
+            .wait_for(|phase| *phase >= least)
+            .await
+            .map_or(Phase::Gone, |phase| *phase)
     }
 
     /// Has it run; answers when its agent is ready. A repeated call waits for the same.
@@ -412,7 +415,7 @@ impl Sandbox {
         let exit = match booted {
             Ok(()) => {
                 self.enter(Phase::Ready, |record| record.started = Some(clock::now()));
-                self.until_end(&made).await
+                self.until_end(&mut made).await
             }
             Err(error) => {
                 log::warn!("{}", crate::error::chain(&error));
@@ -478,13 +481,14 @@ impl Sandbox {
     }
 
     /// Waits for the end that somebody asks for, or the VM's own.
-    async fn until_end(&self, made: &Made) -> Exit {
+    async fn until_end(&self, made: &mut Made) -> Exit {
         let Some(vm) = &made.vm else {
             return asked_for();
         };
+        let ended = vm.ended("by itself");
         tokio::select! {
             () = self.asked(Ask::Stop) => asked_for(),
-            error = vm.ended("by itself") => {
+            error = ended => {
                 let reason = error.to_string();
                 log::error!("sandbox {}: {reason}", self.id());
                 Exit { status: EXIT_KILLED, at: clock::now(), reason: Some(reason) }
@@ -510,8 +514,8 @@ struct Made {
 impl Made {
     /// Ends the VM and what carries its traffic.
     async fn power_off(&mut self) {
-        if let Some(vm) = &self.vm {
-            vm.power_off().await;
+        if let Some(off) = self.vm.as_ref().map(PodVm::power_off) {
+            off.await;
         }
     }
 

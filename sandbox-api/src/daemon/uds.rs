@@ -19,7 +19,9 @@ pub async fn channel(path: &Path) -> Result<Channel, tonic::transport::Error> {
         async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
     });
     // The name is never looked up.
-    Endpoint::from_static("http://localhost").connect_with_connector(connect).await
+    Endpoint::from_static("http://localhost")
+        .connect_with_connector(connect)
+        .await
 }
 
 /// Listens on `path` for root alone. A socket that is there is somebody's who died: the caller holds the daemon's lock.

@@ -102,8 +102,12 @@ impl Error {
             {
                 126
             }
-            Self::Vm(vm::Error::Agent { message, .. }) if message.contains("executable file not found") => 127,
-            Self::Vm(vm::Error::Agent { message, .. }) if message.contains("exec: ") && message.contains("no such file") => {
+            Self::Vm(vm::Error::Agent { message, .. }) if message.contains("executable file not found") => {
+                127
+            }
+            Self::Vm(vm::Error::Agent { message, .. })
+                if message.contains("exec: ") && message.contains("no such file") =>
+            {
                 127
             }
             Self::Vm(vm::Error::Agent { message, .. }) if message.contains("is a directory") => 126,
@@ -390,7 +394,8 @@ async fn start(
             return Err(Error::Interrupted(signal.ok().and_then(|signal| *signal).unwrap_or(libc::SIGTERM)));
         }
     }
-    vm.configure(&network.configure.into_request(&plan.hostname)).await?;
+    vm.configure(&network.configure.into_request(&plan.hostname))
+        .await?;
 
     // The container.
     let service = vm.serve(&pod.pods.socket(&id)).await?;

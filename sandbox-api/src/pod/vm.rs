@@ -157,8 +157,8 @@ impl PodVm {
     ///
     /// # Errors
     /// The agent is not ready, or refuses.
-    pub async fn configure(&self, request: &ConfigureRequest) -> Result<(), Error> {
-        let agent = self.agent()?;
+    pub async fn configure(&mut self, request: &ConfigureRequest) -> Result<(), Error> {
+        let agent = self.agent()?.clone();
         tokio::select! {
             answer = agent.pod.configure(with_duration(QUICK), request) => {
                 answer.map(|_| ()).map_err(agent_error("configure the pod"))
@@ -199,17 +199,20 @@ impl PodVm {
     }
 
     /// Resolves when the VM has ended.
-    pub async fn ended(&self, when: &'static str) -> Error {
-        let mut dead = self.machine.dead();
-        let reason = dead.wait_for(Option::is_some).await;
-        let reason = reason
-            .ok()
-            .and_then(|reason| reason.as_ref().map(why))
-            .unwrap_or_default();
-        Error::Ended {
-            when,
-            reason,
-            tail: self.machine.last_words(),
+    pub fn ended(&self, when: &'static str) -> impl Future<Output = Error> + Send + use<> {
+        let machine = Arc::clone(&self.machine);
+        async move {
+            let mut dead = machine.dead();
+            let reason = dead.wait_for(Option::is_some).await;
+            let reason = reason
+                .ok()
+                .and_then(|reason| reason.as_ref().map(why))
+                .unwrap_or_default();
+            Error::Ended {
+                when,
+                reason,
+                tail: machine.last_words(),
+            }
         }
     }
 
@@ -226,24 +229,28 @@ impl PodVm {
 
     /// Powers the VM off, politely first, and waits until its threads, descriptors and memory are gone. The Task service
     /// still answers for what was.
-    pub async fn power_off(&self) {
-        if let Some(agent) = &self.agent {
-            let mut dead = self.machine.dead();
-            let off = async {
-                if dead.borrow().is_none() {
-                    let _ = agent
-                        .pod
-                        .power_off(with_duration(POWER_OFF), &PowerOffRequest::new())
-                        .await;
-                    let _ = dead.wait_for(Option::is_some).await;
+    pub fn power_off(&self) -> impl Future<Output = ()> + Send + use<> {
+        let machine = Arc::clone(&self.machine);
+        let agent = self.agent.clone();
+        async move {
+            if let Some(agent) = agent {
+                let mut dead = machine.dead();
+                let off = async {
+                    if dead.borrow().is_none() {
+                        let _ = agent
+                            .pod
+                            .power_off(with_duration(POWER_OFF), &PowerOffRequest::new())
+                            .await;
+                        let _ = dead.wait_for(Option::is_some).await;
+                    }
+                };
+                if tokio::time::timeout(POWER_OFF, off).await.is_err() {
+                    log::warn!("the guest did not power off in time");
                 }
-            };
-            if tokio::time::timeout(POWER_OFF, off).await.is_err() {
-                log::warn!("the guest did not power off in time");
             }
+            machine.stop();
+            machine.taken_down().await;
         }
-        self.machine.stop();
-        Arc::clone(&self.machine).taken_down().await;
     }
 
     /// [`power_off`](Self::power_off), and the end of the services.
