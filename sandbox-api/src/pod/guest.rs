@@ -5,6 +5,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
+/// How something is shared into a VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ShareOptions {
+    /// The host refuses writes.
+    pub read_only: bool,
+    /// What the host mounts below it later shows.
+    pub follows_mounts: bool,
+}
+
 /// A running VM, as far as its containers are concerned. Calls may block for a moment, never for long.
 pub trait Guest: Send + Sync + 'static {
     /// A stream to a vsock port of the guest. A refusal shows as end of file.
@@ -17,7 +26,7 @@ pub trait Guest: Send + Sync + 'static {
     ///
     /// # Errors
     /// The name is taken, or the descriptor is of no use.
-    fn attach(&self, name: &str, tree: OwnedFd, read_only: bool) -> io::Result<()>;
+    fn attach(&self, name: &str, tree: OwnedFd, options: ShareOptions) -> io::Result<()>;
 
     /// Takes it away again. What the guest still has open stays usable to it until it closes it.
     ///

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A pod's VM: a cell with the devices a pod needs, and its ways in and out for asynchronous code.
 
-use super::guest::Guest;
+use super::guest::{Guest, ShareOptions};
 use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, FsHandle};
 use cloister_devices::net::{Net, NetBackend, NetConfig};
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
@@ -255,7 +255,7 @@ impl Guest for Machine {
         self.vsock.connect(port)
     }
 
-    fn attach(&self, name: &str, tree: OwnedFd, read_only: bool) -> io::Result<()> {
+    fn attach(&self, name: &str, tree: OwnedFd, share: ShareOptions) -> io::Result<()> {
         let is_root = name.starts_with(ROOT_PREFIX);
         let cache = if is_root {
             CachePolicy::Always
@@ -263,7 +263,8 @@ impl Guest for Machine {
             CachePolicy::Auto
         };
         let options = AttachOptions {
-            read_only,
+            read_only: share.read_only,
+            private_mount: !share.follows_mounts,
             cache,
             // Volumes are others' too, who could cut a mapped file short, which stops this guest.
             dax: is_root,

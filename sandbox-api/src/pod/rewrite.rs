@@ -5,9 +5,13 @@
 //! security profiles of the host's kernel, hooks but those that are the container's own programs); the pod's own DNS files are mounted where the specification does not
 //! bring other ones.
 
-use cloister_protocol::{ETC_DIR, SHARED_DIR};
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, MountBuilder, Spec};
+use cloister_protocol::{ETC_DIR, SHARED_DIR, SHARED_PID_NS, SHM_DIR};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, MountBuilder, Spec};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+
+/// Device nodes that a guest has as the host does.
+const COMMON_DEVICES: [&str; 6] = ["null", "zero", "full", "random", "urandom", "tty"];
 
 /// A directory or file of the host that a container needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +22,8 @@ pub struct Share {
     pub source: PathBuf,
     /// The host refuses writes.
     pub read_only: bool,
+    /// What the host mounts below it later is to show (mount propagation from the host).
+    pub follows_mounts: bool,
 }
 
 /// The name under which a container's root file system is shared.
@@ -28,31 +34,19 @@ pub fn root_name(id: &str) -> String {
 /// Rewrites `spec` for the guest and answers what must be shared before it is used.
 ///
 /// # Errors
-/// A bind mount without an absolute source.
+/// By name, what a container in a VM cannot have.
 pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
+    refuse(spec)?;
     let mut shares = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
-        let options = mount.options().clone().unwrap_or_default();
-        let is_bind =
-            mount.typ().as_deref() == Some("bind") || options.iter().any(|o| o == "bind" || o == "rbind");
-        if !is_bind {
-            continue;
+        if let Some(share) = share(mount, &format!("vol-{}-{id}", shares.len()))? {
+            shares.push(share);
         }
-        let Some(source) = mount.source().clone().filter(|source| source.is_absolute()) else {
-            return Err(format!(
-                "the mount on {} has no absolute source",
-                mount.destination().display()
-            ));
-        };
-        let name = format!("vol-{}-{id}", shares.len());
-        mount.set_source(Some(Path::new(SHARED_DIR).join(&name)));
-        let read_only = options.iter().any(|option| option == "ro" || option == "rro");
-        shares.push(Share {
-            name,
-            source,
-            read_only,
-        });
+    }
+    let shm = Path::new("/dev/shm");
+    if !mounts.iter().any(|mount| mount.destination() == shm) {
+        mounts.push(bind(shm, Path::new(SHM_DIR), "rw")?);
     }
     for file in ["hosts", "hostname", "resolv.conf"] {
         let destination = Path::new("/etc").join(file);
@@ -66,25 +60,27 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
             .root()
             .as_ref()
             .is_some_and(|root| root.readonly() == Some(true));
-        let options = vec!["bind".to_owned(), if read_only { "ro" } else { "rw" }.to_owned()];
-        let mount = MountBuilder::default()
-            .destination(destination)
-            .typ("bind")
-            .source(Path::new(ETC_DIR).join(file))
-            .options(options)
-            .build()
-            .map_err(|e| e.to_string())?;
-        mounts.push(mount);
+        let mode = if read_only { "ro" } else { "rw" };
+        mounts.push(bind(&destination, &Path::new(ETC_DIR).join(file), mode)?);
     }
     spec.set_mounts(Some(mounts));
 
     if let Some(mut linux) = spec.linux().clone() {
         if let Some(namespaces) = linux.namespaces().clone() {
-            let keep = namespaces
-                .into_iter()
-                .filter(|ns| ns.path().is_none() && ns.typ() != LinuxNamespaceType::Network)
-                .collect();
-            linux.set_namespaces(Some(keep));
+            let mut kept = Vec::new();
+            for mut namespace in namespaces {
+                match (namespace.typ(), namespace.path().clone()) {
+                    (LinuxNamespaceType::Network, _) => continue,
+                    (_, None) => {}
+                    (LinuxNamespaceType::Pid, Some(path)) => {
+                        namespace.set_path(Some(guest_pid_namespace(&path)?));
+                    }
+                    // The pod's, which are the guest's own.
+                    (_, Some(_)) => continue,
+                }
+                kept.push(namespace);
+            }
+            linux.set_namespaces(Some(kept));
         }
         linux.set_mount_label(None);
         spec.set_linux(Some(linux));
@@ -102,6 +98,84 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
     });
     spec.set_hooks(hooks);
     Ok(shares)
+}
+
+fn bind(destination: &Path, source: &Path, mode: &str) -> Result<Mount, String> {
+    MountBuilder::default()
+        .destination(destination)
+        .typ("bind")
+        .source(source)
+        .options(vec!["bind".to_owned(), mode.to_owned()])
+        .build()
+        .map_err(|e| e.to_string())
+}
+
+/// Gives a bind mount its source in the guest.
+fn share(mount: &mut Mount, name: &str) -> Result<Option<Share>, String> {
+    let options = mount.options().clone().unwrap_or_default();
+    let has = |names: &[&str]| options.iter().any(|option| names.contains(&option.as_str()));
+    if mount.typ().as_deref() != Some("bind") && !has(&["bind", "rbind"]) {
+        return Ok(None);
+    }
+    let destination = mount.destination().display().to_string();
+    let Some(source) = mount.source().clone().filter(|source| source.is_absolute()) else {
+        return Err(format!("the mount on {destination} has no absolute source"));
+    };
+    let kind = std::fs::metadata(&source).map(|metadata| metadata.file_type());
+    if kind.is_ok_and(|kind| kind.is_char_device() || kind.is_block_device()) {
+        let known = source.file_name().and_then(|name| name.to_str());
+        if source.parent() == Some(Path::new("/dev")) && known.is_some_and(|name| COMMON_DEVICES.contains(&name)) {
+            return Ok(None);
+        }
+        let source = source.display();
+        return Err(format!(
+            "the mount on {destination}: the host's device {source} is not in the pod's virtual machine"
+        ));
+    }
+    mount.set_source(Some(Path::new(SHARED_DIR).join(name)));
+    Ok(Some(Share {
+        name: name.to_owned(),
+        source,
+        read_only: has(&["ro", "rro"]),
+        follows_mounts: has(&["slave", "rslave", "shared", "rshared"]),
+    }))
+}
+
+/// containerd names the PID namespace of the pod by Start's process id, which is ours, and that of another container by
+/// the one its task has, which is the guest's.
+fn guest_pid_namespace(path: &Path) -> Result<PathBuf, String> {
+    let text = path.to_str().unwrap_or_default();
+    let pid = text
+        .strip_prefix("/proc/")
+        .and_then(|rest| rest.strip_suffix("/ns/pid"))
+        .and_then(|pid| pid.parse::<u32>().ok());
+    match pid {
+        Some(pid) if pid == std::process::id() => Ok(SHARED_PID_NS.into()),
+        Some(_) => Ok(path.to_owned()),
+        None => Err(format!("the PID namespace {text:?} is not one of this pod's")),
+    }
+}
+
+/// What would be silently different is refused by name.
+fn refuse(spec: &Spec) -> Result<(), String> {
+    let unsupported = |what: &str| Err(format!("{what} is not supported in a pod with a virtual machine of its own"));
+    for mount in spec.mounts().iter().flatten() {
+        if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+            return unsupported(&format!("the ID-mapped mount on {}", mount.destination().display()));
+        }
+    }
+    let Some(linux) = spec.linux() else { return Ok(()) };
+    if linux.intel_rdt().is_some() {
+        return unsupported("linux.intelRdt");
+    }
+    if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
+        return unsupported("linux.seccomp.listenerPath");
+    }
+    let has_user = |ns: &oci_spec::runtime::LinuxNamespace| ns.typ() == LinuxNamespaceType::User;
+    if linux.namespaces().iter().flatten().any(has_user) {
+        return unsupported("a user namespace");
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -125,6 +199,7 @@ mod tests {
             name: name.into(),
             source: source.into(),
             read_only,
+            follows_mounts: false,
         };
         assert_eq!(
             shares,
@@ -144,6 +219,7 @@ mod tests {
                 "proc",
                 "/run/cloister/shared/vol-0-c1",
                 "/run/cloister/shared/vol-1-c1",
+                "/run/cloister/shm",
                 "/run/cloister/etc/hostname",
                 "/run/cloister/etc/resolv.conf"
             ]
@@ -178,6 +254,37 @@ mod tests {
             !text.contains("/proc/") || !text.contains("/ns/"),
             "no namespace of the host is left"
         );
+    }
+
+    #[test]
+    fn pid_namespaces_are_the_pods_or_a_tasks() {
+        let own = format!("/proc/{}/ns/pid", std::process::id());
+        assert_eq!(guest_pid_namespace(Path::new(&own)).unwrap(), Path::new(SHARED_PID_NS));
+        let task = Path::new("/proc/0/ns/pid");
+        assert_eq!(guest_pid_namespace(task).unwrap(), task);
+        for bad in ["/proc/self/ns/pid", "/proc/1/ns/net", "/run/netns/x", "/proc/1/../2/ns/pid"] {
+            assert!(guest_pid_namespace(Path::new(bad)).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        let refused = |from: &str, to: &str| {
+            let text = SPEC.replace(from, to);
+            for_guest(&mut serde_json::from_str(&text).unwrap(), "c1").unwrap_err()
+        };
+        assert!(refused(r#"{"type":"mount"}"#, r#"{"type":"mount"},{"type":"user"}"#).contains("user namespace"));
+        assert!(refused("/srv/data", "/dev/kmsg").contains("/dev/kmsg"));
+        assert!(refused(r#""cgroupsPath""#, r#""intelRdt":{},"cgroupsPath""#).contains("intelRdt"));
+    }
+
+    #[test]
+    fn devices_that_every_guest_has_are_bound_there() {
+        let mut spec: Spec = serde_json::from_str(&SPEC.replace("/srv/data", "/dev/null")).unwrap();
+        let shares = for_guest(&mut spec, "c1").unwrap();
+        assert_eq!(shares.len(), 1);
+        let source = |index: usize| spec.mounts().as_ref().unwrap()[index].source().clone().unwrap();
+        assert_eq!(source(1), Path::new("/dev/null"));
     }
 
     #[test]

@@ -15,7 +15,7 @@
 //! ttrpc drops a call whose connection breaks: what changes state runs in a task of its own.
 
 use super::agent::Agent;
-use super::guest::Guest;
+use super::guest::{Guest, ShareOptions};
 use super::rewrite::{self, Share};
 use super::state::EXIT_KILLED;
 use super::streams::{Hub, Pumps, Stdio};
@@ -37,6 +37,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
@@ -93,6 +94,7 @@ struct Container {
 }
 
 struct Process {
+    pid: AtomicU32,
     names: [String; 3],
     terminal: bool,
     pumps: Mutex<Option<Pumps>>,
@@ -212,10 +214,18 @@ impl TaskService {
             .root()
             .as_ref()
             .is_some_and(|root| root.readonly() == Some(true));
-        self.share(container, &rewrite::root_name(&id), root, read_only)?;
+        let options = ShareOptions {
+            read_only,
+            ..ShareOptions::default()
+        };
+        self.share(container, &rewrite::root_name(&id), root, options)?;
         for share in &shares {
             let opened = open_share(share)?;
-            self.share(container, &share.name, opened, share.read_only)?;
+            let options = ShareOptions {
+                read_only: share.read_only,
+                follows_mounts: share.follows_mounts,
+            };
+            self.share(container, &share.name, opened, options)?;
         }
         let names = stdio.names.clone();
         let (pumps, streams) = Pumps::start(&self.hub, stdio, terminal).map_err(|e| unknown("stdio", e))?;
@@ -243,13 +253,14 @@ impl TaskService {
             ..Default::default()
         };
         let response = self.agent.task.create(no_deadline(), &request).await?;
-        self.watch(container, &id, "", names, terminal, pumps);
+        let process = self.watch(container, &id, "", names, terminal, pumps);
+        process.pid.store(response.pid, Ordering::Relaxed);
         Ok(response.pid)
     }
 
-    fn share(&self, container: &Container, name: &str, tree: OwnedFd, read_only: bool) -> Result<()> {
+    fn share(&self, container: &Container, name: &str, tree: OwnedFd, options: ShareOptions) -> Result<()> {
         self.guest
-            .attach(name, tree, read_only)
+            .attach(name, tree, options)
             .map_err(|e| unknown(&format!("share {name} with the VM"), e))?;
         lock(&container.shared).push(name.to_owned());
         Ok(())
@@ -272,15 +283,17 @@ impl TaskService {
         names: [String; 3],
         terminal: bool,
         pumps: Pumps,
-    ) {
+    ) -> Arc<Process> {
         let (exit, _) = watch::channel(None);
         let process = Arc::new(Process {
+            pid: AtomicU32::new(0),
             names,
             terminal,
             pumps: Mutex::new(Some(pumps)),
             exit,
         });
         lock(&container.processes).insert(exec.to_owned(), Arc::clone(&process));
+        let watched = Arc::clone(&process);
         let service = Arc::clone(self);
         let request = api::WaitRequest {
             id: id.to_owned(),
@@ -319,6 +332,7 @@ impl TaskService {
             }
             process.exit.send_replace(Some(exit));
         });
+        watched
     }
 
     /// Starts a container or exec. Answers the pid in the guest.
@@ -326,13 +340,15 @@ impl TaskService {
     /// # Errors
     /// What the agent says.
     pub async fn start_process(&self, id: &str, exec: &str) -> Result<u32> {
-        self.process(id, exec)?;
+        let process = self.process(id, exec)?;
         let request = api::StartRequest {
             id: id.to_owned(),
             exec_id: exec.to_owned(),
             ..Default::default()
         };
-        Ok(self.agent.task.start(no_deadline(), &request).await?.pid)
+        let pid = self.agent.task.start(no_deadline(), &request).await?.pid;
+        process.pid.store(pid, Ordering::Relaxed);
+        Ok(pid)
     }
 
     /// Waits for the end of a process and its output.
@@ -575,15 +591,39 @@ fn mount_root(request: &api::CreateTaskRequest) -> Result<OwnedFd> {
     }
 }
 
+/// Reads a bundle's config.json; neither the bundle nor the file may be a symbolic link, nor may the way to it go back.
 fn read_spec(bundle: &str) -> Result<Spec> {
     use std::io::Read;
-    let path = Path::new(bundle).join("config.json");
-    let what = path.display().to_string();
-    let file = std::fs::File::open(&path).map_err(|e| unknown(&what, e))?;
+    let path = Path::new(bundle);
+    let what = path.join("config.json").display().to_string();
+    if !path.is_absolute() || path.components().any(|c| c == std::path::Component::ParentDir) {
+        return Err(status(
+            Code::INVALID_ARGUMENT,
+            format!("bundle {bundle:?} is not an absolute path without \"..\""),
+        ));
+    }
+    let failed = |e: Errno| match e {
+        Errno::NOENT => status(Code::NOT_FOUND, format!("{what}: {e}")),
+        Errno::LOOP | Errno::NOTDIR => status(
+            Code::INVALID_ARGUMENT,
+            format!("{what}: a bundle is a directory with a file config.json, not symbolic links"),
+        ),
+        e => unknown(&what, std::io::Error::from(e)),
+    };
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let dir = rustix::fs::openat(CWD, path, flags | OFlags::DIRECTORY, Mode::empty()).map_err(failed)?;
+    let file = rustix::fs::openat(&dir, "config.json", flags | OFlags::NONBLOCK, Mode::empty()).map_err(failed)?;
     let mut bytes = Vec::new();
-    file.take(MAX_SPEC)
+    std::fs::File::from(file)
+        .take(MAX_SPEC + 1)
         .read_to_end(&mut bytes)
         .map_err(|e| unknown(&what, e))?;
+    if u64::try_from(bytes.len()).unwrap_or(u64::MAX) > MAX_SPEC {
+        return Err(status(
+            Code::RESOURCE_EXHAUSTED,
+            format!("{what} is larger than {MAX_SPEC} bytes"),
+        ));
+    }
     serde_json::from_slice(&bytes).map_err(|e| status(Code::INVALID_ARGUMENT, format!("{what}: {e}")))
 }
 
@@ -599,6 +639,9 @@ impl api::Task for Served {
     ) -> Result<api::CreateTaskResponse> {
         let service = Arc::clone(&self.0);
         let work = async move {
+            if !request.checkpoint.is_empty() {
+                return Err(status(Code::UNIMPLEMENTED, "restoring a checkpoint is not supported"));
+            }
             let spec = read_spec(&request.bundle)?;
             let root = mount_root(&request)?;
             let stdio = Stdio::from_request(&request.stdin, &request.stdout, &request.stderr)
@@ -636,6 +679,7 @@ impl api::Task for Served {
             Some(exit) if self.0.is_dead() => api::StateResponse {
                 id: request.id.clone(),
                 exec_id: request.exec_id.clone(),
+                pid: process.pid.load(Ordering::Relaxed),
                 status: EnumOrUnknown::new(api::Status::STOPPED),
                 exit_status: exit.status,
                 exited_at: MessageField::some(exit.at),
@@ -686,9 +730,13 @@ impl api::Task for Served {
     }
 
     async fn connect(&self, _: &TtrpcContext, request: api::ConnectRequest) -> Result<api::ConnectResponse> {
-        self.0.container(&request.id)?;
+        let process = self.0.process(&request.id, "")?;
         let mut response = if self.0.is_dead() {
-            api::ConnectResponse::new()
+            api::ConnectResponse {
+                task_pid: process.pid.load(Ordering::Relaxed),
+                version: "3".into(),
+                ..Default::default()
+            }
         } else {
             self.0.agent.task.connect(no_deadline(), &request).await?
         };
@@ -697,6 +745,18 @@ impl api::Task for Served {
     }
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
+        let process = self.0.process(&request.id, "")?;
+        if self.0.is_dead() {
+            // A containerd that was restarted takes an empty list for a task that never was.
+            let info = api::ProcessInfo {
+                pid: process.pid.load(Ordering::Relaxed),
+                ..Default::default()
+            };
+            return Ok(api::PidsResponse {
+                processes: vec![info],
+                ..Default::default()
+            });
+        }
         self.0.agent.task.pids(no_deadline(), &request).await
     }
 

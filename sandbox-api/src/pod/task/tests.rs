@@ -22,8 +22,8 @@ impl Guest for FakeGuest {
         self.dial.try_send(theirs).map_err(std::io::Error::other)?;
         Ok(ours)
     }
-    fn attach(&self, name: &str, _: OwnedFd, read_only: bool) -> std::io::Result<()> {
-        lock(&self.attached).insert(name.to_owned(), read_only);
+    fn attach(&self, name: &str, _: OwnedFd, options: ShareOptions) -> std::io::Result<()> {
+        lock(&self.attached).insert(name.to_owned(), options.read_only);
         Ok(())
     }
     fn detach(&self, name: &str) -> std::io::Result<()> {
