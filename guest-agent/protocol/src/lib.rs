@@ -42,6 +42,11 @@ pub const SHARED_TAG: &str = "cloister";
 pub const SHARED_DIR: &str = "/run/cloister/shared";
 /// Directory of the DNS files [`pod::ConfigureRequest`] carries: `hosts`, `resolv.conf`, `hostname`.
 pub const ETC_DIR: &str = "/run/cloister/etc";
+/// The tmpfs that containers of a pod have in common as /dev/shm; its size is in [`pod::ConfigureRequest`].
+pub const SHM_DIR: &str = "/run/cloister/shm";
+/// Path of the PID namespace that containers of a pod share: what a spec names as its PID namespace's path. The agent
+/// makes the namespace for the first spec that does.
+pub const SHARED_PID_NS: &str = "/run/cloister/ns/pid";
 
 /// Topic of the first event an agent sends; the payload is [`pod::Ready`].
 pub const READY_TOPIC: &str = "/cloister/agent/ready";
