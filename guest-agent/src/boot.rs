@@ -20,8 +20,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use cloister_protocol::EVENTS_PORT;
 use cloister_protocol::pod::Step;
+use cloister_protocol::{EVENTS_PORT, SHM_DIR};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
 use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
 use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
@@ -62,6 +62,8 @@ const MOUNTS: &[(&str, &str, MountFlags, &str)] = &[
     ("tmpfs", "/dev/shm", NO_SUID_DEV, "mode=1777"),
     ("tmpfs", "/run", NO_SUID_DEV, "mode=0755"),
     ("tmpfs", "/tmp", NO_SUID_DEV, "mode=1777"),
+    // As large as container runtimes usually make it, unless Configure says otherwise.
+    ("tmpfs", SHM_DIR, NO_ALL, "mode=1777,size=64m"),
 ];
 const NO_SUID_DEV: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
 const NO_SUID_EXEC: MountFlags = MountFlags::NOSUID.union(MountFlags::NOEXEC);

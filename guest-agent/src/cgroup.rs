@@ -10,6 +10,8 @@ use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cloister_protocol::containerd_shim_protos::cgroups_v2::metrics::{
@@ -30,11 +32,6 @@ use crate::spec::has_swap;
 
 /// Where the tree is mounted.
 const ROOT: &str = "/sys/fs/cgroup";
-
-/// Whether the machine has cgroup v2, and only that.
-pub fn is_unified() -> bool {
-    Path::new(ROOT).join("cgroup.controllers").exists()
-}
 
 /// The controllers of the tree.
 pub fn controllers() -> Vec<String> {
@@ -316,21 +313,53 @@ impl Cgroup {
     }
 }
 
-/// Publishes an event whenever the kernel kills a member of `cgroup` for want of memory, as long as the cgroup exists.
-pub fn watch_oom(cgroup: &Cgroup, container: &str, events: Publisher) {
-    let cgroup = Cgroup {
-        path: cgroup.path.clone(),
-    };
-    let file = cgroup.path.join("memory.events");
-    if !file.exists() {
-        return;
-    }
-    match watch(&file) {
-        Ok(watch) => {
-            tokio::spawn(follow_oom(cgroup, watch, container.to_owned(), events));
+/// Tells of members of a cgroup that the kernel killed for want of memory.
+pub struct OomReporter {
+    cgroup: Cgroup,
+    container: String,
+    events: Publisher,
+    /// How many were told of.
+    told: AtomicU64,
+}
+
+impl OomReporter {
+    /// Tells of those killed from now on, as long as the cgroup exists. None where nobody counts them.
+    pub fn start(cgroup: &Cgroup, container: &str, events: Publisher) -> Option<Arc<Self>> {
+        let cgroup = Cgroup {
+            path: cgroup.path.clone(),
+        };
+        let file = cgroup.path.join("memory.events");
+        if !file.exists() {
+            return None;
         }
-        Err(error) => {
-            log::error!("container {container}: out-of-memory events will not be reported: {error}")
+        let watch = watch(&file)
+            .inspect_err(|error| {
+                log::error!("container {container}: out-of-memory events will not be reported: {error}");
+            })
+            .ok()?;
+        let told = AtomicU64::new(cgroup.oom_kills());
+        let reporter = Arc::new(Self {
+            cgroup,
+            container: container.to_owned(),
+            events,
+            told,
+        });
+        tokio::spawn(follow_oom(Arc::clone(&reporter), watch));
+        Some(reporter)
+    }
+
+    /// Publishes an event if the kernel killed any that were not told of. To be called before an exit is told, so that who
+    /// hears of the exit knows its reason.
+    pub fn report(&self) {
+        let kills = self.cgroup.oom_kills();
+        if self.told.fetch_max(kills, Ordering::Relaxed) < kills {
+            self.events.publish(
+                TASK_OOM_EVENT_TOPIC,
+                &TaskOOM {
+                    container_id: self.container.clone(),
+                    ..Default::default()
+                },
+            );
         }
     }
 }
@@ -345,13 +374,7 @@ fn watch(file: &Path) -> io::Result<AsyncFd<std::os::fd::OwnedFd>> {
     register(fd, Interest::READABLE)
 }
 
-async fn follow_oom(
-    cgroup: Cgroup,
-    watch: AsyncFd<std::os::fd::OwnedFd>,
-    container: String,
-    events: Publisher,
-) {
-    let mut told = cgroup.oom_kills();
+async fn follow_oom(reporter: Arc<OomReporter>, watch: AsyncFd<std::os::fd::OwnedFd>) {
     loop {
         let Ok(mut guard) = watch.readable().await else {
             return;
@@ -371,17 +394,7 @@ async fn follow_oom(
             }
         }
         guard.clear_ready();
-        let kills = cgroup.oom_kills();
-        if kills > told {
-            told = kills;
-            events.publish(
-                TASK_OOM_EVENT_TOPIC,
-                &TaskOOM {
-                    container_id: container.clone(),
-                    ..Default::default()
-                },
-            );
-        }
+        reporter.report();
         if gone {
             return;
         }

@@ -28,10 +28,11 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use rustix::process::Signal;
 use serde_json::Value;
 
-use crate::cgroup::{self, Cgroup};
+use crate::cgroup::{Cgroup, OomReporter};
 use crate::error::{Result, already_exists, failed_precondition, not_found, unknown};
 use crate::events::{Publisher, timestamp};
 use crate::helper::SECCOMP_FILE;
+use crate::pidns::{self, SharedPidNs};
 use crate::process::{GivenNames, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Io, Names, nulls};
@@ -52,6 +53,8 @@ pub struct Context {
     pub in_vm: bool,
     /// The containers there are.
     pub containers: Mutex<Containers>,
+    /// The PID namespace that containers can share.
+    pub pid_ns: SharedPidNs,
 }
 
 /// Table of containers.
@@ -70,6 +73,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Its cgroup.
     pub cgroup: Cgroup,
+    /// Tells of processes killed for want of memory.
+    oom: Option<Arc<OomReporter>>,
     /// bundles/ID
     pub bundle: PathBuf,
     /// It has a seccomp profile.
@@ -218,10 +223,13 @@ impl Context {
         lock(&self.containers).table.values().cloned().collect()
     }
 
-    /// Kills what is left in a container whose first process is gone.
-    pub fn kill_rest(&self, id: &str) {
+    /// A container's first process is gone: kills what is left, and tells if it died for want of memory.
+    pub fn first_gone(&self, id: &str) {
         if let Ok(container) = self.container(id) {
             container.cgroup.kill();
+            if let Some(oom) = &container.oom {
+                oom.report();
+            }
         }
     }
 
@@ -245,9 +253,6 @@ impl Context {
         containers.table.insert(id.to_owned(), Arc::clone(&container));
         drop(containers);
         let pid = container.init.pid_u32();
-        if self.in_vm || cgroup::is_unified() {
-            cgroup::watch_oom(&container.cgroup, id, self.events.clone());
-        }
         self.events.publish(
             TASK_CREATE_EVENT_TOPIC,
             &TaskCreate {
@@ -279,12 +284,18 @@ impl Context {
         let names = Names::parse(&request.stdin, &request.stdout, &request.stderr, request.terminal)?;
         let bundle = self.run.join("bundles").join(id);
         let rootfs = (!request.rootfs.is_empty()).then(|| bundle.join("rootfs"));
-        let prepared = spec::prepare(
+        let mut prepared = spec::prepare(
             id,
             request.options.get_or_default(),
             request.terminal,
             rootfs.as_deref(),
         )?;
+        if pidns::asked_for(&mut prepared.json, &pidns::file(&self.run)) {
+            self.pid_ns
+                .ensure(&self.reaper, &self.run)
+                .await
+                .map_err(|e| unknown(format!("OCI runtime create failed: {e}")))?;
+        }
         if self.in_vm
             && let Err(error) = mount::shared()
         {
@@ -358,10 +369,12 @@ impl Context {
             let hooks = prepared.json.pointer(hooks).and_then(Value::as_array);
             hooks.is_some_and(|hooks| !hooks.is_empty())
         };
+        let oom = OomReporter::start(&cgroup, id, self.events.clone());
         Ok(Arc::new(Container {
             id: id.to_owned(),
             init,
             cgroup,
+            oom,
             poststart: has("/hooks/poststart"),
             poststop: has("/hooks/poststop"),
             bundle: bundle.to_owned(),

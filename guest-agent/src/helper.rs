@@ -5,12 +5,13 @@
 //! cloister-agent --helper FD create STATE ID BUNDLE CONSOLE
 //! cloister-agent --helper FD exec   STATE ID PROCESS CONSOLE
 //! cloister-agent --helper FD hooks  STATE ID KIND -
+//! cloister-agent --helper FD pidns  - - - -
 //! ```
 //!
 //! FD is the control pipe (see [`crate::spawn`]), STATE libcontainer's state directory, BUNDLE a directory with
 //! `config.json`, PROCESS a file with an OCI process, KIND poststart or poststop, CONSOLE a unix socket that takes the
-//! terminal, or `-`. The stdio of
-//! the helper becomes that of the container. The process made is an orphan when the helper exits.
+//! terminal, or `-`. The stdio of the helper becomes that of the container. The process made is an orphan when the helper
+//! exits. `pidns` makes the pod's PID namespace, see [`crate::pidns`].
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -24,7 +25,7 @@ use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 
 use crate::executor::AgentExecutor;
-use crate::{error, log as logger};
+use crate::{error, log as logger, pidns};
 
 /// First argument of a helper.
 pub const COMMAND: &str = "--helper";
@@ -118,6 +119,9 @@ fn run(
     let explain = |e: libcontainer::error::LibcontainerError| error::chain(&e);
     if command == "hooks" {
         return hooks(state, id, path);
+    }
+    if command == "pidns" {
+        return pidns::make();
     }
     let console = (console != "-").then(|| PathBuf::from(console));
     let first = command == "create";

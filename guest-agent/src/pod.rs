@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Our Pod service: what surrounds the containers.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -9,12 +10,14 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use cloister_protocol::pod::{
-    ConfigureRequest, ConfigureResponse, DnsFiles, InfoRequest, InfoResponse, MountRequest, MountResponse,
-    OnlineRequest, OnlineResponse, PingRequest, PingResponse, Pod, PowerOffRequest, PowerOffResponse,
-    ReseedRequest, ReseedResponse, SetTimeRequest, SetTimeResponse, UnmountRequest, UnmountResponse,
+    AttachBlockRequest, AttachBlockResponse, ConfigureRequest, ConfigureResponse, DetachBlockRequest,
+    DetachBlockResponse, DnsFiles, InfoRequest, InfoResponse, MountRequest, MountResponse, OnlineRequest,
+    OnlineResponse, PingRequest, PingResponse, Pod, PowerOffRequest, PowerOffResponse, ReseedRequest,
+    ReseedResponse, SetTimeRequest, SetTimeResponse, UnmountRequest, UnmountResponse,
 };
 use cloister_protocol::ttrpc::asynchronous::TtrpcContext;
-use cloister_protocol::{ETC_DIR, PROTOCOL_VERSION};
+use cloister_protocol::{ETC_DIR, PROTOCOL_VERSION, SHM_DIR};
+use rustix::mount::{MountFlags, mount_remount};
 use rustix::system::{sethostname, uname};
 use rustix::time::{ClockId, Timespec, clock_settime};
 
@@ -22,10 +25,15 @@ use crate::boot::boottime_ns;
 use crate::container::Context;
 use crate::error::{Result, failed_precondition, invalid_argument, unknown};
 use crate::net::Netlink;
-use crate::{cgroup, mount, power};
+use crate::{cgroup, disk, mount, power};
 
 /// Longest entropy the kernel's generator takes at once.
 const MAX_ENTROPY: usize = 512;
+
+/// Where the kernel lists its processors.
+const CPUS: &str = "/sys/devices/system/cpu";
+/// More than a kernel can be built for.
+const MAX_CPUS: u32 = 8192;
 
 /// See the module.
 pub struct PodService(Arc<Context>);
@@ -150,20 +158,49 @@ fn kib_field(text: &str, key: &str) -> u64 {
         .map_or(0, |kib| kib.saturating_mul(1024))
 }
 
-/// Number of processors in a list like "0-3,5".
-fn count_cpus(list: &str) -> u32 {
-    list.trim()
+/// The processors in a list like "0-3,5", ascending.
+fn parse_cpus(list: &str) -> Vec<u32> {
+    let mut cpus: Vec<u32> = list
+        .trim()
         .split(',')
         .filter_map(|range| {
             let (first, last) = range.split_once('-').unwrap_or((range, range));
             let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-            last.checked_sub(first)?.checked_add(1)
+            // More than any kernel has is no list of the kernel's.
+            (first <= last && last < MAX_CPUS).then_some(first..=last)
         })
-        .fold(0, u32::saturating_add)
+        .flatten()
+        .collect();
+    cpus.sort_unstable();
+    cpus
+}
+
+/// Those of /sys/devices/system/cpu/`file`.
+fn cpus(file: &str) -> Vec<u32> {
+    parse_cpus(&fs::read_to_string(Path::new(CPUS).join(file)).unwrap_or_default())
 }
 
 fn online_cpus() -> u32 {
-    count_cpus(&fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default())
+    u32::try_from(cpus("online").len()).unwrap_or(u32::MAX)
+}
+
+/// Brings processors online, the lowest first, or takes them offline, the highest first, until there are `wanted`, or the
+/// kernel does not go on.
+fn set_cpus(wanted: u32) {
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    let online = cpus("online");
+    let offline = cpus("present").into_iter().filter(|cpu| !online.contains(cpu));
+    let more = offline
+        .take(wanted.saturating_sub(online.len()))
+        .map(|cpu| (cpu, "1"));
+    let fewer = online.iter().skip(wanted.max(1)).rev().map(|cpu| (*cpu, "0"));
+    for (cpu, state) in more.chain(fewer) {
+        let file = format!("{CPUS}/cpu{cpu}/online");
+        if let Err(error) = fs::write(&file, state) {
+            log::warn!("{state} to {file}: {error}");
+            return;
+        }
+    }
 }
 
 /// Writes to `file` of each directory below `dir` whose name is `prefix` and a number. Returns how many took it.
@@ -201,6 +238,11 @@ impl Pod for PodService {
         }
         write_files(&self.etc(), request.files.get_or_default(), &request.hostname)
             .map_err(failed("DNS files"))?;
+        if request.shm_bytes != 0 && self.0.in_vm {
+            let size = CString::new(format!("size={}", request.shm_bytes)).unwrap_or_default();
+            let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+            mount_remount(SHM_DIR, flags, &size).map_err(|e| failed("size of /dev/shm")(e.into()))?;
+        }
         let mut sysctls: Vec<_> = request.sysctls.iter().collect();
         sysctls.sort();
         for (key, value) in sysctls {
@@ -272,23 +314,41 @@ impl Pod for PodService {
                 "online",
             );
         }
-        // Hot-added processors take a moment to appear.
-        for _ in 0..200 {
-            write_each("/sys/devices/system/cpu", "cpu", "online", "0", "1");
-            if online_cpus() >= request.cpus {
-                return Ok(OnlineResponse {
-                    cpus: online_cpus(),
-                    memory_blocks,
-                    ..Default::default()
-                });
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
+        if request.cpus != 0 {
+            set_cpus(request.cpus);
         }
-        Err(failed_precondition(format!(
-            "{} of {} processors are online",
-            online_cpus(),
-            request.cpus
-        )))
+        let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        Ok(OnlineResponse {
+            cpus: online_cpus(),
+            memory_blocks,
+            memory_total_bytes: kib_field(&memory, "MemTotal"),
+            ..Default::default()
+        })
+    }
+
+    async fn attach_block(
+        &self,
+        _: &TtrpcContext,
+        request: AttachBlockRequest,
+    ) -> Result<AttachBlockResponse> {
+        let disk = disk::attach(request.slot)
+            .map_err(|e| unknown(format!("the disk in slot {}: {e}", request.slot)))?;
+        Ok(AttachBlockResponse {
+            path: disk.path,
+            major: disk.major,
+            minor: disk.minor,
+            size_bytes: disk.size,
+            ..Default::default()
+        })
+    }
+
+    async fn detach_block(
+        &self,
+        _: &TtrpcContext,
+        request: DetachBlockRequest,
+    ) -> Result<DetachBlockResponse> {
+        disk::detach(request.slot).map_err(|e| unknown(format!("the disk in slot {}: {e}", request.slot)))?;
+        Ok(DetachBlockResponse::new())
     }
 
     async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> Result<InfoResponse> {
@@ -373,11 +433,11 @@ mod tests {
     }
 
     #[test]
-    fn cpu_lists_are_counted() {
-        assert_eq!(count_cpus("0-3,5\n"), 5);
-        assert_eq!(count_cpus("0"), 1);
-        assert_eq!(count_cpus(""), 0);
-        assert_eq!(count_cpus("3-1,x,0-4294967295"), 0);
+    fn cpu_lists_are_read() {
+        assert_eq!(parse_cpus("5,0-3\n"), [0, 1, 2, 3, 5]);
+        assert_eq!(parse_cpus("0"), [0]);
+        assert!(parse_cpus("").is_empty());
+        assert!(parse_cpus("3-1,x,0-4294967295").is_empty());
     }
 
     #[test]

@@ -132,7 +132,7 @@ impl Process {
         }
         if self.exec.is_empty() {
             // Without a pid namespace of its own, a container's other processes outlive its first one.
-            context.kill_rest(&self.container);
+            context.first_gone(&self.container);
         }
         self.exit.send_replace(Some(exit));
         let mut started = self.started.subscribe();

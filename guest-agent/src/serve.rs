@@ -60,6 +60,7 @@ pub fn in_vm(listener: OwnedFd, dial: io::Result<Dial>, mut timeline: Timeline) 
             run: PathBuf::from("/run/cloister"),
             in_vm: true,
             containers: Default::default(),
+            pid_ns: Default::default(),
         });
         serve(transport::vsock_server(listener), context).await
     })
@@ -128,6 +129,7 @@ fn as_process(args: Arguments, timeline: Timeline) -> io::Result<()> {
             run: args.run,
             in_vm: false,
             containers: Default::default(),
+            pid_ns: Default::default(),
         });
         serve(listener, context).await
     })

@@ -96,6 +96,16 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
             all.iter()
                 .any(|ns| ns["type"] == "uts" && ns["path"].as_str().is_none_or(str::is_empty))
         });
+    let namespaces = linux.get_mut("namespaces").and_then(Value::as_array_mut);
+    for namespace in namespaces.into_iter().flatten().filter_map(Value::as_object_mut) {
+        // No path, to OCI's Go types; libcontainer would open it.
+        if namespace
+            .get("path")
+            .is_some_and(|path| path == "" || path.is_null())
+        {
+            namespace.remove("path");
+        }
+    }
     let cgroup = cgroup_path(
         id,
         linux.get("cgroupsPath").and_then(Value::as_str).map(Path::new),

@@ -4,6 +4,7 @@
 
 mod harness;
 
+use cloister_protocol::SHARED_PID_NS;
 use cloister_protocol::events::{TaskExit, TaskStart};
 use cloister_protocol::pod::{InfoRequest, PingRequest};
 use cloister_protocol::protobuf::Message;
@@ -451,6 +452,85 @@ async fn pause_stops_and_resume_goes_on() {
         .unwrap();
     assert_eq!(bed.wait("p", "").await, 137);
     bed.delete("p", "").await.unwrap();
+}
+
+/// The spec of a container whose PID namespace is the one at `path`.
+fn spec_in(bed: &Bed, id: &str, args: &[&str], path: &str) -> serde_json::Value {
+    let mut spec = bed.spec(id, args);
+    spec["linux"]["namespaces"] =
+        serde_json::json!([{"type": "pid", "path": path}, {"type": "mount"}, {"type": "ipc", "path": ""}]);
+    spec
+}
+
+#[tokio::test]
+async fn containers_share_the_pods_pid_namespace() {
+    let mut bed = Bed::new().await;
+    let none = harness::Streams::default();
+    let spec = spec_in(&bed, "a", &["sleep", "1000"], SHARED_PID_NS);
+    bed.task
+        .create(ctx(), &bed.create_request("a", &spec, &none, false))
+        .await
+        .unwrap();
+    bed.start("a", "").await.unwrap();
+    // Sees the other container and the namespace's first process, leaves an orphan that dies, and no zombie stays.
+    let script = "cat /proc/1/comm; grep -l sleep /proc/*/comm; (sleep 0.1 & echo $! >/tmp/orphan); sleep 1; \
+        test -e /proc/$(cat /tmp/orphan) && echo zombie; kill -9 1; kill -0 1 && echo lives; ls /proc/1/root/; true";
+    let mut streams = bed.streams([false, true, true]);
+    let spec = spec_in(&bed, "b", &["sh", "-c", script], SHARED_PID_NS);
+    bed.task
+        .create(ctx(), &bed.create_request("b", &spec, &streams, false))
+        .await
+        .unwrap();
+    let pid = bed.start("b", "").await.unwrap();
+    assert!(pid > 1);
+    assert_eq!(bed.wait("b", "").await, 0);
+    let text = streams.read_text(1).await;
+    let lines: Vec<_> = text.lines().collect();
+    assert_eq!(lines.first(), Some(&"pause"), "{text}");
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.starts_with("/proc/") && line.ends_with("/comm")),
+        "{text}"
+    );
+    assert_eq!(lines.last(), Some(&"lives"), "{text}");
+    let errors = streams.read_text(2).await;
+    assert!(
+        errors.contains("ermission denied"),
+        "the first process's root is nobody's: {errors}"
+    );
+    bed.delete("b", "").await.unwrap();
+    // The other one lives on, and an exec in it is in the same namespace.
+    let mut streams = bed.streams([false, true, false]);
+    bed.exec("a", "e", &["cat", "/proc/1/comm"], &streams, false)
+        .await
+        .unwrap();
+    bed.start("a", "e").await.unwrap();
+    assert_eq!(streams.read_text(1).await, "pause\n");
+}
+
+#[tokio::test]
+async fn a_container_joins_the_pid_namespace_of_another() {
+    let mut bed = Bed::new().await;
+    let none = harness::Streams::default();
+    let spec = bed.spec("target", &["sleep", "1000"]);
+    bed.task
+        .create(ctx(), &bed.create_request("target", &spec, &none, false))
+        .await
+        .unwrap();
+    let pid = bed.start("target", "").await.unwrap();
+    let mut streams = bed.streams([false, true, false]);
+    let path = format!("/proc/{pid}/ns/pid");
+    let spec = spec_in(&bed, "debugger", &["cat", "/proc/1/comm"], &path);
+    bed.task
+        .create(ctx(), &bed.create_request("debugger", &spec, &streams, false))
+        .await
+        .unwrap();
+    bed.start("debugger", "").await.unwrap();
+    assert_eq!(bed.wait("debugger", "").await, 0);
+    assert_eq!(streams.read_text(1).await, "sleep\n");
+    bed.delete("debugger", "").await.unwrap();
+    assert_eq!(status(&bed, "target", "").await, Status::RUNNING);
 }
 
 #[tokio::test]

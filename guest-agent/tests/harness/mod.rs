@@ -145,6 +145,10 @@ fn busybox_root(root: &Path) {
         "kill",
         "yes",
         "dd",
+        "grep",
+        "ls",
+        "tail",
+        "test",
     ] {
         symlink("busybox", root.join("bin").join(name)).unwrap();
     }
