@@ -20,6 +20,7 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod discard;
 pub mod event_loop;
 pub mod fs;
 pub mod host_io;
