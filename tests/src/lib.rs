@@ -6,6 +6,7 @@
 // A test helper that meets the unexpected ends the test.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
+pub mod cri;
 pub mod driver;
 pub mod e2e;
 pub mod game;

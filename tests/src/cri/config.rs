@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+//! The configurations of all that runs on the node.
+
+use crate::e2e::guest_file;
+use std::path::Path;
+
+/// Of containerd: both handlers, and everything in the node's folder.
+pub(super) fn containerd(dir: &Path) -> String {
+    let dir = dir.display();
+    format!(
+        r#"
+version = 3
+root = "{dir}/containerd"
+state = "{dir}/state"
+disabled_plugins = [
+  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper",
+  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs", "io.containerd.differ.v1.erofs",
+  "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing",
+]
+
+[grpc]
+  address = "{dir}/containerd.sock"
+[ttrpc]
+  address = "{dir}/containerd.ttrpc.sock"
+
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{dir}/opt"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+
+[plugins."io.containerd.cri.v1.images"]
+  # What pods write is asked for now and then, not only every ten seconds.
+  stats_collect_period = 1
+  [plugins."io.containerd.cri.v1.images".pinned_images]
+    sandbox = "localhost/pause:latest"
+
+[plugins."io.containerd.cri.v1.runtime"]
+  disable_apparmor = true
+  enable_cdi = false
+  netns_mounts_under_state_dir = true
+  # Else runc's pods fail where root may not do everything.
+  restrict_oom_score_adj = {restricted}
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["/usr/lib/cni"]
+    conf_dir = "{dir}/cni"
+  [plugins."io.containerd.cri.v1.runtime".containerd]
+    default_runtime_name = "runc"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.cloister]
+      runtime_type = "io.containerd.cloister.v1"
+      sandboxer = "cloister"
+
+[proxy_plugins.cloister]
+  type = "sandbox"
+  address = "{dir}/cloister/sandboxer.sock"
+"#,
+        restricted = !may_lower_oom_score(),
+    )
+}
+
+fn may_lower_oom_score() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let set = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    u64::from_str_radix(set.unwrap().trim(), 16).unwrap() >> CAP_SYS_RESOURCE & 1 == 1
+}
+
+/// Of cloisterd.
+pub(super) fn cloisterd(dir: &Path) -> String {
+    format!(
+        r#"
+[daemon]
+socket = "{dir}/cloister/sandboxer.sock"
+state = "{dir}/cloister/run"
+root = "{dir}/cloister/lib"
+
+[guest]
+kernel = "{kernel}"
+initramfs = "{initramfs}"
+"#,
+        dir = dir.display(),
+        kernel = guest_file("vmlinux").display(),
+        initramfs = guest_file("initramfs.cpio").display(),
+    )
+}
+
+/// The bridge that pods of the node are on.
+pub(super) const BRIDGE: &str = "cri-e2e0";
+
+/// Of the pods' network: a bridge with addresses of both kinds, and the node's ports mapped to pods.
+pub(super) fn cni(dir: &Path) -> String {
+    format!(
+        r#"{{
+  "cniVersion": "1.0.0", "name": "cri-e2e", "plugins": [
+    {{ "type": "bridge", "bridge": "{BRIDGE}", "isGateway": true, "ipMasq": true, "hairpinMode": true, "mtu": 1400,
+      "ipam": {{ "type": "host-local", "dataDir": "{dir}/ipam",
+        "ranges": [[{{ "subnet": "10.214.0.0/16" }}], [{{ "subnet": "fd00:214::/64" }}]],
+        "routes": [{{ "dst": "0.0.0.0/0" }}, {{ "dst": "::/0" }}] }} }},
+    {{ "type": "portmap", "capabilities": {{ "portMappings": true }} }}
+  ]
+}}
+"#,
+        dir = dir.display(),
+    )
+}

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Where Cloister may differ from runc, and why.
+
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// One thing that is seen differently.
+struct Difference {
+    case: &'static str,
+    /// JSON pointer into what was seen.
+    place: &'static str,
+    runc: &'static str,
+    cloister: &'static str,
+    reason: &'static str,
+}
+
+const DIFFERENCES: &[Difference] = &[];
+
+/// Says what differs without a reason, and which reason is not needed any more.
+pub fn check(case: &str, runc: &Value, cloister: &Value) -> Result<(), String> {
+    let (runc, cloister) = (leaves(runc), leaves(cloister));
+    let mut complaints = Vec::new();
+    let places: std::collections::BTreeSet<&String> = runc.keys().chain(cloister.keys()).collect();
+    for place in places {
+        let nothing = "nothing".to_owned();
+        let seen = [&runc, &cloister].map(|leaves| leaves.get(place).unwrap_or(&nothing));
+        let expected = DIFFERENCES
+            .iter()
+            .find(|difference| difference.case == case && difference.place == place)
+            .map(|difference| [difference.runc, difference.cloister]);
+        match expected {
+            None if seen[0] != seen[1] => {
+                complaints.push(format!("{place}: runc {}, cloister {}", seen[0], seen[1]));
+            }
+            Some(expected) if expected != seen.map(String::as_str) => {
+                complaints.push(format!(
+                    "{place}: runc {}, cloister {}, but listed as {} and {}",
+                    seen[0], seen[1], expected[0], expected[1]
+                ));
+            }
+            _ => {}
+        }
+    }
+    if complaints.is_empty() {
+        return Ok(());
+    }
+    Err(complaints.join("\n"))
+}
+
+/// Each value that has no parts, by its JSON pointer.
+fn leaves(value: &Value) -> BTreeMap<String, String> {
+    let mut found = BTreeMap::new();
+    let mut rest = vec![(String::new(), value)];
+    while let Some((place, value)) = rest.pop() {
+        match value {
+            Value::Object(fields) if !fields.is_empty() => {
+                rest.extend(
+                    fields
+                        .iter()
+                        .map(|(name, value)| (format!("{place}/{name}"), value)),
+                );
+            }
+            Value::Array(items) if !items.is_empty() => {
+                rest.extend(
+                    items
+                        .iter()
+                        .enumerate()
+                        .map(|(number, value)| (format!("{place}/{number}"), value)),
+                );
+            }
+            _ => {
+                found.insert(place, value.to_string());
+            }
+        }
+    }
+    found
+}
