@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Frees guest memory on the host.
+//! Frees guest memory on the host: what a balloon or a memory device takes back.
 
 use std::io;
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress};
 
-use super::PAGE_SIZE;
 use crate::GuestRam;
+
+/// Bytes per page of the host.
+const PAGE_SIZE: u64 = 4096;
 
 /// Why a range was not freed.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum DiscardError {
+pub(crate) enum DiscardError {
     #[error("{len:#x} bytes at {address:#x} are not all in RAM")]
     Outside { address: u64, len: u64 },
     #[error("the host does not free guest memory: {0}")]
@@ -19,7 +21,7 @@ pub(super) enum DiscardError {
 
 /// Frees the whole pages within `len` bytes from `address`; they read as zeroes afterwards (or as the template that a
 /// clone was made of). Returns how many pages that were.
-pub(super) fn discard(ram: &GuestRam, address: u64, len: u64) -> Result<u64, DiscardError> {
+pub(crate) fn discard(ram: &GuestRam, address: u64, len: u64) -> Result<u64, DiscardError> {
     let outside = || DiscardError::Outside { address, len };
     let end = address.checked_add(len).ok_or_else(outside)?;
     let bytes = usize::try_from(len).map_err(|_| outside())?;

@@ -20,10 +20,12 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod discard;
 pub mod event_loop;
 pub mod fs;
 pub mod host_io;
 mod lanes;
+pub mod mem;
 pub mod metrics;
 pub mod net;
 pub mod output_tail;

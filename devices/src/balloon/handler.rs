@@ -7,9 +7,9 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::QueueState;
 
 use super::device::{STATE_VERSION, WHAT};
-use super::discard::{DiscardError, discard};
 use super::{BalloonMetrics, PAGE_SIZE};
 use crate::GuestRam;
+use crate::discard::{DiscardError, discard};
 use crate::host_io::MAX_SLICES;
 use crate::lanes::Lanes;
 use crate::state::{SavedState, StateError};

@@ -16,7 +16,6 @@
 //! The statistics queue and free page hints are not offered.
 
 mod device;
-mod discard;
 mod handler;
 mod metrics;
 
