@@ -25,6 +25,7 @@ pub mod event_loop;
 pub mod fs;
 pub mod host_io;
 mod lanes;
+pub mod mem;
 pub mod metrics;
 pub mod net;
 pub mod output_tail;

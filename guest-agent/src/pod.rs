@@ -10,10 +10,10 @@ use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use cloister_protocol::pod::{
-    AttachBlockRequest, AttachBlockResponse, ConfigureRequest, ConfigureResponse, DetachBlockRequest,
-    DetachBlockResponse, DnsFiles, InfoRequest, InfoResponse, MountRequest, MountResponse, OnlineRequest,
-    OnlineResponse, PingRequest, PingResponse, Pod, PowerOffRequest, PowerOffResponse, ReseedRequest,
-    ReseedResponse, SetTimeRequest, SetTimeResponse, UnmountRequest, UnmountResponse,
+    BlockRequest, BlockResponse, ConfigureRequest, ConfigureResponse, DnsFiles, InfoRequest, InfoResponse,
+    MountRequest, MountResponse, OnlineRequest, OnlineResponse, PingRequest, PingResponse, Pod,
+    PowerOffRequest, PowerOffResponse, ReseedRequest, ReseedResponse, SetTimeRequest, SetTimeResponse,
+    UnmountRequest, UnmountResponse,
 };
 use cloister_protocol::ttrpc::asynchronous::TtrpcContext;
 use cloister_protocol::{ETC_DIR, PROTOCOL_VERSION, SHM_DIR};
@@ -326,14 +326,10 @@ impl Pod for PodService {
         })
     }
 
-    async fn attach_block(
-        &self,
-        _: &TtrpcContext,
-        request: AttachBlockRequest,
-    ) -> Result<AttachBlockResponse> {
+    async fn attach_block(&self, _: &TtrpcContext, request: BlockRequest) -> Result<BlockResponse> {
         let disk = disk::attach(request.slot)
             .map_err(|e| unknown(format!("the disk in slot {}: {e}", request.slot)))?;
-        Ok(AttachBlockResponse {
+        Ok(BlockResponse {
             path: disk.path,
             major: disk.major,
             minor: disk.minor,
@@ -342,13 +338,9 @@ impl Pod for PodService {
         })
     }
 
-    async fn detach_block(
-        &self,
-        _: &TtrpcContext,
-        request: DetachBlockRequest,
-    ) -> Result<DetachBlockResponse> {
+    async fn detach_block(&self, _: &TtrpcContext, request: BlockRequest) -> Result<BlockResponse> {
         disk::detach(request.slot).map_err(|e| unknown(format!("the disk in slot {}: {e}", request.slot)))?;
-        Ok(DetachBlockResponse::new())
+        Ok(BlockResponse::new())
     }
 
     async fn info(&self, _: &TtrpcContext, _: InfoRequest) -> Result<InfoResponse> {

@@ -9,6 +9,7 @@ use cloister_devices::balloon::Balloon;
 use cloister_devices::block::{Block, BlockConfig, CacheMode, DiskKind};
 use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
 use cloister_devices::fs::{Fs, FsConfig};
+use cloister_devices::mem::{Mem, Region};
 use cloister_devices::net::{Net, NetBackend, NetConfig};
 use cloister_devices::rng::Rng;
 use cloister_devices::virtio::VirtioDevice;
@@ -55,6 +56,11 @@ pub const ALL: &[Specimen] = &[
     Specimen {
         name: "balloon",
         make: balloon,
+        busy_queue: 0,
+    },
+    Specimen {
+        name: "mem",
+        make: mem,
         busy_queue: 0,
     },
     Specimen {
@@ -163,6 +169,20 @@ fn net(_: &Machine) -> Animal {
 fn balloon(machine: &Machine) -> Animal {
     Animal {
         device: Box::new(Balloon::new(true, machine.pool.clone())),
+        keep: Vec::new(),
+    }
+}
+
+fn mem(machine: &Machine) -> Animal {
+    // RAM that is there already; the device has no other notion of it.
+    let region = Region {
+        base: Machine::HIGH,
+        size: Machine::END - Machine::HIGH,
+    };
+    let device = Mem::new(region, machine.pool.clone()).unwrap();
+    device.handle().set_requested(u64::MAX);
+    Animal {
+        device: Box::new(device),
         keep: Vec::new(),
     }
 }

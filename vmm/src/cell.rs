@@ -15,10 +15,13 @@
 //! Calls that do not fit the state answer a [`LifecycleError`] and change nothing. A cell can end at any moment by its
 //! guest's doing, so every call must expect `Stopped`. Saving needs `Created` or `Paused`.
 
+mod resize;
+mod slot;
+
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -27,20 +30,21 @@ use cloister_boot::x86_64::cpuid::{self, CpuidConfig};
 use cloister_boot::x86_64::layout::{IOAPIC, Layout, POWER_PORT, VIRTIO_MMIO_FIRST_GSI};
 use cloister_boot::x86_64::{self as boot, BootRequest, MmioDevice};
 use cloister_devices::GuestRam;
+use cloister_devices::event_loop::EventLoop;
 use cloister_devices::fs::DaxPlacement;
 use cloister_devices::output_tail::OutputTail;
 use cloister_devices::rate_limit::RateLimit;
 use cloister_devices::serial::{COM1_GSI, COM1_PORT, PORT_COUNT, Serial};
 use cloister_devices::state::SavedState;
 use cloister_devices::virtio::Health;
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{kvm_cpuid_entry2, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Bus, BusDevice};
 use crate::config::{Boot, CellConfig, SerialConfig};
-use crate::device_set::{self, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
+use crate::device_set::{self, Connect as _, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
 use crate::error::{CreateError, LifecycleError};
 use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
@@ -55,6 +59,10 @@ use crate::x86_64::ports::{
     ABSENT, Absent, KEYBOARD_COMMAND, KeyboardReset, POWER_PORTS, PowerPorts, SerialPorts,
 };
 use crate::x86_64::vcpu_state;
+
+/// What a kernel with a memory device is told: to use plugged memory by itself, most of it for what can be moved away when
+/// it is to be unplugged.
+const PLUGGED_MEMORY: &str = " memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// Stack of a vCPU's thread in bytes: register accesses need little.
 const VCPU_STACK: usize = 256 << 10;
@@ -121,12 +129,15 @@ pub(crate) struct Shared {
     wanted: AtomicU8,
     /// Readable once the cell has stopped.
     stopped: EventFd,
+    /// All that there can be.
     vcpus: Vec<VcpuControl>,
+    /// How many of them there are: the first so many.
+    made: AtomicU8,
     tail: OutputTail,
     complaints: RateLimit,
     stop_on_device_failure: bool,
-    /// The devices'. Set once they are made.
-    health: OnceLock<Vec<Arc<Health>>>,
+    /// The devices', those attached later included.
+    health: Mutex<Vec<Arc<Health>>>,
 }
 
 impl Shared {
@@ -135,8 +146,15 @@ impl Shared {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn vcpu_count(&self) -> usize {
+    /// vCPUs that there can be.
+    pub(crate) fn possible_vcpus(&self) -> usize {
         self.vcpus.len()
+    }
+
+    /// vCPUs that there are.
+    pub(crate) fn made_vcpus(&self) -> &[VcpuControl] {
+        let made = usize::from(self.made.load(Ordering::Acquire));
+        &self.vcpus[..made.min(self.vcpus.len())]
     }
 
     pub(crate) fn vcpu(&self, index: u8) -> &VcpuControl {
@@ -150,18 +168,18 @@ impl Shared {
     /// The threads of the vCPUs, while they run.
     pub(crate) fn running_threads(&self) -> Option<Vec<i32>> {
         let running = self.wanted() == Wanted::Run && self.lock().state == CellState::Running;
-        running.then(|| self.vcpus.iter().map(VcpuControl::thread).collect())
+        running.then(|| self.made_vcpus().iter().map(VcpuControl::thread).collect())
     }
 
     /// Has all vCPUs say whether they have halted for good.
     pub(crate) fn ask_halted(&self) {
-        for vcpu in &self.vcpus {
+        for vcpu in self.made_vcpus() {
             vcpu.ask();
         }
     }
 
     pub(crate) fn halt_answers(&self) -> Vec<Answer> {
-        self.vcpus.iter().map(VcpuControl::answer).collect()
+        self.made_vcpus().iter().map(VcpuControl::answer).collect()
     }
 
     /// Nothing can wake the guest any more.
@@ -169,10 +187,14 @@ impl Shared {
         self.stop(classify_halt(&self.tail));
     }
 
+    fn health(&self) -> MutexGuard<'_, Vec<Arc<Health>>> {
+        // Nothing panics while it is held.
+        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whether a reset of a device waits for requests that are under way on the host.
     pub(crate) fn waits_for_requests(&self) -> bool {
-        let health = self.health.get();
-        health.is_some_and(|health| health.iter().any(|health| health.is_quiescing()))
+        self.health().iter().any(|health| health.is_quiescing())
     }
 
     pub(crate) fn tail(&self) -> &OutputTail {
@@ -298,7 +320,11 @@ impl Shared {
 pub(crate) struct Machine {
     threads: Vec<JoinHandle<()>>,
     vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    /// What each vCPU finds in CPUID.
+    cpuid: Arc<[kvm_cpuid_entry2]>,
     devices: Vec<Placed>,
+    /// The loop that they run on.
+    event_loop: Arc<EventLoop>,
     ports: Arc<Bus>,
     registers: Arc<Bus>,
     serial: Option<Arc<SerialPorts>>,
@@ -318,7 +344,9 @@ impl Machine {
         let Self {
             threads,
             vcpus,
+            cpuid: _,
             devices,
+            event_loop: _,
             ports,
             registers,
             serial,
@@ -343,6 +371,28 @@ impl Machine {
 
     fn addresses(devices: &[Placed]) -> Vec<MmioDevice> {
         devices.iter().map(|device| device.address).collect()
+    }
+
+    /// Starts the thread of a vCPU.
+    fn spawn(
+        &self,
+        shared: &Arc<Shared>,
+        index: u8,
+        fd: &Arc<Mutex<VcpuFd>>,
+    ) -> std::io::Result<JoinHandle<()>> {
+        let vcpu = VcpuThread {
+            index,
+            fd: Arc::clone(fd),
+            shared: Arc::clone(shared),
+            ports: Arc::clone(&self.ports),
+            registers: Arc::clone(&self.registers),
+            chip: self.chip.clone(),
+        };
+        let short: String = shared.name.chars().take(8).collect();
+        std::thread::Builder::new()
+            .name(format!("{short}:vcpu{index}"))
+            .stack_size(VCPU_STACK)
+            .spawn(move || vcpu.run())
     }
 }
 
@@ -417,11 +467,7 @@ impl Cell {
     /// Bytes of the host's memory that the guest's RAM takes now: what the guest has touched and a balloon has not given
     /// back. Nothing once the cell has stopped.
     pub fn resident_ram(&self) -> Option<u64> {
-        /// What st_blocks counts, whatever the file's block size (stat(3type)).
-        const BLOCK: u64 = 512;
-        let inner = self.shared.lock();
-        let stat = rustix::fs::fstat(inner.machine.as_ref()?.memory.file()).ok()?;
-        u64::try_from(stat.st_blocks).ok()?.checked_mul(BLOCK)
+        self.shared.lock().machine.as_ref()?.memory.resident()
     }
 
     /// Says that the guest is up, for the sake of spares: those of this cell's kind will have ready what it has touched
@@ -499,20 +545,7 @@ impl Cell {
         let mut threads = Vec::new();
         let mut failure = None;
         for (index, fd) in (0u8..).zip(&machine.vcpus) {
-            let vcpu = VcpuThread {
-                index,
-                fd: Arc::clone(fd),
-                shared: Arc::clone(&self.shared),
-                ports: Arc::clone(&machine.ports),
-                registers: Arc::clone(&machine.registers),
-                chip: machine.chip.clone(),
-            };
-            let short: String = self.shared.name.chars().take(8).collect();
-            let spawned = std::thread::Builder::new()
-                .name(format!("{short}:vcpu{index}"))
-                .stack_size(VCPU_STACK)
-                .spawn(move || vcpu.run());
-            match spawned {
+            match machine.spawn(&self.shared, index, fd) {
                 Ok(thread) => threads.push(thread),
                 Err(source) => {
                     failure = Some(LifecycleError::Thread { vcpu: index, source });
@@ -768,11 +801,14 @@ fn new_shared(config: &CellConfig, host: &HostInner) -> Result<Shared, CreateErr
             what: "cannot create an eventfd",
             source,
         })?,
-        vcpus: (0..config.vcpus).map(|_| VcpuControl::default()).collect(),
+        vcpus: (0..config.possible_vcpus())
+            .map(|_| VcpuControl::default())
+            .collect(),
+        made: AtomicU8::new(0),
         tail: OutputTail::new(),
         complaints: RateLimit::new(),
         stop_on_device_failure: config.stop_on_device_failure,
-        health: OnceLock::new(),
+        health: Mutex::default(),
     })
 }
 
@@ -783,12 +819,19 @@ fn build(
     host: &HostInner,
     shared: &Arc<Shared>,
 ) -> Result<Machine, CreateError> {
+    let pluggable_mib = config.pluggable_mib();
     let (memory_file, boot) = match config.boot {
         Boot::Restore { saved, memory } => (Some(memory), Source::Saved(saved)),
         Boot::Kernel(kernel) => (None, Source::Kernel(kernel)),
     };
     let kind = match &boot {
-        Source::Kernel(kernel) => Kind::of(kernel, config.memory_mib, config.huge_pages),
+        Source::Kernel(kernel) => Kind::of(
+            &kernel.kernel,
+            kernel.initrd.as_ref(),
+            config.memory_mib,
+            pluggable_mib.unwrap_or(0),
+            config.huge_pages,
+        ),
         Source::Saved(_) => None,
     };
     let (memory, vm, images) = match kind.and_then(|kind| host.spares.take(&kind)) {
@@ -799,30 +842,20 @@ fn build(
             (memory, None, None)
         }
     };
-    let on_failure = || -> OnFailure {
-        let cell = Arc::downgrade(shared);
-        Box::new(move |device, why| {
-            if let Some(cell) = cell.upgrade() {
-                cell.device_failed(device, why);
-            }
-        })
-    };
+    let event_loop = Arc::clone(host.event_loop());
     let devices = device_set::make(
         config.devices,
         &Surroundings {
             cell: &config.name,
             ram: memory.ram(),
-            event_loop: host.event_loop(),
+            event_loop: &event_loop,
             tail: &shared.tail,
             workers: &host.workers,
-            on_failure: &on_failure,
+            on_failure: &|| on_failure(shared),
         },
         layout,
     )?;
-    // Set exactly once, here.
-    let _ = shared
-        .health
-        .set(devices.iter().map(|device| Arc::clone(&device.health)).collect());
+    *shared.health() = devices.iter().map(|device| Arc::clone(&device.health)).collect();
     let windows: Vec<DaxPlacement> = devices
         .iter()
         .filter_map(|device| device.window.clone())
@@ -839,8 +872,8 @@ fn build(
     let chip = Chip::create(&vm, config.interrupt_chip, pins)?;
     let serial = make_serial(config.serial, shared, &boot)?;
     let (ports, registers) = make_buses(shared, &devices, serial.as_ref(), &chip)?;
-    for device in &devices {
-        device.connect(&vm)?;
+    for device in devices.iter().filter(|device| !device.is_slot) {
+        device.transport.lock().connect(&vm, &device.address)?;
     }
     if let Some(serial) = &serial {
         let connected = serial.with(|serial| vm.register_irqfd(serial.interrupt(), COM1_GSI));
@@ -850,16 +883,31 @@ fn build(
         })?;
     }
 
-    let vcpus = create_vcpus(&vm, host, config.vcpus)?;
+    let possible = u8::try_from(shared.possible_vcpus()).unwrap_or(u8::MAX);
+    let count = match &boot {
+        Source::Kernel(_) => config.vcpus,
+        // Some may have been added since it started.
+        Source::Saved(saved) => u8::try_from(saved.vcpus.len())
+            .ok()
+            .filter(|count| (config.vcpus..=possible).contains(count))
+            .ok_or_else(|| mismatch("vCPUs", saved.vcpus.len(), config.vcpus.into()))?,
+    };
+    let (vcpus, cpuid) = create_vcpus(&vm, host, count, possible)?;
+    shared.made.store(count, Ordering::Release);
     let mut initrd = None;
     match boot {
         Source::Kernel(kernel) => {
+            let mut command_line = kernel.command_line;
+            if pluggable_mib.is_some() {
+                command_line.push_str(PLUGGED_MEMORY);
+            }
             let request = BootRequest {
                 kernel: &kernel.kernel,
                 initrd: kernel.initrd.as_ref(),
-                command_line: &kernel.command_line,
+                command_line: &command_line,
                 description: kernel.description,
-                vcpus: config.vcpus,
+                vcpus: possible,
+                started: config.vcpus,
                 other_gsis: if serial.is_some() { &[COM1_GSI] } else { &[] },
                 devices: &addresses,
             };
@@ -878,7 +926,9 @@ fn build(
     Ok(Machine {
         threads: Vec::new(),
         vcpus,
+        cpuid,
         devices,
+        event_loop,
         ports,
         registers,
         serial,
@@ -888,6 +938,16 @@ fn build(
         memory,
         kind,
         initrd,
+    })
+}
+
+/// What a device of this cell calls when it fails.
+fn on_failure(shared: &Arc<Shared>) -> OnFailure {
+    let cell = Arc::downgrade(shared);
+    Box::new(move |device, why| {
+        if let Some(cell) = cell.upgrade() {
+            cell.device_failed(device, why);
+        }
     })
 }
 
@@ -1012,31 +1072,43 @@ fn make_buses(
     Ok((Arc::new(ports), Arc::new(registers)))
 }
 
-fn create_vcpus(vm: &VmFd, host: &HostInner, count: u8) -> Result<Vec<Arc<Mutex<VcpuFd>>>, CreateError> {
+fn create_vcpus(
+    vm: &VmFd,
+    host: &HostInner,
+    count: u8,
+    possible: u8,
+) -> Result<(Vec<Arc<Mutex<VcpuFd>>>, Arc<[kvm_cpuid_entry2]>), CreateError> {
+    let first = create_vcpu(vm, 0)?;
+    let config = CpuidConfig {
+        vcpus: possible,
+        tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
+        tsc_khz: first.get_tsc_khz().ok(),
+    };
+    let leaves = cpuid::filter(&host.cpuid, &config)?;
+    let mut fds = vec![first];
+    for index in 1..count {
+        fds.push(create_vcpu(vm, index)?);
+    }
     let mut vcpus = Vec::new();
-    let mut filtered = None;
-    for index in 0..count {
-        let fd = vm
-            .create_vcpu(u64::from(index))
-            .map_err(|source| CreateError::Kvm {
-                what: "KVM_CREATE_VCPU",
-                source,
-            })?;
-        let leaves = match &filtered {
-            Some(leaves) => leaves,
-            None => {
-                let config = CpuidConfig {
-                    vcpus: count,
-                    tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
-                    tsc_khz: fd.get_tsc_khz().ok(),
-                };
-                filtered.insert(cpuid::filter(&host.cpuid, &config)?)
-            }
-        };
-        vcpu_state::set_cpuid(&fd, &cpuid::for_vcpu(leaves, index))?;
+    for (index, fd) in (0u8..).zip(fds) {
+        vcpu_state::set_cpuid(&fd, &cpuid::for_vcpu(&leaves, index))?;
         vcpus.push(Arc::new(Mutex::new(fd)));
     }
-    Ok(vcpus)
+    Ok((vcpus, leaves.into()))
+}
+
+fn create_vcpu(vm: &VmFd, index: u8) -> Result<VcpuFd, CreateError> {
+    vm.create_vcpu(index.into()).map_err(|source| CreateError::Kvm {
+        what: "KVM_CREATE_VCPU",
+        source,
+    })
+}
+
+fn mismatch(what: &'static str, found: usize, expected: usize) -> CreateError {
+    CreateError::State(cloister_devices::state::StateError::Invalid {
+        what,
+        why: format!("{found} are saved, the configuration has {expected}"),
+    })
 }
 
 fn restore(
@@ -1046,12 +1118,6 @@ fn restore(
     vcpus: &[Arc<Mutex<VcpuFd>>],
     devices: &[Placed],
 ) -> Result<(), CreateError> {
-    let mismatch = |what, found: usize, expected: usize| {
-        CreateError::State(cloister_devices::state::StateError::Invalid {
-            what,
-            why: format!("{found} are saved, the configuration has {expected}"),
-        })
-    };
     if saved.vcpus.len() != vcpus.len() {
         return Err(mismatch("vCPUs", saved.vcpus.len(), vcpus.len()));
     }

@@ -34,8 +34,11 @@ pub const BASE_COMMAND_LINE: &str =
 pub struct CellConfig {
     /// Name in messages and thread names.
     pub name: String,
-    /// Number of vCPUs, 1 to 32.
+    /// Number of vCPUs that it starts with, 1 to 32.
     pub vcpus: u8,
+    /// The most that it can be given while it runs, see [`crate::Cell::provide_vcpus`]; no more than `vcpus` if this is
+    /// less. Each costs the guest some 200 KiB of its RAM, whether it is there or not.
+    pub max_vcpus: u8,
     /// RAM in MiB.
     pub memory_mib: u64,
     /// Pages that back the RAM.
@@ -145,6 +148,14 @@ pub enum DeviceConfig {
         /// The guest takes pages back before it kills processes for want of memory.
         deflate_on_oom: bool,
     },
+    /// Nothing yet: a place for a disk that comes while the guest runs, see [`crate::Cell::attach_block`]. Costs a booting
+    /// guest some exits, and one of the few interrupts.
+    Slot,
+    /// Memory that the guest can be given while it runs, and taken again.
+    Mem {
+        /// The most, in MiB; whole sections of 128 MiB are made of it.
+        max_mib: u64,
+    },
     /// Any other device, made by the caller.
     Custom {
         /// Name in messages.
@@ -165,6 +176,8 @@ impl DeviceConfig {
             Self::Net(_) => "net",
             Self::Block(_) => "block",
             Self::Balloon { .. } => "balloon",
+            Self::Slot => "slot",
+            Self::Mem { .. } => "mem",
             Self::Custom { name, .. } => name,
         }
     }
@@ -199,6 +212,12 @@ pub enum ConfigError {
         /// Asked for, in bytes.
         size: u64,
     },
+    /// Memory devices that cannot be.
+    #[error("{why}")]
+    Mem {
+        /// What stands against it.
+        why: &'static str,
+    },
     /// More devices than interrupts.
     #[error("{found} virtio devices, at most {max} have interrupts")]
     TooManyDevices {
@@ -215,6 +234,7 @@ impl CellConfig {
         Self {
             name: name.into(),
             vcpus: 1,
+            max_vcpus: 1,
             memory_mib: 256,
             huge_pages: HugePages::default(),
             overcommit: false,
@@ -226,13 +246,19 @@ impl CellConfig {
         }
     }
 
+    /// vCPUs that the guest can have.
+    pub(crate) fn possible_vcpus(&self) -> u8 {
+        self.vcpus.max(self.max_vcpus)
+    }
+
     /// Checks all that can be checked without making anything, and answers the RAM's layout. `host_vcpus` is KVM's
     /// limit.
     pub(crate) fn validate(&self, host_vcpus: usize) -> Result<Layout, ConfigError> {
         let max = u8::try_from(host_vcpus).unwrap_or(u8::MAX).min(MAX_VCPUS);
-        if !(1..=max).contains(&self.vcpus) {
+        let possible = self.possible_vcpus();
+        if self.vcpus == 0 || possible > max {
             return Err(ConfigError::Vcpus {
-                vcpus: self.vcpus,
+                vcpus: if self.vcpus == 0 { 0 } else { possible },
                 max,
             });
         }
@@ -263,7 +289,33 @@ impl CellConfig {
                 return Err(ConfigError::DaxWindow { size: *size });
             }
         }
-        Ok(Layout::new(self.memory_mib)?)
+        let mut layout = Layout::new(self.memory_mib)?;
+        if let Some(max_mib) = self.pluggable_mib() {
+            let mems = self
+                .devices
+                .iter()
+                .filter(|device| matches!(device, DeviceConfig::Mem { .. }));
+            if mems.count() > 1 {
+                return Err(ConfigError::Mem {
+                    why: "a cell has one memory device",
+                });
+            }
+            if self.huge_pages == HugePages::Reserved {
+                return Err(ConfigError::Mem {
+                    why: "reserved huge pages cannot be plugged: leave out the memory device, or take transparent ones",
+                });
+            }
+            layout.add_pluggable(max_mib.checked_mul(1 << 20).unwrap_or(u64::MAX))?;
+        }
+        Ok(layout)
+    }
+
+    /// What a memory device can plug, in MiB.
+    pub(crate) fn pluggable_mib(&self) -> Option<u64> {
+        self.devices.iter().find_map(|device| match device {
+            DeviceConfig::Mem { max_mib } => Some(*max_mib),
+            _ => None,
+        })
     }
 }
 
@@ -288,6 +340,14 @@ mod tests {
             let error = CellConfig { vcpus, ..config() }.validate(host).unwrap_err();
             assert_eq!(error, ConfigError::Vcpus { vcpus, max });
         }
+        let max_vcpus = 9;
+        let error = CellConfig {
+            max_vcpus,
+            ..config()
+        }
+        .validate(8)
+        .unwrap_err();
+        assert_eq!(error, ConfigError::Vcpus { vcpus: 9, max: 8 });
         for name in ["", "a b", "caf\u{e9}", "a\n", &"x".repeat(65)] {
             let error = CellConfig {
                 name: name.to_owned(),
@@ -306,6 +366,20 @@ mod tests {
             .unwrap_err();
             assert!(matches!(error, ConfigError::Layout(_)));
         }
+        let mem = || DeviceConfig::Mem { max_mib: 100 };
+        let with = |devices| CellConfig { devices, ..config() };
+        let layout = with(vec![DeviceConfig::Rng, mem()]).validate(8).unwrap();
+        assert_eq!(layout.pluggable().map(|(_, size)| size), Some(128 << 20));
+        let mut reserved = with(vec![mem()]);
+        reserved.huge_pages = HugePages::Reserved;
+        for bad in [with(vec![mem(), mem()]), reserved] {
+            assert!(matches!(bad.validate(8), Err(ConfigError::Mem { .. })));
+        }
+        assert!(
+            with(vec![DeviceConfig::Mem { max_mib: u64::MAX }])
+                .validate(8)
+                .is_err()
+        );
         let devices = (0..28).map(|_| DeviceConfig::Rng).collect();
         let error = CellConfig { devices, ..config() }.validate(8).unwrap_err();
         assert_eq!(error, ConfigError::TooManyDevices { found: 28, max: 27 });

@@ -15,10 +15,11 @@ use cloister_devices::block::{Block, BlockHandle};
 use cloister_devices::console::{Console, ConsoleConfig, ConsoleHandle};
 use cloister_devices::event_loop::EventLoop;
 use cloister_devices::fs::{DaxPlacement, DaxWindow, Fs, FsHandle};
+use cloister_devices::mem::{Mem, MemHandle, Region};
 use cloister_devices::net::{Net, NetHandle};
 use cloister_devices::output_tail::OutputTail;
 use cloister_devices::rng::Rng;
-use cloister_devices::virtio::{Health, MmioTransport, VirtioDevice};
+use cloister_devices::virtio::{Empty, Health, MmioTransport, VirtioDevice};
 use cloister_devices::vsock::{Vsock, VsockHandle};
 use cloister_devices::worker_pool::WorkerPool;
 use kvm_ioctls::{IoEventAddress, VmFd};
@@ -48,6 +49,8 @@ pub enum DeviceHandle {
     Block(BlockHandle),
     /// A memory balloon: its target, and what it gave back.
     Balloon(BalloonHandle),
+    /// Memory to plug: how much there should be, and how much there is.
+    Mem(MemHandle),
     /// A device without one.
     None,
 }
@@ -63,6 +66,8 @@ pub(crate) struct Placed {
     pub(crate) handle: DeviceHandle,
     pub(crate) window: Option<DaxPlacement>,
     pub(crate) health: Arc<Health>,
+    /// A place for disks that come and go.
+    pub(crate) is_slot: bool,
 }
 
 /// A device's register page on the bus.
@@ -72,6 +77,11 @@ impl RegisterPage {
     pub(crate) fn lock(&self) -> MutexGuard<'_, MmioTransport> {
         // A device that panicked on a vCPU thread has stopped its cell; what follows only takes it down.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts another device here. Answers the one that was.
+    pub(crate) fn replace(&self, transport: MmioTransport) -> MmioTransport {
+        std::mem::replace(&mut *self.lock(), transport)
     }
 }
 
@@ -92,19 +102,36 @@ impl Placed {
         page.lock().read(INTERRUPT_STATUS, &mut status);
         status != [0; 4]
     }
+}
 
-    /// Registers interrupt and notifications with KVM.
-    pub(crate) fn connect(&self, vm: &VmFd) -> Result<(), CreateError> {
+/// A transport's interrupt and notifications, and KVM.
+pub(crate) trait Connect {
+    /// Registers them.
+    fn connect(&self, vm: &VmFd, address: &MmioDevice) -> Result<(), CreateError>;
+    /// Undoes it.
+    fn disconnect(&self, vm: &VmFd, address: &MmioDevice);
+}
+
+impl Connect for MmioTransport {
+    fn connect(&self, vm: &VmFd, address: &MmioDevice) -> Result<(), CreateError> {
         let kvm = |what| move |source| CreateError::Kvm { what, source };
-        let transport = self.transport.lock();
-        vm.register_irqfd(transport.interrupt().line(), self.address.gsi)
+        vm.register_irqfd(self.interrupt().line(), address.gsi)
             .map_err(kvm("KVM_IRQFD"))?;
-        let address = IoEventAddress::Mmio(self.address.base + QUEUE_NOTIFY);
-        for (queue, notification) in (0u32..).zip(transport.notifications()) {
-            vm.register_ioevent(notification, &address, queue)
+        let notify = IoEventAddress::Mmio(address.base + QUEUE_NOTIFY);
+        for (queue, notification) in (0u32..).zip(self.notifications()) {
+            vm.register_ioevent(notification, &notify, queue)
                 .map_err(kvm("KVM_IOEVENTFD"))?;
         }
         Ok(())
+    }
+
+    fn disconnect(&self, vm: &VmFd, address: &MmioDevice) {
+        // What was not registered cannot be unregistered; KVM forgets both when the eventfds are closed, anyway.
+        let _ = vm.unregister_irqfd(self.interrupt().line(), address.gsi);
+        let notify = IoEventAddress::Mmio(address.base + QUEUE_NOTIFY);
+        for (queue, notification) in (0u32..).zip(self.notifications()) {
+            let _ = vm.unregister_ioevent(notification, &notify, queue);
+        }
     }
 }
 
@@ -129,6 +156,7 @@ pub(crate) fn make(
     let places = (VIRTIO_MMIO_BASE..).step_by(usize::try_from(VIRTIO_MMIO_SIZE).unwrap_or(1));
     for ((config, base), gsi) in configs.into_iter().zip(places).zip(VIRTIO_MMIO_FIRST_GSI..) {
         let name = config.name().to_owned();
+        let is_slot = matches!(config, DeviceConfig::Slot);
         let (device, handle, window) =
             make_one(config, around, layout).map_err(|source| CreateError::Device {
                 device: name.clone(),
@@ -153,6 +181,7 @@ pub(crate) fn make(
             handle,
             window,
             health,
+            is_slot,
         });
     }
     Ok(placed)
@@ -211,6 +240,13 @@ fn make_one(
             let balloon = Balloon::new(deflate_on_oom, Arc::clone(around.workers));
             let handle = DeviceHandle::Balloon(balloon.handle());
             (Box::new(balloon), handle, None)
+        }
+        DeviceConfig::Slot => (Box::new(Empty), DeviceHandle::None, None),
+        DeviceConfig::Mem { .. } => {
+            let (base, size) = layout.pluggable().unwrap_or_default();
+            let mem = Mem::new(Region { base, size }, Arc::clone(around.workers))?;
+            let handle = DeviceHandle::Mem(mem.handle());
+            (Box::new(mem), handle, None)
         }
         DeviceConfig::Custom { device, .. } => (device, DeviceHandle::None, None),
     })

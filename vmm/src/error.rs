@@ -4,6 +4,7 @@
 use crate::config::ConfigError;
 use crate::memory;
 use cloister_boot::x86_64 as boot;
+use cloister_devices::block::BlockError;
 use cloister_devices::event_loop::EventLoopError;
 use cloister_devices::state::StateError;
 use cloister_devices::virtio::{RestoreError, TransportError};
@@ -136,6 +137,32 @@ pub enum CreateError {
     },
 }
 
+/// Why a disk was not attached to a cell, or not detached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// No slots, or none left.
+    #[error("every slot for a disk is taken; start the pod with more of them")]
+    NoneFree,
+    /// Nothing was attached there.
+    #[error("no disk is attached at slot {slot}")]
+    NotAttached {
+        /// The slot asked for.
+        slot: usize,
+    },
+    /// The cell is gone.
+    #[error("the cell has stopped")]
+    Stopped,
+    /// The disk itself.
+    #[error("cannot attach the disk")]
+    Disk(#[source] BlockError),
+    /// Its register page.
+    #[error("cannot attach the disk")]
+    Transport(#[source] TransportError),
+    /// KVM.
+    #[error("cannot attach the disk")]
+    Connect(#[from] CreateError),
+}
+
 /// Why a cell did not change its state.
 #[derive(Debug, thiserror::Error)]
 pub enum LifecycleError {
@@ -154,6 +181,14 @@ pub enum LifecycleError {
         vcpu: u8,
         /// The host's answer.
         source: std::io::Error,
+    },
+    /// A vCPU could not be added.
+    #[error("cannot add vCPU {vcpu}")]
+    Vcpu {
+        /// The vCPU.
+        vcpu: u8,
+        /// The cause.
+        source: Box<CreateError>,
     },
     /// Something could not be saved.
     #[error("cannot save the cell")]

@@ -26,6 +26,9 @@ use crate::take_down::TakeDown;
 /// How often the housekeeper looks for what is stuck while cells run.
 const WATCH_INTERVAL: Duration = Duration::from_millis(200);
 
+/// Looks at which a guest has more memory than it was given until it is stopped: one may fall between two changes.
+const GREEDY_LOOKS: u32 = 3;
+
 /// Sizes of what all cells share.
 #[derive(Debug, Clone, Copy)]
 pub struct CellHostConfig {
@@ -278,6 +281,8 @@ struct Watched {
     cell: Arc<Shared>,
     vcpus: Vec<Suspicion>,
     halt: HaltWatch,
+    /// Looks in a row at which its guest had more memory than it was given.
+    greedy: u32,
 }
 
 impl Housekeeper {
@@ -290,9 +295,15 @@ impl Housekeeper {
             };
             match task {
                 Ok(Task::Watch(cell)) => {
-                    let vcpus = (0..cell.vcpu_count()).map(|_| Suspicion::default()).collect();
+                    let vcpus = (0..cell.possible_vcpus()).map(|_| Suspicion::default()).collect();
                     let halt = HaltWatch::new();
-                    self.cells.push(Watched { cell, vcpus, halt });
+                    let greedy = 0;
+                    self.cells.push(Watched {
+                        cell,
+                        vcpus,
+                        halt,
+                        greedy,
+                    });
                 }
                 Ok(Task::TakeDown(cell, machine)) => {
                     self.cells.retain(|watched| !Arc::ptr_eq(&watched.cell, &cell));
@@ -302,6 +313,7 @@ impl Housekeeper {
                     self.watch_event_loops();
                     self.watch_vcpus();
                     self.watch_for_halts();
+                    self.watch_memory();
                     self.take_down.look();
                 }
                 Err(RecvTimeoutError::Disconnected) => return self.take_down.finish(),
@@ -364,6 +376,20 @@ impl Housekeeper {
                     }
                     Verdict::Stuck(elapsed) => cell.vcpu_stuck(index, elapsed),
                 }
+            }
+        }
+    }
+
+    fn watch_memory(&mut self) {
+        for Watched { cell, greedy, .. } in &mut self.cells {
+            match cell.excess_memory() {
+                Some(excess) if excess >= memory::HUGE_PAGE => {
+                    *greedy += 1;
+                    if *greedy >= GREEDY_LOOKS {
+                        cell.took_memory(excess);
+                    }
+                }
+                _ => *greedy = 0,
             }
         }
     }

@@ -75,6 +75,7 @@ pub enum Error {
 pub struct Memory {
     ram: Arc<GuestRam>,
     file: Arc<File>,
+    ram_size: u64,
 }
 
 /// One range to become a KVM memory slot.
@@ -97,8 +98,10 @@ impl Memory {
         file: Option<OwnedFd>,
         huge_mount: Option<BorrowedFd>,
     ) -> Result<Self, Error> {
-        let size = layout.ram_size();
-        let mib = size >> 20;
+        // What can be plugged later is not there yet: it may be more than the host has.
+        let mib = layout.ram_size() >> 20;
+        let ranges = in_file(layout);
+        let size = ranges.last().map_or(0, |(offset, _, len)| offset + len);
         let host_mib = host_memory_mib();
         if !overcommit && mib > host_mib {
             return Err(Error::MoreThanHost { mib, host_mib });
@@ -116,8 +119,7 @@ impl Memory {
         let huge = huge_pages == HugePages::Reserved;
         let map_error = |source: Box<dyn std::error::Error + Send + Sync>| Error::Map { mib, huge, source };
         let mut regions = Vec::new();
-        let mut offset = 0;
-        for (guest, len) in layout.ram() {
+        for (offset, guest, len) in ranges {
             let region = map(&file, offset, len, huge).map_err(|e| map_error(Box::new(e)))?;
             if huge_pages == HugePages::Transparent {
                 advise_huge(&region);
@@ -125,12 +127,12 @@ impl Memory {
             let region = GuestRegionMmap::new(region, GuestAddress(guest))
                 .ok_or_else(|| map_error("a range wraps around".into()))?;
             regions.push(region);
-            offset += len;
         }
         let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(Box::new(e)))?;
         Ok(Self {
             ram: Arc::new(ram),
             file,
+            ram_size: layout.ram_size(),
         })
     }
 
@@ -142,6 +144,19 @@ impl Memory {
     /// The memory file: another mapping of the same RAM can be made from it.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+
+    /// Bytes that the guest starts with.
+    pub fn ram_size(&self) -> u64 {
+        self.ram_size
+    }
+
+    /// Bytes of the host's memory that the file takes.
+    pub fn resident(&self) -> Option<u64> {
+        /// What st_blocks counts, whatever the file's block size (stat(3type)).
+        const BLOCK: u64 = 512;
+        let stat = rustix::fs::fstat(&self.file).ok()?;
+        u64::try_from(stat.st_blocks).ok()?.checked_mul(BLOCK)
     }
 
     /// The parts of the memory file that have pages, as ranges in bytes. Empty if the file system cannot tell.
@@ -162,10 +177,9 @@ impl Memory {
 
     /// Has the host make the pages of these parts of the memory file ready. What it cannot do now comes when touched.
     pub fn populate(&self, ranges: &[Range<u64>]) {
-        let mut offset = 0;
         for region in self.ram.iter() {
+            let offset = offset_of(region);
             let in_file = offset..offset + region.len();
-            offset = in_file.end;
             for range in ranges {
                 let start = range.start.max(in_file.start);
                 let end = range.end.min(in_file.end);
@@ -200,15 +214,18 @@ impl Memory {
     /// bounds are those of whole pages.
     pub fn discard(&self, guest: u64, len: u64) -> std::io::Result<()> {
         use rustix::fs::{FallocateFlags, fallocate};
-        let mut offset = 0;
         for region in self.ram.iter() {
             let start = region.start_addr().0;
             if (start..start + region.len()).contains(&guest) {
                 let len = len.min(start + region.len() - guest);
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                return Ok(fallocate(&self.file, flags, offset + (guest - start), len)?);
+                return Ok(fallocate(
+                    &self.file,
+                    flags,
+                    offset_of(region) + (guest - start),
+                    len,
+                )?);
             }
-            offset += region.len();
         }
         Err(std::io::ErrorKind::InvalidInput.into())
     }
@@ -224,6 +241,28 @@ impl Memory {
             })
             .collect()
     }
+}
+
+/// Where the ranges of memory lie in the file: offset, guest-physical address, bytes. What can be plugged begins with a
+/// huge page, so that its blocks are whole ones.
+fn in_file(layout: &Layout) -> Vec<(u64, u64, u64)> {
+    let mut next = 0u64;
+    let mut ranges = Vec::new();
+    for (guest, len) in layout.memory() {
+        let pluggable = layout.pluggable().is_some_and(|(base, _)| base == guest);
+        let offset = if pluggable {
+            next.next_multiple_of(HUGE_PAGE)
+        } else {
+            next
+        };
+        ranges.push((offset, guest, len));
+        next = offset + len;
+    }
+    ranges
+}
+
+fn offset_of(region: &GuestRegionMmap<()>) -> u64 {
+    region.file_offset().map_or(0, FileOffset::start)
 }
 
 /// A tmpfs that is mounted nowhere and gives huge pages. Needs CAP_SYS_ADMIN.
@@ -336,6 +375,20 @@ mod tests {
             again.ram().read_obj::<u32>(GuestAddress(1 << 32)).unwrap(),
             0x1234
         );
+    }
+
+    #[test]
+    fn what_can_be_plugged_is_memory_from_the_start() {
+        let mut layout = Layout::new(7).unwrap();
+        layout.add_pluggable(1 << 40).unwrap();
+        let (base, size) = layout.pluggable().unwrap();
+        let memory = Memory::new(&layout, HugePages::No, false, None, None).unwrap();
+        assert_eq!(memory.slots()[1].guest, base);
+        let last = GuestAddress(base + size - 4);
+        memory.ram().write_obj(7u32, last).unwrap();
+        assert_eq!(memory.touched().last().unwrap().end, (8 << 20) + size);
+        memory.discard(base + size - 4096, 4096).unwrap();
+        assert_eq!(memory.ram().read_obj::<u32>(last).unwrap(), 0);
     }
 
     #[test]

@@ -26,11 +26,11 @@ use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use cloister_boot::x86_64 as boot;
-use cloister_boot::x86_64::layout::Layout;
+use cloister_boot::x86_64::layout::{self, Layout};
 use kvm_ioctls::VmFd;
 
 use crate::cell::create_vm;
-use crate::config::{HugePages, KernelBoot};
+use crate::config::HugePages;
 use crate::error::CreateError;
 use crate::host::{CellHost, HostInner};
 use crate::memory::Memory;
@@ -44,6 +44,8 @@ pub struct SpareConfig {
     pub initrd: Option<File>,
     /// RAM in MiB.
     pub memory_mib: u64,
+    /// What a memory device can plug, in MiB; 0 without one.
+    pub pluggable_mib: u64,
     /// Pages that back the RAM.
     pub huge_pages: HugePages,
     /// How many to keep; 0 gives up those that are there.
@@ -77,16 +79,19 @@ pub(crate) struct Kind {
     kernel: FileId,
     initrd: Option<FileId>,
     memory_mib: u64,
+    pluggable_mib: u64,
     huge_pages: HugePages,
 }
 
 impl Kind {
     /// `None` if the files cannot be told apart.
-    pub(crate) fn of(boot: &KernelBoot, memory_mib: u64, huge_pages: HugePages) -> Option<Self> {
-        Self::new(&boot.kernel, boot.initrd.as_ref(), memory_mib, huge_pages)
-    }
-
-    fn new(kernel: &File, initrd: Option<&File>, memory_mib: u64, huge_pages: HugePages) -> Option<Self> {
+    pub(crate) fn of(
+        kernel: &File,
+        initrd: Option<&File>,
+        memory_mib: u64,
+        pluggable_mib: u64,
+        huge_pages: HugePages,
+    ) -> Option<Self> {
         Some(Self {
             kernel: FileId::of(kernel)?,
             initrd: match initrd {
@@ -94,6 +99,7 @@ impl Kind {
                 None => None,
             },
             memory_mib,
+            pluggable_mib,
             huge_pages,
         })
     }
@@ -183,10 +189,11 @@ impl CellHost {
     /// From now on keeps spares of this kind, made by [`CellHost::refill_spares`]. Replaces what was said of the same kind
     /// before.
     pub fn keep_spares(&self, config: SpareConfig) -> Result<(), CreateError> {
-        let kind = Kind::new(
+        let kind = Kind::of(
             &config.kernel,
             config.initrd.as_ref(),
             config.memory_mib,
+            config.pluggable_mib,
             config.huge_pages,
         );
         let kind = kind.ok_or_else(|| CreateError::Spare {
@@ -208,8 +215,16 @@ impl CellHost {
     }
 }
 
+fn layout(config: &SpareConfig) -> Result<Layout, layout::Error> {
+    let mut layout = Layout::new(config.memory_mib)?;
+    if config.pluggable_mib > 0 {
+        layout.add_pluggable(config.pluggable_mib.checked_mul(1 << 20).unwrap_or(u64::MAX))?;
+    }
+    Ok(layout)
+}
+
 fn make(host: &HostInner, config: &SpareConfig, touched: &[Range<u64>]) -> Result<Spare, CreateError> {
-    let layout = Layout::new(config.memory_mib).map_err(|source| CreateError::Config {
+    let layout = layout(config).map_err(|source| CreateError::Config {
         name: "spare".to_owned(),
         source: source.into(),
     })?;

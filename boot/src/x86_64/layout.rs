@@ -10,7 +10,8 @@
 //! 0xfec0_0000  IOAPIC                                    > the hole below 4 GiB: no RAM
 //! 0xfee0_0000  local APIC                               /
 //! 0x1_0000_0000  RAM above 3.25 GiB
-//! aligned to 1 GiB after RAM: shared-memory windows (virtio-fs DAX), each aligned to its huge pages
+//! aligned to 1 GiB after RAM: the region of a memory device, then shared-memory windows (virtio-fs DAX), each aligned
+//! to its huge pages
 //! ```
 
 /// GDT for the entry into the kernel.
@@ -60,6 +61,9 @@ pub const KVM_TSS: u64 = 0xfeff_d000;
 /// Power port (one I/O port byte each): see `cloister_vmm`'s power device and the FADT written here.
 pub const POWER_PORT: u16 = 0x600;
 
+/// Bytes of one memory section of Linux on x86_64: the least that it hot-adds.
+const SECTION: u64 = 128 << 20;
+
 /// Least guest memory in MiB: below it no Linux kernel with an initial RAM disk starts.
 pub const MIN_MEMORY_MIB: u64 = 1;
 /// Most guest memory in MiB: 1 TiB, well inside the 46 physical address bits of current processors.
@@ -88,6 +92,8 @@ pub enum Error {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     size: u64,
+    /// The region of a memory device: address and bytes.
+    pluggable: Option<(u64, u64)>,
     next_window: u64,
 }
 
@@ -98,7 +104,11 @@ impl Layout {
             return Err(Error::MemorySize { mib });
         }
         let size = mib.checked_mul(1 << 20).ok_or(Error::MemorySize { mib })?;
-        let mut layout = Self { size, next_window: 0 };
+        let mut layout = Self {
+            size,
+            pluggable: None,
+            next_window: 0,
+        };
         layout.next_window = layout.ram_end().next_multiple_of(1 << 30).max(HOLE_END);
         Ok(layout)
     }
@@ -130,6 +140,33 @@ impl Layout {
         ranges
     }
 
+    /// Reserves guest-physical addresses for memory that the guest can be given while it runs. No map tells a kernel of
+    /// it: the device does. Whole sections of Linux's (128 MiB), so that none is shared with anything else. Once at most,
+    /// and before the memory is made.
+    pub fn add_pluggable(&mut self, size: u64) -> Result<(), Error> {
+        let error = Error::Window { size };
+        let whole = size
+            .checked_next_multiple_of(SECTION)
+            .ok_or(Error::Window { size })?;
+        if size == 0 || self.pluggable.is_some() {
+            return Err(error);
+        }
+        self.pluggable = Some((self.add_window(whole)?, whole));
+        Ok(())
+    }
+
+    /// What [`Layout::add_pluggable`] reserved, as (guest-physical address, bytes).
+    pub fn pluggable(&self) -> Option<(u64, u64)> {
+        self.pluggable
+    }
+
+    /// All ranges that are memory to the host, as (guest-physical address, bytes), ascending: RAM, and what can be plugged.
+    pub fn memory(&self) -> Vec<(u64, u64)> {
+        let mut ranges = self.ram();
+        ranges.extend(self.pluggable);
+        ranges
+    }
+
     /// Reserves guest-physical addresses for a shared-memory window (virtio 1.3, 2.10) of `size` bytes above RAM.
     /// The address is a multiple of 1 GiB for large windows, of 128 MiB (Linux's memory section) for others.
     pub fn add_window(&mut self, size: u64) -> Result<u64, Error> {
@@ -137,7 +174,7 @@ impl Layout {
         if size == 0 || !size.is_multiple_of(0x1000) {
             return Err(error);
         }
-        let alignment = if size >= 1 << 30 { 1 << 30 } else { 128 << 20 };
+        let alignment = if size >= 1 << 30 { 1 << 30 } else { SECTION };
         let address = self.next_window.checked_next_multiple_of(alignment);
         let end = address
             .and_then(|a| a.checked_add(size))
@@ -190,6 +227,23 @@ mod tests {
     fn sizes_that_overflow_or_are_none_are_refused() {
         for mib in [0, MAX_MEMORY_MIB + 1, u64::MAX, u64::MAX >> 20, 1 << 44] {
             assert_eq!(Layout::new(mib), Err(Error::MemorySize { mib }));
+        }
+    }
+
+    #[test]
+    fn pluggable_memory_is_no_ram_to_the_kernel() {
+        let mut layout = Layout::new(5000).unwrap();
+        let (ram, end) = (layout.ram(), layout.ram_end());
+        layout.add_pluggable(300 << 20).unwrap();
+        let (base, size) = layout.pluggable().unwrap();
+        assert_eq!((layout.ram(), layout.ram_end()), (ram.clone(), end));
+        assert_eq!(size, 384 << 20);
+        assert!(base >= end && base.is_multiple_of(128 << 20));
+        assert_eq!(layout.memory(), [ram, vec![(base, size)]].concat());
+        assert!(layout.add_window(4096).unwrap() >= base + size);
+        assert!(layout.add_pluggable(1 << 20).is_err(), "only one");
+        for size in [0, u64::MAX, 1 << 46] {
+            assert!(Layout::new(1).unwrap().add_pluggable(size).is_err(), "{size:#x}");
         }
     }
 

@@ -63,8 +63,10 @@ pub struct BootRequest<'a> {
     pub command_line: &'a str,
     /// How to describe the machine.
     pub description: Description,
-    /// Number of vCPUs; APIC ids are 0 to `vcpus` - 1.
+    /// Number of vCPUs that there can be; APIC ids are 0 to `vcpus` - 1.
     pub vcpus: u8,
+    /// How many of them the kernel is to start: it leaves the others to whoever sets them online later.
+    pub started: u8,
     /// Interrupts that are wired beside the devices', for example the serial port's 4.
     pub other_gsis: &'a [u32],
     /// The virtio-mmio devices.
@@ -158,6 +160,9 @@ pub fn describe<M: GuestMemoryBackend>(
     let &Images { kernel, initrd } = images;
     let mut line = KernelCommandLine::new()?;
     line.push(request.command_line)?;
+    if request.started < request.vcpus {
+        line.push(&format!("maxcpus={}", request.started))?;
+    }
     let rsdp = match request.description {
         Description::MpTable => {
             for device in request.devices {

@@ -13,6 +13,8 @@ use crate::state::{SavedState, StateError};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum DeviceType {
+    /// No device: drivers take no notice of it (4.2.2, DeviceID).
+    Empty = 0,
     /// Network device (5.1).
     Net = 1,
     /// Block device (5.2).

@@ -20,7 +20,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::device::{ActivationContext, ActiveDevice, RestoreError, SharedMemory, VirtioDevice};
 use super::interrupt::{CONFIG_CHANGE, USED_BUFFER};
 use super::{
-    ActivateError, ActiveQueue, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Health, Interrupt, status,
+    ActivateError, ActiveQueue, DeviceType, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Health, Interrupt,
+    status,
 };
 use crate::GuestRam;
 use crate::event_loop::{EventLoop, EventLoopError, Registration};
@@ -214,6 +215,11 @@ impl MmioTransport {
     /// The device's interrupt line (irqfd).
     pub fn interrupt(&self) -> &Arc<Interrupt> {
         &self.interrupt
+    }
+
+    /// What is behind the page.
+    pub fn device_type(&self) -> DeviceType {
+        self.device.device_type()
     }
 
     /// The device's health.

@@ -7,6 +7,7 @@
 
 mod buffers;
 mod device;
+mod empty;
 mod health;
 mod interrupt;
 mod mmio;
@@ -17,6 +18,7 @@ pub use device::{
     ActivateError, ActivationContext, ActiveDevice, DeviceType, RestoreError, SharedMemory, VirtioDevice,
     copy_config,
 };
+pub use empty::Empty;
 pub use health::Health;
 pub use interrupt::{ConfigSignal, Interrupt};
 pub use mmio::{MmioTransport, REGISTER_PAGE_SIZE, TransportError};

@@ -70,14 +70,18 @@ fn may_lower_oom_score() -> bool {
 pub(super) fn cloisterd(dir: &Path) -> String {
     format!(
         r#"
-[daemon]
 socket = "{dir}/cloister/sandboxer.sock"
-state = "{dir}/cloister/run"
-root = "{dir}/cloister/lib"
+state_dir = "{dir}/run"
+root_dir = "{dir}/cloister/lib"
+containerd_address = "{dir}/containerd.sock"
 
-[guest]
+[log]
+level = "debug"
+format = "text"
+
+[sandboxer.cloister]
 kernel = "{kernel}"
-initramfs = "{initramfs}"
+initrd = "{initramfs}"
 "#,
         dir = dir.display(),
         kernel = guest_file("vmlinux").display(),

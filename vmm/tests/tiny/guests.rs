@@ -220,6 +220,23 @@ guests! {
         "3: dec ecx",
         "jnz 3b",
         "jmp 2b";
+    /// As `start_others`, once 0x200008 is not 0.
+    start_others_later:
+        "2: cmp dword ptr [0x200008], 0",
+        "je 2b",
+        "mov word ptr [0x9000], 0",
+        "mov dword ptr [0x8000], 0x0006fff0",
+        "mov dword ptr [0x8004], 0xfdebf490",
+        "mov dword ptr [0xfee000f0], 0x1ff",
+        "mov dword ptr [0xfee00300], 0x000c4500",
+        "mov dword ptr [0xfee00300], 0x000c4608",
+        "2: mov eax, [0x200004]",
+        "cmp [0x9000], ax",
+        "jne 2b",
+        "mov edx, 0x600",
+        "mov al, 0x34",
+        "out dx, al",
+        "3: jmp 3b";
     /// Starts all other vCPUs with INIT and SIPI; each adds one to 0x200000 in real mode and halts. Powers off when
     /// as many as 0x200004 says have.
     start_others:

@@ -75,10 +75,16 @@ fn descriptors() -> usize {
 
 /// The process's threads that are the VMM's: the test harness has some that come and go.
 fn threads() -> usize {
-    let ours = |name: &str| {
-        let starts = ["device-io-", "worker-", "housekeeper", "take-down"];
-        name.contains(":vcpu") || starts.iter().any(|start| name.starts_with(start))
-    };
+    let starts = ["device-io-", "worker-", "housekeeper", "take-down"];
+    vcpu_threads() + count_threads(|name| starts.iter().any(|start| name.starts_with(start)))
+}
+
+/// The threads of all vCPUs.
+fn vcpu_threads() -> usize {
+    count_threads(|name| name.contains(":vcpu"))
+}
+
+fn count_threads(ours: impl Fn(&str) -> bool) -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();
     // One that ends while it is looked at does not count.
     tasks
@@ -118,6 +124,7 @@ fn a_spare_runs_like_any_other() {
         kernel: kernel.try_clone().unwrap(),
         initrd: None,
         memory_mib: 4,
+        pluggable_mib: 0,
         huge_pages: HugePages::default(),
         count,
     };
@@ -494,6 +501,45 @@ fn other_vcpus_start_when_the_guest_asks() {
         cell.start().unwrap();
         assert_eq!(cell.wait(PATIENCE), Some(StopReason::PowerOff), "{vcpus} vCPUs");
     }
+}
+
+#[test]
+fn vcpus_are_made_while_the_guest_runs() {
+    let _alone = alone();
+    let host = host();
+    for interrupt_chip in [InterruptChip::Split, InterruptChip::Kernel] {
+        let mut config = config(guests::start_others_later());
+        (config.max_vcpus, config.interrupt_chip) = (4, interrupt_chip);
+        let cell = Cell::create(config, &host).unwrap();
+        let ram = cell.ram().unwrap();
+        let set = |address, value: u32| ram.write_obj(value, GuestAddress(address)).unwrap();
+        set(0x20_0004, 3);
+        assert_eq!(cell.provide_vcpus(2).unwrap(), 2);
+        cell.start().unwrap();
+        eventually("two vCPUs run", || cell.vcpu_threads().len() == 2);
+        cell.pause().unwrap();
+        assert_eq!(cell.provide_vcpus(3).unwrap(), 3);
+        cell.resume().unwrap();
+        // No more than there can be, and never fewer than there are.
+        assert_eq!(cell.provide_vcpus(200).unwrap(), 4);
+        assert_eq!(cell.provide_vcpus(1).unwrap(), 4);
+        eventually("four vCPUs run", || cell.vcpu_threads().len() == 4);
+        assert_eq!(vcpu_threads(), 4);
+        cell.pause().unwrap();
+        cell.save().unwrap();
+        cell.resume().unwrap();
+        set(0x20_0008, 1);
+        assert_eq!(cell.wait(PATIENCE), Some(StopReason::PowerOff));
+        assert!(matches!(cell.provide_vcpus(4), Ok(4)));
+        drop(ram);
+        assert!(cell.wait_taken_down(PATIENCE));
+        assert_eq!(vcpu_threads(), 0);
+    }
+    let mut config = config(guests::counter());
+    config.max_vcpus = 2;
+    let cell = Cell::create(config, &host).unwrap();
+    cell.stop();
+    assert!(matches!(cell.provide_vcpus(2), Err(LifecycleError::State { .. })));
 }
 
 #[test]

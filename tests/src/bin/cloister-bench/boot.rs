@@ -67,6 +67,7 @@ fn keep_spare(context: &Context, host: &CellHost, huge_pages: HugePages) -> io::
         kernel: File::open(&context.kernel)?,
         initrd: Some(File::open(&context.initrd)?),
         memory_mib: MEMORY_MIB.into(),
+        pluggable_mib: 0,
         huge_pages,
         count: 1,
     };
