@@ -42,7 +42,7 @@ struct Case {
 macro_rules! cases {
     ($($module:ident { $($name:ident)* })*) => {
         &[$($(Case {
-            name: concat!(stringify!($module), "::", stringify!($name)),
+            name: concat!("cri::", stringify!($module), "::", stringify!($name)),
             run: |runtime| Box::pin($module::$name(runtime)),
         }),*),*]
     };
