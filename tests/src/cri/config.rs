@@ -66,13 +66,13 @@ fn may_lower_oom_score() -> bool {
     u64::from_str_radix(set.unwrap().trim(), 16).unwrap() >> CAP_SYS_RESOURCE & 1 == 1
 }
 
-/// Of cloisterd.
+/// Of cloisterd. An emulated host is slow.
 pub(super) fn cloisterd(dir: &Path) -> String {
     format!(
         r#"
-socket = "{dir}/cloister/sandboxer.sock"
-state_dir = "{dir}/run"
+state_dir = "{dir}/cloister/run"
 root_dir = "{dir}/cloister/lib"
+socket = "{dir}/cloister/sandboxer.sock"
 containerd_address = "{dir}/containerd.sock"
 
 [log]
@@ -81,11 +81,12 @@ format = "text"
 
 [sandboxer.cloister]
 kernel = "{kernel}"
-initrd = "{initramfs}"
+initrd = "{initrd}"
+init_timeout = "600s"
 "#,
         dir = dir.display(),
         kernel = guest_file("vmlinux").display(),
-        initramfs = guest_file("initramfs.cpio").display(),
+        initrd = guest_file("initramfs.cpio").display(),
     )
 }
 

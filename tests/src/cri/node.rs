@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 /// containerd, cloisterd if it is wanted, and the folder they live in.
 #[derive(Debug)]
@@ -91,6 +92,7 @@ impl Node {
 
     /// Starts a daemon and waits until its socket answers.
     fn spawn(&mut self, name: &'static str, mut command: Command, socket: &str) {
+        let begin = Instant::now();
         let log = self.path(&format!("{name}.log"));
         let output = File::create(&log).unwrap();
         let process = command
@@ -106,6 +108,7 @@ impl Node {
             assert!(ended.is_none(), "{name} ended: {ended:?}\n{}", daemon.tail(40));
             UnixStream::connect(&socket).ok()
         });
+        eprintln!("{name} answers after {:.1?}", begin.elapsed());
         self.daemons.push(daemon);
     }
 
@@ -117,6 +120,7 @@ impl Node {
                 "{} is missing: run tests/demo/prepare",
                 archive.display()
             );
+            let begin = Instant::now();
             let output = self
                 .command("ctr")
                 .arg("--address")
@@ -130,6 +134,7 @@ impl Node {
                 "image {name}: {}",
                 String::from_utf8_lossy(&output.stderr)
             );
+            eprintln!("image {name} loaded after {:.1?}", begin.elapsed());
         }
     }
 
@@ -178,7 +183,7 @@ impl Daemon {
     fn stop(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.process);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         while start.elapsed() < PATIENCE / 6 {
             if self.process.try_wait().is_ok_and(|ended| ended.is_some()) {
                 return;

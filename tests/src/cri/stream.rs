@@ -2,14 +2,15 @@
 //! The streams of exec, attach and port-forward: a websocket whose messages begin with the number of a channel.
 //!
 //! ```text
-//!   exec, attach (v5.channel.k8s.io)       port-forward (v4.channel.k8s.io), of the first port
+//!   exec, attach                           port-forward, of the first port
 //!   0  stdin                               0  its bytes, both ways
 //!   1  stdout                              1  what went wrong, in words
 //!   2  stderr                              each begins with the port's number, little-endian
 //!   3  how it ended, a JSON Status
 //!   4  window size, JSON
-//!   255 closes the channel whose number follows
 //! ```
+//!
+//! containerd 2.1 speaks version 4 of the protocol, in which a client ends its stdin only by hanging up.
 
 use super::{Outcome, PATIENCE, Pod, api, ensure};
 use futures_util::{SinkExt, StreamExt};
@@ -26,7 +27,7 @@ const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
 const STATUS: u8 = 3;
 const RESIZE: u8 = 4;
-const CLOSE: u8 = 255;
+const PROTOCOL: HeaderValue = HeaderValue::from_static("v4.channel.k8s.io");
 
 /// The streams of a process.
 #[derive(Debug)]
@@ -50,12 +51,10 @@ pub struct Streamed {
 struct Channels(WebSocketStream<TcpStream>);
 
 impl Channels {
-    async fn open(url: &str, protocol: &'static str) -> Outcome<Self> {
+    async fn open(url: &str) -> Outcome<Self> {
         let url = url.replacen("http://", "ws://", 1);
         let mut request = url.as_str().into_client_request()?;
-        request
-            .headers_mut()
-            .insert("sec-websocket-protocol", HeaderValue::from_static(protocol));
+        request.headers_mut().insert("sec-websocket-protocol", PROTOCOL);
         let address = request
             .uri()
             .authority()
@@ -93,7 +92,7 @@ impl Channels {
 impl Stream {
     pub(super) async fn open(url: &str) -> Outcome<Self> {
         Ok(Self {
-            channels: Channels::open(url, "v5.channel.k8s.io").await?,
+            channels: Channels::open(url).await?,
             said: Streamed::default(),
         })
     }
@@ -101,11 +100,6 @@ impl Stream {
     /// To its stdin.
     pub async fn send(&mut self, text: &str) -> Outcome {
         self.channels.send(STDIN, text.as_bytes()).await
-    }
-
-    /// Ends its stdin.
-    pub async fn close_stdin(&mut self) -> Outcome {
-        self.channels.send(CLOSE, &[STDIN]).await
     }
 
     /// Changes the size of its terminal.
@@ -173,7 +167,7 @@ impl PortForward {
         let answer = pod.runtime.cri().port_forward(request).await?.into_inner();
         let url = format!("{}?port={port}", answer.url);
         Ok(Self {
-            channels: Channels::open(&url, "v4.channel.k8s.io").await?,
+            channels: Channels::open(&url).await?,
             port,
         })
     }

@@ -17,7 +17,7 @@ async fn listed(runtime: &Runtime, filter: api::ContainerFilter) -> Outcome<Vec<
 /// Seen of one that ended.
 async fn end(container: &Container) -> Outcome<Value> {
     let status = container.ended().await?;
-    let times = status.created_at > 0 && status.finished_at >= status.started_at;
+    let times = status.created_at > 0 && status.finished_at > status.created_at;
     Ok(json!([status.exit_code, status.reason, times]))
 }
 
@@ -103,7 +103,7 @@ pub async fn exit_codes(runtime: &Runtime) -> Outcome<Value> {
         "exit 42",
         "kill -9 $$",
         "kill -TERM $$; sleep infinity",
-        "exec sh -c 'kill -SEGV $$'",
+        "sh -c 'kill -SEGV $$'; exit $?",
     ];
     let mut seen = serde_json::Map::new();
     for text in ends {
@@ -219,7 +219,7 @@ pub async fn surroundings(runtime: &Runtime) -> Outcome<Value> {
     let pod = &runtime.shared().await?.pod;
     let output = pod.output(script(
         "ls /proc/self/fd | xargs; umask; cat /proc/self/oom_score_adj; ulimit -c; ulimit -s; \
-         [ $(ulimit -n) -ge 1024 ] && echo enough files; grep -E '^(Sig(Blk|Ign)|NSpid|Threads)' /proc/self/status; \
+         [ $(ulimit -n) -ge 1024 ] && echo enough files; awk '/^Sig(Blk|Ign)/ { print $1 substr($2, 9) }' /proc/self/status; \
          ls -A / | xargs; ls -A /dev | xargs; ls -l /dev/fd /dev/stdin /dev/stdout /dev/stderr /dev/ptmx /dev/core 2>/dev/null | awk '{ print $9, $11 }'; \
          stat -c '%n %a %u:%g %t:%T' /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty; readlink /proc/self/exe",
     )).await?;

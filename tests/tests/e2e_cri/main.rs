@@ -42,7 +42,7 @@ struct Case {
 macro_rules! cases {
     ($($module:ident { $($name:ident)* })*) => {
         &[$($(Case {
-            name: concat!(stringify!($module), "::", stringify!($name)),
+            name: concat!("cri::", stringify!($module), "::", stringify!($name)),
             run: |runtime| Box::pin($module::$name(runtime)),
         }),*),*]
     };
@@ -134,13 +134,17 @@ fn main() {
     let mut arguments = Arguments::from_args();
     // One after the other: a case already runs on all handlers at once.
     arguments.test_threads = Some(1);
-    let bed: Arc<OnceLock<Bed>> = Arc::new(OnceLock::new());
+    let bed: Arc<OnceLock<Option<Bed>>> = Arc::new(OnceLock::new());
     let trials = CASES.iter().map(|case| {
         let bed = Arc::clone(&bed);
-        Trial::test(case.name, move || bed.get_or_init(Bed::start).run(case))
+        Trial::test(case.name, move || {
+            // One that cannot start is not tried again for each case.
+            let bed = bed.get_or_init(|| std::panic::catch_unwind(Bed::start).ok());
+            bed.as_ref().ok_or("there is no node")?.run(case)
+        })
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
-    let bed = Arc::into_inner(bed).and_then(OnceLock::into_inner);
+    let bed = Arc::into_inner(bed).and_then(OnceLock::into_inner).flatten();
     let cleared = bed.is_none_or(|bed| bed.end(!conclusion.has_failed()));
     if !cleared {
         std::process::exit(1);

@@ -132,7 +132,7 @@ pub async fn shared_by_containers(runtime: &Runtime) -> Outcome<Value> {
     let dir = runtime.folder("empty-dir")?;
     fs::set_permissions(&dir, fs::Permissions::from_mode(0o2777))?;
     let mut config = script(
-        "exec 9>/data/lock; flock 9; mkfifo /data/fifo; echo locked >/data/ready; read -r line </data/fifo; echo \"got $line\"; \
+        "exec 9>/data/lock; flock 9; mkfifo -m 666 /data/fifo; echo locked >/data/ready; read -r line </data/fifo; echo \"got $line\"; \
          echo ended >/data/done; flock -u 9; sleep infinity",
     );
     config.mounts = vec![mount(&dir, "/data")];
@@ -140,16 +140,12 @@ pub async fn shared_by_containers(runtime: &Runtime) -> Outcome<Value> {
     let mut config = script(
         "until [ -e /data/ready ]; do sleep 0.1; done; flock -n /data/lock true || echo locked by the other; echo word >/data/fifo; \
          flock /data/lock cat /data/done; socat UNIX-LISTEN:/data/socket,fork EXEC:'echo through a socket' & \
-         until [ -S /data/socket ]; do sleep 0.1; done; socat -u UNIX:/data/socket STDOUT; stat -c '%a %F' /data /data/socket; touch /data/mine; stat -c %g /data/mine",
+         until [ -S /data/socket ]; do sleep 0.1; done; socat -u UNIX:/data/socket STDOUT; stat -c '%a %F' /data /data/socket; touch /data/mine; stat -c %g /data/mine; echo finished; wait",
     );
     security(&mut config).run_as_user = Some(api::Int64Value { value: 1000 });
     config.mounts = vec![mount(&dir, "/data")];
     let second = pod.start(config).await?;
-    second
-        .says("/data/socket")
-        .await
-        .or_else(|_| second.log().map(|_| ()))?;
-    tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+    second.says("finished").await?;
     let socket = pod_socket(&pod, &dir).await?;
     let seen = json!({ "first": first.log()?, "second": second.log()?, "from a third": socket });
     pod.remove().await?;
@@ -215,7 +211,11 @@ pub async fn nested(runtime: &Runtime) -> Outcome<Value> {
 
 /// Mounts made later, on either side.
 pub async fn propagation(runtime: &Runtime) -> Outcome<Value> {
-    let pod = &runtime.shared().await?.pod;
+    // Only such pods may have a say in the node's mounts.
+    let mut config = Pod::config(runtime);
+    let linux = config.linux.get_or_insert_default();
+    linux.security_context.get_or_insert_default().privileged = true;
+    let pod = Pod::run(runtime, config).await?;
     let dir = runtime.folder("propagation")?;
     let kinds = [
         ("private", api::MountPropagation::PropagationPrivate),
@@ -228,7 +228,6 @@ pub async fn propagation(runtime: &Runtime) -> Outcome<Value> {
         fs::create_dir_all(place.join("by-node"))?;
         fs::create_dir_all(place.join("by-container"))?;
         let mut config = args(&["sleep", "infinity"]);
-        // Only such containers may have a say in the node's mounts.
         security(&mut config).privileged = true;
         config.mounts = vec![api::Mount {
             propagation: kind.into(),
@@ -257,6 +256,7 @@ pub async fn propagation(runtime: &Runtime) -> Outcome<Value> {
         node(&["umount", &by_node])?;
         seen.insert(name.to_owned(), json!([inside, outside, unmounted]));
     }
+    pod.remove().await?;
     Ok(seen.into())
 }
 

@@ -8,7 +8,12 @@ fn pod_config(runtime: &Runtime, change: impl FnOnce(&mut api::NamespaceOption))
     let mut config = Pod::config(runtime);
     let linux = config.linux.get_or_insert_default();
     let context = linux.security_context.get_or_insert_default();
-    change(context.namespace_options.get_or_insert_default());
+    let options = context.namespace_options.get_or_insert_default();
+    change(options);
+    if options.network() == api::NamespaceMode::Node {
+        // The node's own.
+        config.hostname.clear();
+    }
     config
 }
 

@@ -13,23 +13,15 @@ pub async fn exec_pipes(runtime: &Runtime) -> Outcome<Value> {
         .end()
         .await?;
     let good = shared.exec_stream(&["true"], false, false).await?.end().await?;
-    let mut cat = shared
-        .exec_stream(
-            &[
-                "sh",
-                "-c",
-                "while read -r line; do echo \"<$line>\"; done; echo end",
-            ],
-            true,
-            false,
-        )
-        .await?;
-    cat.send("one\n").await?;
-    cat.until("<one>\n").await?;
-    cat.send("two\n").await?;
-    cat.until("<two>\n").await?;
-    cat.close_stdin().await?;
-    let cat = cat.end().await?;
+    let text = "while read -r line; do echo \"<$line>\"; done; echo end of input >/tmp/ended";
+    let mut reader = shared.exec_stream(&["sh", "-c", text], true, false).await?;
+    reader.send("one\n").await?;
+    reader.until("<one>\n").await?;
+    reader.send("two\n").await?;
+    reader.until("<two>\n").await?;
+    drop(reader);
+    let wait = "until [ -e /tmp/ended ]; do sleep 0.1; done; cat /tmp/ended; rm /tmp/ended";
+    let ended = shared.exec_script(wait).await?;
     let large = "0123456789abcdef".repeat(1 << 14);
     let mut sum = shared
         .exec_stream(&["sh", "-c", "head -c 262144 | sha256sum"], true, false)
@@ -38,7 +30,7 @@ pub async fn exec_pipes(runtime: &Runtime) -> Outcome<Value> {
         sum.send(std::str::from_utf8(piece)?).await?;
     }
     let sum = sum.end().await?;
-    Ok(json!({ "both": both, "good": good, "cat": cat, "large": sum }))
+    Ok(json!({ "both": both, "good": good, "hung up": ended, "large": sum }))
 }
 
 /// A terminal: echo, sizes, control characters.
@@ -101,11 +93,11 @@ pub async fn attach(runtime: &Runtime) -> Outcome<Value> {
     let mut stream = once.attach().await?;
     stream.send("only\n").await?;
     stream.until("<only>\n").await?;
-    stream.close_stdin().await?;
-    let said = stream.end().await?;
+    drop(stream);
     let ended = once.ended().await?;
+    let said = once.log()?;
     once.remove().await?;
-    Ok(json!({ "alive": alive, "log": log, "once": [said.stdout, said.stderr], "code": ended.exit_code }))
+    Ok(json!({ "alive": alive, "log": log, "once": said, "code": ended.exit_code }))
 }
 
 /// Attached to a terminal.
