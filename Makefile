@@ -4,6 +4,7 @@
 #   make test            set up, build, lint, run every test
 #   make bench [ONLY=P]  the benchmarks whose names start with P; results in target/bench/results.jsonl
 #   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME
+#   make deb             the Debian package, checked: target/deb/cloister_VERSION_amd64.deb
 #   make setup, build, guest, lint, unit, kvm-host-test, clean: the steps of the above
 #
 # Wherever Linux guests run, ci/with-kvm chooses between this machine's KVM and the emulated host, and says so.
@@ -26,7 +27,7 @@ export CLOISTER_GUEST := $(guest)
 kvm_options ?= --cpus 2 --memory 12288
 
 .NOTPARALLEL:
-.PHONY: setup build guest run test unit e2e kvm-host-test bench lint clean
+.PHONY: setup build guest run test unit e2e kvm-host-test bench lint deb clean
 
 setup:
 	ci/setup
@@ -75,6 +76,9 @@ bench: build
 	case "$(ONLY)" in "" | boot*) \
 		ci/kvm-host --icount $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY) --counting ;; \
 	esac
+
+deb: build
+	ci/check-deb "$$(ci/build-deb $(CARGO_TARGET_DIR)/release $(guest) target/deb)"
 
 clean:
 	cargo clean

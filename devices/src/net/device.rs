@@ -81,9 +81,15 @@ struct Common {
 #[derive(Clone)]
 pub struct NetHandle {
     common: Arc<Common>,
+    metrics: Arc<NetMetrics>,
 }
 
 impl NetHandle {
+    /// What the device counts.
+    pub fn metrics(&self) -> &NetMetrics {
+        &self.metrics
+    }
+
     /// Plugs the cable in or out, as far as the driver is concerned. Frames pass all the same.
     pub fn set_link(&self, up: bool) {
         if self.common.link_up.swap(up, Ordering::AcqRel) == up {
@@ -194,6 +200,7 @@ impl Net {
     pub fn handle(&self) -> NetHandle {
         NetHandle {
             common: Arc::clone(&self.common),
+            metrics: Arc::clone(&self.metrics),
         }
     }
 

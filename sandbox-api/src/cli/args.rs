@@ -94,6 +94,10 @@ pub enum Command {
     Load(LoadArgs),
     /// Say whether this host can run virtual machines, and what to do if not
     Check(JsonArg),
+    /// Have containerd make pods through cloisterd: its drop-in, the shim's name, RuntimeClasses, a unit
+    Install(InstallArgs),
+    /// Undo what install did
+    Uninstall(UninstallArgs),
     /// Print a completion script for a shell
     Completion {
         /// Which shell
@@ -110,6 +114,37 @@ pub enum Command {
         #[arg(long)]
         awaited: bool,
     },
+}
+
+/// `install`.
+#[derive(Debug, Args)]
+pub struct InstallArgs {
+    /// Install into this folder, which will be a node's file system
+    #[arg(long, default_value = "/", value_name = "DIR")]
+    pub destdir: PathBuf,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Replace files of others; each is kept as FILE.before-cloister
+    #[arg(long)]
+    pub force: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `uninstall`.
+#[derive(Debug, Args)]
+pub struct UninstallArgs {
+    /// Where install was told to install
+    #[arg(long, default_value = "/", value_name = "DIR")]
+    pub destdir: PathBuf,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// When to ask the registry.

@@ -10,9 +10,12 @@ mod containers;
 mod exec;
 mod images;
 mod info;
+mod install;
+mod install_files;
 pub mod parse;
 mod run;
 mod session;
+mod shim;
 mod start;
 mod stats;
 pub mod table;
@@ -95,6 +98,12 @@ impl Context {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args_os()
+        .map(|word| word.to_string_lossy().into_owned())
+        .collect();
+    if let Some(code) = shim::answer(&arguments) {
+        return code;
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
@@ -157,6 +166,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Pull(args) => images::pull(context, &args),
         Command::Load(args) => images::load(context, &args),
         Command::Check(args) => info::check(args.json),
+        Command::Install(args) => install::install(&args),
+        Command::Uninstall(args) => install::uninstall(&args),
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "cloister", &mut script);

@@ -15,16 +15,24 @@ pub mod args;
 pub mod config;
 pub mod controller;
 pub mod events;
+pub mod log_format;
+pub mod metrics;
+pub mod metrics_server;
 pub mod node;
 pub mod pod_plan;
+pub mod process_metrics;
 pub mod quantity;
 pub mod sandbox;
+pub mod steps;
+pub mod telemetry;
 pub mod uds;
+pub mod vm_metrics;
 
 use config::Config;
 use controller::Service;
 use controller::api::controller_server::ControllerServer;
 use events::Publisher;
+use metrics::{Metrics, SharedThreads};
 use node::{Node, Only};
 use std::io;
 use std::process::ExitCode;
@@ -45,6 +53,8 @@ enum Error {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Telemetry(#[from] telemetry::Error),
     #[error("cannot listen on {path}")]
     Listen {
         path: String,
@@ -65,10 +75,6 @@ pub fn main() -> ExitCode {
         Ok(config) => config,
         Err(code) => return code,
     };
-    env_logger::Builder::new()
-        .filter_level(config.log.level.into())
-        .filter_module("ttrpc", log::LevelFilter::Error)
-        .init();
     match run(config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -89,7 +95,10 @@ fn run(config: Config) -> Result<(), Error> {
         .thread_name("cloisterd")
         .enable_all()
         .build()?;
+    let telemetry = runtime.block_on(async { telemetry::init(&config.log, &config.tracing) })?;
     let result = runtime.block_on(serve(config));
+    // The last traces are sent from the runtime.
+    drop(telemetry);
     runtime.shutdown_timeout(Duration::from_secs(1));
     result
 }
@@ -104,14 +113,30 @@ async fn serve(config: Config) -> Result<(), Error> {
     if UnixStream::connect(&socket).await.is_ok() {
         return Err(in_listening(io::Error::other("another process listens there")));
     }
-    let cells = cloister_vmm::CellHost::new(cloister_vmm::CellHostConfig::default())?;
+    let shared = cloister_vmm::CellHostConfig::default();
+    let cells = cloister_vmm::CellHost::new(shared)?;
+    let metrics = Metrics::new(SharedThreads {
+        event_loops: shared.event_loops,
+        workers: shared.workers,
+    });
+    if let Some(listen) = &config.metrics.listen {
+        let server = metrics_server::Server::bind(listen)
+            .await
+            .map_err(|source| Error::Listen {
+                path: listen.to_string(),
+                source,
+            })?;
+        tokio::spawn(server.serve(metrics.clone()));
+    }
     let events = Publisher::start(&config.containerd_address);
     let state = config.state_dir.display().to_string();
-    let node = Node::new(config, cells, events).map_err(|source| Error::State { path: state, source })?;
+    let node =
+        Node::new(config, cells, events, metrics).map_err(|source| Error::State { path: state, source })?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let listener = uds::listen(&socket).map_err(in_listening)?;
     log::info!("listening on {}", socket.display());
+    notify(sd_notify::NotifyState::Ready);
 
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
@@ -126,10 +151,18 @@ async fn serve(config: Config) -> Result<(), Error> {
         _ = interrupt.recv() => {}
     }
     log::info!("ending all pods");
+    notify(sd_notify::NotifyState::Stopping);
     // Those who wait for a pod hear of its end before the connections go.
     node.stop_all().await;
     let _ = end.send(());
     let _ = tokio::time::timeout(LAST_ANSWERS, server).await;
     let _ = std::fs::remove_file(&socket);
     Ok(())
+}
+
+/// Tells systemd, where it started us.
+fn notify(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        log::warn!("cannot tell systemd: {error}");
+    }
 }

@@ -4,6 +4,7 @@
 
 use super::config::{Config, Profile};
 use super::events::Publisher;
+use super::metrics::Metrics;
 use super::pod_plan::PodPlan;
 use super::sandbox::{self, Phase, Record, Sandbox};
 use crate::clock;
@@ -21,6 +22,8 @@ pub struct Node {
     pub cells: CellHost,
     /// The way to containerd's events.
     pub events: Publisher,
+    /// What is counted.
+    pub metrics: Metrics,
     sandboxes: Mutex<HashMap<String, Arc<Sandbox>>>,
 }
 
@@ -51,11 +54,17 @@ impl Node {
     ///
     /// # Errors
     /// The state folder cannot be used.
-    pub fn new(config: Config, cells: CellHost, events: Publisher) -> io::Result<Arc<Self>> {
+    pub fn new(
+        config: Config,
+        cells: CellHost,
+        events: Publisher,
+        metrics: Metrics,
+    ) -> io::Result<Arc<Self>> {
         let node = Self {
             config,
             cells,
             events,
+            metrics,
             sandboxes: Mutex::default(),
         };
         let dir = node.dir();

@@ -14,8 +14,11 @@
 //! The Task service outlives the VM: its State, Wait and Delete answer until Shutdown.
 
 use super::config::Profile;
+use super::metrics::{PodLabels, PodState, Watch};
 use super::node::Node;
 use super::pod_plan::PodPlan;
+use super::steps::Steps;
+use super::telemetry;
 use crate::clock::{self, Millis};
 use crate::files;
 use crate::pod::machine::MachineConfig;
@@ -30,6 +33,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use tokio::sync::watch;
+use tracing::Instrument;
 
 /// Longest path of a unix socket that containerd can dial (`sun_path`, with its NUL).
 const MAX_SOCKET_PATH: usize = 107;
@@ -258,6 +262,16 @@ impl Sandbox {
         lock(&self.record).clone()
     }
 
+    /// What its figures and logs are labelled with.
+    fn labels(&self) -> PodLabels {
+        let record = lock(&self.record);
+        PodLabels {
+            id: record.id.clone(),
+            pod: record.plan.name.clone(),
+            namespace: record.plan.namespace.clone(),
+        }
+    }
+
     /// Its phase.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
@@ -335,7 +349,8 @@ impl Sandbox {
         if begins {
             abandoned.0 = Some(self);
             self.lives.store(true, Ordering::Relaxed);
-            tokio::spawn(Arc::clone(self).live(Arc::clone(node)));
+            let life = Arc::clone(self).live(Arc::clone(node));
+            tokio::spawn(life.instrument(telemetry::pod_span(&self.labels())));
         }
         let phase = self.reached(Phase::Ready).await;
         abandoned.0 = None;
@@ -404,8 +419,10 @@ impl Sandbox {
 
     async fn live(self: Arc<Self>, node: Arc<Node>) {
         let mut made = Made::default();
+        let (counted, labels) = (node.metrics.pod(&self.record().sandboxer), self.labels());
+        let mut steps = Steps::new(&node.metrics, "pod_start", &labels, None);
         let booted = tokio::select! {
-            booted = self.boot(&node, &mut made) => booted,
+            booted = self.boot(&node, &mut made, &mut steps) => booted,
             () = self.asked(Ask::Stop) => Err(Error::Phase {
                 id: self.id(),
                 phase: "asked to stop",
@@ -414,11 +431,16 @@ impl Sandbox {
         };
         let exit = match booted {
             Ok(()) => {
+                steps.done();
+                counted.set(PodState::Ready);
                 self.enter(Phase::Ready, |record| record.started = Some(clock::now()));
                 self.until_end(&mut made).await
             }
             Err(error) => {
-                log::warn!("{}", crate::error::chain(&error));
+                let told = crate::error::chain(&error);
+                let stopped = matches!(error, Error::Phase { .. });
+                steps.failed(if stopped { "cancelled" } else { "internal" }, &told);
+                log::warn!("{told}");
                 *lock(&self.failure) = Some(Arc::new(error));
                 // Create or Start that fails is not followed by Stop and Shutdown.
                 if *self.ask.borrow() < Ask::Stop {
@@ -429,6 +451,7 @@ impl Sandbox {
         };
         self.enter(Phase::Stopping, |_| ());
         made.power_off().await;
+        counted.set(PodState::Stopped);
         self.enter(Phase::Stopped, |record| record.exit = Some(exit));
         self.asked(Ask::Remove).await;
         made.shut_down().await;
@@ -437,7 +460,7 @@ impl Sandbox {
     }
 
     /// From nothing to an agent that takes containers.
-    async fn boot(&self, node: &Node, made: &mut Made) -> Result<(), Error> {
+    async fn boot(&self, node: &Node, made: &mut Made, steps: &mut Steps) -> Result<(), Error> {
         let record = self.record();
         let id = record.id.clone();
         let vm_error = |source| Error::Vm {
@@ -455,10 +478,16 @@ impl Sandbox {
             kernel_args: &self.profile.kernel_args,
             tap: None,
         };
+        steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
+        let cell = Arc::clone(vm.machine.cell());
+        made.watch = Some(node.metrics.watch(self.labels(), cell));
         let vm = made.vm.insert(vm);
+        steps.next("boot");
         vm.ready(self.profile.init_timeout).await.map_err(vm_error)?;
+        steps.next("configure");
         vm.configure(&self.configuration(plan)).await.map_err(vm_error)?;
+        steps.next("serve");
         let service = vm.serve(&self.socket()).await.map_err(vm_error)?;
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {
@@ -508,6 +537,8 @@ fn asked_for() -> Exit {
 /// What was made for a pod, in order.
 #[derive(Default)]
 struct Made {
+    /// Has the VM's figures read.
+    watch: Option<Watch>,
     vm: Option<PodVm>,
 }
 
@@ -521,6 +552,8 @@ impl Made {
 
     /// Ends the services that outlive the VM.
     async fn shut_down(self) {
+        // While the VM can still be asked.
+        drop(self.watch);
         if let Some(vm) = self.vm {
             vm.shut_down().await;
         }

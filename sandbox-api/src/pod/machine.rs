@@ -203,6 +203,11 @@ impl Machine {
         }
     }
 
+    /// The VM itself.
+    pub fn cell(&self) -> &Arc<Cell> {
+        &self.cell
+    }
+
     /// Ends the VM as it is.
     pub fn stop(&self) {
         self.cell.stop();
