@@ -70,7 +70,7 @@ fn may_lower_oom_score() -> bool {
 pub(super) fn cloisterd(dir: &Path) -> String {
     format!(
         r#"
-state_dir = "{dir}/cloister/run"
+state_dir = "{dir}/r"
 root_dir = "{dir}/cloister/lib"
 socket = "{dir}/cloister/sandboxer.sock"
 containerd_address = "{dir}/containerd.sock"
