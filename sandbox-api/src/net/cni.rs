@@ -8,37 +8,26 @@
 //!                  │ lo: port-forward (`forward`)       │ lo: its own
 //! ```
 //!
-//! Nothing of it needs to be recorded: a namespace tells what was done to it, so [`disconnect`] works for pods of a daemon
-//! that was killed, and [`connect`] begins with it.
+//! Nothing of it needs to be recorded: a namespace tells what was done to it, so [`disconnect_soon`] works for pods of a
+//! daemon that was killed, and [`connect`] begins with the same.
 
 use super::netns::Netns;
-use super::survey::{self, Survey};
+use super::survey::{self, Found};
 use super::{Error, redirect};
+use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_protocol::pod::{Interface, Neighbor, Route};
-use std::os::fd::OwnedFd;
+use std::net::IpAddr;
 use std::path::Path;
 
 /// Most queues of a network device.
 pub const MAX_QUEUES: usize = 8;
 
-/// A network card for the guest.
-#[derive(Debug)]
-pub struct Nic {
-    /// The tap, one descriptor per queue; the device is there as long as one of them.
-    pub tap: Vec<OwnedFd>,
-    /// Hardware address, the interface's own.
-    pub mac: [u8; 6],
-    /// The network's MTU.
-    pub mtu: u16,
-    /// How the guest sets it up.
-    pub interface: Interface,
-}
-
 /// A pod's network: [`PodNet::disconnect`] takes it apart; so does dropping it, but later.
 #[derive(Debug)]
 pub struct PodNet {
-    /// One for each interface but lo. May be taken.
-    pub nics: Vec<Nic>,
+    cards: Vec<NetConfig>,
+    /// How the guest sets up the cards: each with its interface's own name, hardware address, MTU and addresses.
+    pub interfaces: Vec<Interface>,
     /// For the guest.
     pub routes: Vec<Route>,
     /// For the guest.
@@ -63,12 +52,13 @@ pub async fn connect(netns: &Path, queues: usize) -> Result<PodNet, Error> {
             let found = survey::look(&handle).await?;
             // From here on, dropping it takes all apart.
             let mut net = PodNet {
-                nics: Vec::new(),
-                routes: Vec::new(),
-                neighbors: Vec::new(),
+                cards: Vec::new(),
+                interfaces: Vec::new(),
+                routes: found.routes,
+                neighbors: found.neighbors,
                 netns: Some(kept),
             };
-            match join_all(&handle, found, queues, &mut net).await {
+            match join_all(&handle, found.interfaces, queues, &mut net).await {
                 Ok(()) => Ok(net),
                 Err(error) => {
                     net.netns = None;
@@ -83,24 +73,35 @@ pub async fn connect(netns: &Path, queues: usize) -> Result<PodNet, Error> {
 
 async fn join_all(
     handle: &rtnetlink::Handle,
-    found: Survey,
+    interfaces: Vec<Found>,
     queues: usize,
     net: &mut PodNet,
 ) -> Result<(), Error> {
-    for interface in found.interfaces {
-        net.nics.push(Nic {
-            tap: redirect::join(handle, &interface, queues).await?,
-            mac: interface.mac,
-            mtu: interface.mtu,
-            interface: interface.interface,
+    for found in interfaces {
+        net.cards.push(NetConfig {
+            backend: NetBackend::Tap(redirect::join(handle, &found, queues).await?),
+            mac: found.mac,
+            mtu: Some(found.mtu),
         });
+        net.interfaces.push(found.interface);
     }
-    net.routes = found.routes;
-    net.neighbors = found.neighbors;
     Ok(())
 }
 
 impl PodNet {
+    /// The VM's network cards, in the order of the interfaces; once.
+    pub fn take_cards(&mut self) -> Vec<NetConfig> {
+        std::mem::take(&mut self.cards)
+    }
+
+    /// The pod's addresses, in the order of the interfaces.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let texts = self.interfaces.iter().flat_map(|interface| &interface.addresses);
+        texts
+            .filter_map(|text| text.split('/').next()?.parse().ok())
+            .collect()
+    }
+
     /// Takes apart what [`connect`] made. Does not need the taps to be closed.
     ///
     /// # Errors
@@ -116,35 +117,27 @@ impl PodNet {
 impl Drop for PodNet {
     fn drop(&mut self) {
         if let Some(netns) = self.netns.take() {
-            let parted = netns.start(async |handle| {
-                redirect::part(&handle)
-                    .await
-                    .inspect_err(|error| log::warn!("{}", crate::error::chain(error)))
-            });
-            if let Err(error) = parted {
-                log::warn!("{}", crate::error::chain(&error));
-            }
+            part_soon(&netns);
         }
     }
 }
 
-/// Takes apart whatever [`connect`] has made in a namespace, in this process or in one that was killed. A namespace that
-/// is gone is no error.
-///
-/// # Errors
-/// netlink's.
-pub async fn disconnect(netns: &Path) -> Result<(), Error> {
-    let gone = |error: &Error| {
-        // Its file is there without it once it has been unmounted.
-        matches!(error, Error::Io(_, e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::EINVAL)))
-    };
-    let parted = async {
-        Netns::open(netns)?
-            .run(async |handle| redirect::part(&handle).await)
+/// Takes apart whatever [`connect`] has made in a namespace, in this process or in one that was killed; does not wait for it.
+/// A namespace that is gone is no error.
+pub fn disconnect_soon(netns: &Path) {
+    match Netns::open(netns) {
+        Ok(netns) => part_soon(&netns),
+        Err(error) => log::debug!("{}", crate::error::chain(&error)),
+    }
+}
+
+fn part_soon(netns: &Netns) {
+    let part = async |handle| {
+        redirect::part(&handle)
             .await
+            .inspect_err(|error| log::warn!("{}", crate::error::chain(error)))
     };
-    match parted.await {
-        Err(error) if gone(&error) => Ok(()),
-        result => result,
+    if let Err(error) = netns.start(part) {
+        log::warn!("{}", crate::error::chain(&error));
     }
 }

@@ -2,56 +2,33 @@
 //! A pod's VM on its network: ping, a web server, bulk data both ways with segmentation left to the host, and port-forward
 //! into it.
 
-use crate::bed::{Bed, NODE, POD, assert_no_thread, link, run};
+use crate::bed::{Bed, POD, assert_no_thread, link, run};
 use crate::{runtime, test};
-use cloister_boot::x86_64::Description;
-use cloister_devices::net::{Net, NetBackend, NetConfig};
-use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
+use cloister_protocol::SPEC_TYPE_URL;
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::task::{CreateTaskRequest, Mount, StartRequest};
 use cloister_protocol::ttrpc::context::with_duration;
-use cloister_protocol::{EVENTS_PORT, SPEC_TYPE_URL};
 use cloister_sandbox_api::net::cni::{self, PodNet};
 use cloister_sandbox_api::net::forward::Forwarder;
-use cloister_sandbox_api::pod::agent::{Agent, EventsServer};
-use cloister_sandbox_api::pod::guest::Guest;
+use cloister_sandbox_api::pod::agent::Agent;
+use cloister_sandbox_api::pod::machine::{Machine, MachineConfig};
+use cloister_sandbox_api::pod::vm::PodVm;
 use cloister_tests::e2e::{PATIENCE, archive, guest_file};
-use cloister_vmm::config::BASE_COMMAND_LINE;
-use cloister_vmm::{Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, KernelBoot};
+use cloister_vmm::{CellHost, CellHostConfig};
 use rtnetlink::packet_route::link::{LinkAttribute, Stats64};
 use serde_json::json;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
 
 /// Bytes of bulk data.
 const BULK: usize = 8 << 20;
-
-struct PodVm {
-    cell: Cell,
-    vsock: VsockHandle,
-}
-
-impl Guest for PodVm {
-    fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        self.vsock.connect(port)
-    }
-
-    fn attach(&self, _: &str, _: OwnedFd, _: bool) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-
-    fn detach(&self, _: &str) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-}
 
 /// The agent's initramfs with a root file system for a container: /pod.
 fn initramfs() -> File {
@@ -79,64 +56,30 @@ fn initramfs() -> File {
     file
 }
 
-/// A VM with the pod's network cards; answers once its agent is configured.
-async fn start(host: &CellHost, net: &mut PodNet) -> (Arc<PodVm>, Agent, EventsServer) {
-    let (vsock, handle) = Vsock::new(VsockConfig::new(3)).unwrap();
-    let boot = KernelBoot {
-        kernel: File::open(guest_file("vmlinux")).unwrap(),
-        initrd: Some(initramfs()),
-        command_line: format!("console=ttyS0 {BASE_COMMAND_LINE} cloister.log=info"),
-        description: Description::MpTable,
+/// A VM with the pod's network cards, configured.
+async fn start(host: &CellHost, net: &mut PodNet) -> (PodVm, Agent) {
+    let initramfs = initramfs();
+    let config = MachineConfig {
+        name: "pod".into(),
+        cpus: 2,
+        memory: 256 << 20,
+        dax: None,
+        kernel: &guest_file("vmlinux"),
+        initrd: &PathBuf::from(format!("/proc/self/fd/{}", initramfs.as_raw_fd())),
+        kernel_args: &["cloister.log=info".into()],
+        nics: net.take_cards(),
     };
-    let mut config = CellConfig::new("pod", Boot::Kernel(boot));
-    config.memory_mib = 256;
-    config.vcpus = 2;
-    let mut add = |name: &str, device| {
-        config.devices.push(DeviceConfig::Custom {
-            name: name.into(),
-            device,
-        });
-    };
-    add("vsock", Box::new(vsock));
-    let mut request = ConfigureRequest {
+    let mut vm = PodVm::start(config, host).await.unwrap();
+    let agent = vm.ready(PATIENCE).await.unwrap();
+    let request = ConfigureRequest {
         hostname: "pod".into(),
+        interfaces: net.interfaces.clone(),
         routes: net.routes.clone(),
         neighbors: net.neighbors.clone(),
         ..Default::default()
     };
-    for nic in net.nics.drain(..) {
-        let card = NetConfig {
-            backend: NetBackend::Tap(nic.tap),
-            mac: nic.mac,
-            mtu: Some(nic.mtu),
-        };
-        add("net", Box::new(Net::new(card).unwrap()));
-        request.interfaces.push(nic.interface);
-    }
-    config.devices.push(DeviceConfig::Rng);
-    let cell = Cell::create(config, host).unwrap();
-    let listener = handle.listen(EVENTS_PORT).unwrap();
-    let (sender, accepted) = mpsc::channel(4);
-    std::thread::spawn(move || {
-        while let Ok((stream, _)) = listener.accept() {
-            if sender.blocking_send(stream).is_err() {
-                break;
-            }
-        }
-    });
-    let events = EventsServer::start(accepted).await.unwrap();
-    cell.start().unwrap();
-    let vm = Arc::new(PodVm { cell, vsock: handle });
-    let mut ready = events.ready.clone();
-    let ready = tokio::time::timeout(PATIENCE, ready.wait_for(Option::is_some)).await;
-    ready.expect("the agent does not come").unwrap();
-    let agent = Agent::connect(&*vm).unwrap();
-    agent
-        .pod
-        .configure(with_duration(PATIENCE), &request)
-        .await
-        .unwrap();
-    (vm, agent, events)
+    vm.configure(&request).await.unwrap();
+    (vm, agent)
 }
 
 /// Runs a script in a container of the pod.
@@ -256,13 +199,13 @@ fn a_pod_vm_on_its_network() {
     runtime().block_on(async {
         let bed = Bed::with_eth0("warm").await;
         let mut net = cni::connect(&bed.pod_path(), 2).await.unwrap();
-        let (vm, _agent, _events) = start(&host, &mut net).await;
+        let (vm, _) = start(&host, &mut net).await;
         stop(vm, net, &bed).await;
     });
     test(async {
         let bed = Bed::with_eth0("vm").await;
         let mut net = cni::connect(&bed.pod_path(), 2).await.unwrap();
-        let (vm, agent, events) = start(&host, &mut net).await;
+        let (vm, agent) = start(&host, &mut net).await;
 
         // IPv6 at once: without a wait for duplicates.
         bed.on_node(&["busybox", "ping", "-c", "3", POD[0]]).await;
@@ -306,7 +249,7 @@ fn a_pod_vm_on_its_network() {
         assert!(from_pod > 2000, "{from_pod} bytes per frame from the pod");
 
         // Port-forward: localhost in the pod's namespace on the host.
-        let guest: Arc<dyn Guest> = Arc::<PodVm>::clone(&vm);
+        let guest = Arc::<Machine>::clone(&vm.machine);
         let forwarder = Forwarder::start(&bed.pod_path(), guest).await.unwrap();
         let answers = run(&bed.pod, async move |_| {
             for local in ["127.0.0.1", "127.1.2.3", "::1"] {
@@ -334,24 +277,16 @@ fn a_pod_vm_on_its_network() {
         assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
         let refused = run(&bed.pod, async |_| TcpStream::connect("127.0.0.1:80").map(|_| ())).await;
         assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
-        // The node itself is not reached through the pod's loopback.
-        let _ = NODE;
-
         drop(agent);
-        events.stop().await;
         stop(vm, net, &bed).await;
         assert_no_thread();
     });
     drop(host);
 }
 
-async fn stop(vm: Arc<PodVm>, net: PodNet, bed: &Bed) {
-    vm.cell.stop();
-    let ended = tokio::task::spawn_blocking(move || {
-        vm.cell.wait(Some(PATIENCE)).expect("does not end");
-        assert!(vm.cell.wait_taken_down(Some(PATIENCE)), "is not taken down");
-    });
-    ended.await.unwrap();
+async fn stop(vm: PodVm, net: PodNet, bed: &Bed) {
+    vm.power_off().await;
+    vm.shut_down().await;
     net.disconnect().await.unwrap();
     bed.pod_becomes(&["lo", "eth0"]).await;
 }
