@@ -21,7 +21,7 @@ use std::io;
 use std::path::Path;
 
 use cloister_protocol::pod::Step;
-use cloister_protocol::{EVENTS_PORT, SHM_DIR};
+use cloister_protocol::{AGENT_PORT, EVENTS_PORT, FORWARD_PORT, SHM_DIR};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat, open};
 use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
 use rustix::process::{Resource, Rlimit, chdir, chroot, setrlimit};
@@ -202,8 +202,9 @@ pub fn main(mut timeline: Timeline) -> i32 {
     timeline.step("logging");
 
     load_modules();
-    let listener = match transport::listen_vsock() {
-        Ok(listener) => listener,
+    let listen = |port| transport::listen_vsock(port);
+    let listeners = match listen(AGENT_PORT).and_then(|agent| Ok((agent, listen(FORWARD_PORT)?))) {
+        Ok(listeners) => listeners,
         Err(error) => fatal(&format!(
             "vsock: cannot listen (has the VM a vsock device?): {error}"
         )),
@@ -222,7 +223,7 @@ pub fn main(mut timeline: Timeline) -> i32 {
         // The kernel would drop most of it otherwise.
         warn("kernel log", fs::write("/proc/sys/kernel/printk_devkmsg", "on\n"));
     }
-    match serve::in_vm(listener, dial, timeline) {
+    match serve::in_vm(listeners, dial, timeline) {
         Ok(()) => fatal("the server ended"),
         Err(error) => fatal(&format!("cannot serve: {error}")),
     }

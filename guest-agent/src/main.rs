@@ -20,6 +20,7 @@
 //!                                      └▶ pod::PodService                    ▲
 //!  host ◀─ vsock 1025 ─── events::Publisher ◀── exits ──────── reaper ◀──────┘ orphans
 //!  host ◀─ vsock 1026 ─── stdio: one connection per stream ◀─▶ pipe or pty ◀─▶ process
+//!  host ── vsock 1027 ──▶ forward: one connection per TCP connection ─▶ loopback ─▶ process
 //! ```
 //!
 //! What the host sends is trusted; what containers do is not. The agent never parses anything a container wrote, and
@@ -36,6 +37,7 @@ mod error;
 mod events;
 mod executor;
 mod fd;
+mod forward;
 mod helper;
 mod log;
 mod mount;

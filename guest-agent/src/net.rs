@@ -16,7 +16,7 @@ use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use netlink_packet_route::route::{
-    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteMetric, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::Socket;
@@ -83,14 +83,11 @@ impl Netlink {
         };
         if !interface.name.is_empty() && interface.name != name {
             check_name(&interface.name)?;
-            // A running device keeps its name.
-            self.set_link(index, Vec::new(), Some(false))
-                .map_err(context(format!("interface {name} down")))?;
-            self.set_link(index, vec![LinkAttribute::IfName(interface.name.clone())], None)
-                .map_err(context(format!(
-                    "rename of interface {name} to {}",
-                    interface.name
-                )))?;
+            // The kernel may have given the name to one that is still to come.
+            if let Ok(other) = index_of(&interface.name) {
+                self.rename(other, &interface.name, &format!("moved{other}"))?;
+            }
+            self.rename(index, &name, &interface.name)?;
         }
         let name = if interface.name.is_empty() {
             &name
@@ -105,13 +102,21 @@ impl Netlink {
         self.set_link(index, attributes, Some(true))
             .map_err(context(format!("interface {name} up with MTU {}", interface.mtu)))?;
         for address in &interface.addresses {
-            self.address(index, address)
+            self.address(index, address, interface.no_prefix_routes)
                 .map_err(context(format!("address {address} of interface {name}")))?;
         }
         Ok(())
     }
 
-    fn address(&self, index: u32, text: &str) -> io::Result<()> {
+    fn rename(&self, index: u32, from: &str, to: &str) -> io::Result<()> {
+        // A running device keeps its name.
+        self.set_link(index, Vec::new(), Some(false))
+            .map_err(context(format!("interface {from} down")))?;
+        self.set_link(index, vec![LinkAttribute::IfName(to.to_owned())], None)
+            .map_err(context(format!("rename of interface {from} to {to}")))
+    }
+
+    fn address(&self, index: u32, text: &str, no_prefix_route: bool) -> io::Result<()> {
         let (ip, prefix) = parse_prefix(text)?;
         let mut message = AddressMessage::default();
         message.header.family = family(ip);
@@ -123,6 +128,10 @@ impl Netlink {
             AddressScope::Universe
         };
         message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+        let mut flags = AddressFlags::empty();
+        if no_prefix_route {
+            flags |= AddressFlags::Noprefixroute;
+        }
         match ip {
             IpAddr::V4(ip) if prefix < 31 => {
                 let host = u32::MAX.checked_shr(u32::from(prefix)).unwrap_or(0);
@@ -132,10 +141,9 @@ impl Netlink {
             }
             IpAddr::V4(_) => {}
             // The network behind was given this address by who manages it: no need to wait for a collision.
-            IpAddr::V6(_) => message
-                .attributes
-                .push(AddressAttribute::Flags(AddressFlags::Nodad)),
+            IpAddr::V6(_) => flags |= AddressFlags::Nodad,
         }
+        message.attributes.push(AddressAttribute::Flags(flags));
         self.request(
             RouteNetlinkMessage::NewAddress(message),
             NLM_F_CREATE | NLM_F_REPLACE,
@@ -360,6 +368,10 @@ fn route_message(route: &Route, index: impl Fn(&str) -> io::Result<u32>) -> io::
     }
     if route.metric > 0 {
         message.attributes.push(RouteAttribute::Priority(route.metric));
+    }
+    if route.mtu > 0 {
+        let mtu = RouteMetric::Mtu(route.mtu);
+        message.attributes.push(RouteAttribute::Metrics(vec![mtu]));
     }
     Ok(message)
 }

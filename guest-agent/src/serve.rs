@@ -15,6 +15,7 @@ use tokio::runtime::{Builder, Runtime};
 use crate::boot::{self, Timeline};
 use crate::container::Context;
 use crate::events::Publisher;
+use crate::forward;
 use crate::pod::PodService;
 use crate::reaper::Reaper;
 use crate::task::TaskService;
@@ -37,11 +38,16 @@ async fn serve(listener: Listener, context: Arc<Context>) -> io::Result<()> {
     Ok(())
 }
 
-/// Serves for ever as PID 1. `listener` listens already; `dial` is the way to the events service.
+/// Serves for ever as PID 1. The listeners, for requests and for forwarded connections, listen already; `dial` is the way to
+/// the events service.
 ///
 /// # Errors
 /// When the runtime or the server cannot be set up.
-pub fn in_vm(listener: OwnedFd, dial: io::Result<Dial>, mut timeline: Timeline) -> io::Result<()> {
+pub fn in_vm(
+    (listener, forwards): (OwnedFd, OwnedFd),
+    dial: io::Result<Dial>,
+    mut timeline: Timeline,
+) -> io::Result<()> {
     let runtime = runtime()?;
     timeline.step("runtime");
     runtime.block_on(async move {
@@ -53,6 +59,7 @@ pub fn in_vm(listener: OwnedFd, dial: io::Result<Dial>, mut timeline: Timeline) 
         // An error is as good as a word: what follows does not need the host.
         let _ = said.await;
         boot::rest();
+        tokio::spawn(forward::serve(forwards));
         let context = Arc::new(Context {
             host,
             events,

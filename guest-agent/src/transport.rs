@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 
 use crate::fd::register;
-use cloister_protocol::{AGENT_PORT, HOST_CID};
+use cloister_protocol::HOST_CID;
 use tokio::io::{AsyncRead, AsyncWrite, Interest};
 use tokio::net::UnixStream;
 use tokio_vsock::{VsockAddr, VsockListener, VsockStream};
@@ -57,12 +57,12 @@ fn vsock_socket() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// The agent's vsock listener, made before there is a runtime: from here on the kernel queues connections.
+/// A vsock listener of the agent's, made before there is a runtime: from here on the kernel queues connections.
 ///
 /// # Errors
 /// EAFNOSUPPORT without vsock in the kernel, ENODEV and EADDRNOTAVAIL without a vsock device.
-pub fn listen_vsock() -> io::Result<OwnedFd> {
-    vsock::VsockListener::bind(&VsockAddr::new(libc::VMADDR_CID_ANY, AGENT_PORT)).map(OwnedFd::from)
+pub fn listen_vsock(port: u32) -> io::Result<OwnedFd> {
+    vsock::VsockListener::bind(&VsockAddr::new(libc::VMADDR_CID_ANY, port)).map(OwnedFd::from)
 }
 
 /// A vsock connection that is being made.

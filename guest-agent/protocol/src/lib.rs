@@ -3,13 +3,14 @@
 //!
 //! # Theory of operation
 //!
-//! Everything travels over vsock. Three ports are in use:
+//! Everything travels over vsock. These ports are in use:
 //!
 //! | port | listens | speaks |
 //! | --- | --- | --- |
 //! | [`AGENT_PORT`] | agent | ttrpc server: [`task`] under two service names, and our own [`pod`] service |
 //! | [`EVENTS_PORT`] | host | ttrpc server: containerd's Events service ([`events`]); the agent dials it once at start |
 //! | [`STREAM_PORT`] | host | raw bytes: one connection per stdio stream of a process, see [`stream`] |
+//! | [`FORWARD_PORT`] | agent | raw bytes: one connection per TCP connection that is carried into the VM, see [`forward`] |
 //!
 //! The agent listens before it dials. Its first event has topic [`READY_TOPIC`] and carries [`pod::Ready`]: from then on
 //! every request is answered. Messages are containerd's own wherever containerd has them (crate
@@ -22,6 +23,7 @@ use std::sync::Arc;
 
 pub use {containerd_shim_protos, protobuf, ttrpc};
 
+pub mod forward;
 pub mod stream;
 
 /// vsock port on which the agent serves ttrpc.
@@ -30,6 +32,8 @@ pub const AGENT_PORT: u32 = 1024;
 pub const EVENTS_PORT: u32 = 1025;
 /// vsock port of the host that takes stdio streams; the agent dials it once per stream.
 pub const STREAM_PORT: u32 = 1026;
+/// vsock port on which the agent takes connections for programs in the pod.
+pub const FORWARD_PORT: u32 = 1027;
 /// Context id of the host on every vsock (`VMADDR_CID_HOST`).
 pub const HOST_CID: u32 = 2;
 

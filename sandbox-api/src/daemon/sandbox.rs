@@ -21,7 +21,9 @@ use super::steps::Steps;
 use super::telemetry;
 use crate::clock::{self, Millis};
 use crate::files;
-use crate::pod::machine::MachineConfig;
+use crate::net::cni::{self, PodNet};
+use crate::net::{self, forward::Forwarder};
+use crate::pod::machine::{Machine, MachineConfig};
 use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::TaskService;
 use crate::pod::vm::{self, PodVm};
@@ -110,12 +112,12 @@ pub enum Error {
         source: vm::Error,
     },
     /// Its network.
-    #[error("sandbox {id}: {message}")]
+    #[error("sandbox {id}: {}", crate::error::chain(source))]
     Net {
         /// The pod.
         id: String,
         /// Why.
-        message: String,
+        source: net::Error,
     },
     /// Its files.
     #[error("sandbox {id}: cannot {what} {}: {source}", path.display())]
@@ -231,6 +233,9 @@ impl Sandbox {
                 at: clock::now(),
                 reason: Some("cloisterd was restarted".into()),
             });
+        }
+        if !record.netns.is_empty() {
+            cni::disconnect_soon(Path::new(&record.netns));
         }
         let profile = profile(&record.sandboxer);
         let sandbox = Self::new(dir, profile, record);
@@ -467,7 +472,16 @@ impl Sandbox {
             id: id.clone(),
             source,
         };
+        let net_error = |source| Error::Net {
+            id: id.clone(),
+            source,
+        };
         let plan = &record.plan;
+        let (mut nics, netns) = (Vec::new(), Path::new(&record.netns));
+        if !record.netns.is_empty() {
+            let net = cni::connect(netns, plan.cpus.into()).await.map_err(net_error)?;
+            nics = made.net.insert(net).take_cards();
+        }
         let config = MachineConfig {
             name: format!("pod-{}", id.get(..12).unwrap_or(&id)),
             cpus: plan.cpus,
@@ -476,7 +490,7 @@ impl Sandbox {
             kernel: &self.profile.kernel,
             initrd: &self.profile.initrd,
             kernel_args: &self.profile.kernel_args,
-            tap: None,
+            nics,
         };
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
@@ -486,7 +500,12 @@ impl Sandbox {
         steps.next("boot");
         vm.ready(self.profile.init_timeout).await.map_err(vm_error)?;
         steps.next("configure");
-        vm.configure(&self.configuration(plan)).await.map_err(vm_error)?;
+        let configuration = self.configuration(plan, made.net.as_ref());
+        vm.configure(&configuration).await.map_err(vm_error)?;
+        if made.net.is_some() {
+            let guest = Arc::<Machine>::clone(&vm.machine);
+            made.forwarder = Some(Forwarder::start(netns, guest).await.map_err(net_error)?);
+        }
         steps.next("serve");
         let service = vm.serve(&self.socket()).await.map_err(vm_error)?;
         let _ = self.service.set(service);
@@ -496,12 +515,15 @@ impl Sandbox {
         Ok(())
     }
 
-    fn configuration(&self, plan: &PodPlan) -> ConfigureRequest {
+    fn configuration(&self, plan: &PodPlan, net: Option<&PodNet>) -> ConfigureRequest {
         let mut entropy = vec![0; 64];
         crate::ids::fill(&mut entropy);
         ConfigureRequest {
             hostname: plan.hostname.clone(),
-            files: MessageField::some(plan.files(&[])),
+            interfaces: net.map(|net| net.interfaces.clone()).unwrap_or_default(),
+            routes: net.map(|net| net.routes.clone()).unwrap_or_default(),
+            neighbors: net.map(|net| net.neighbors.clone()).unwrap_or_default(),
+            files: MessageField::some(plan.files(&net.map(PodNet::addresses).unwrap_or_default())),
             sysctls: plan.sysctls.clone().into_iter().collect(),
             unix_time_ns: clock::unix_ns(),
             entropy,
@@ -539,14 +561,22 @@ fn asked_for() -> Exit {
 struct Made {
     /// Has the VM's figures read.
     watch: Option<Watch>,
+    net: Option<PodNet>,
     vm: Option<PodVm>,
+    forwarder: Option<Forwarder>,
 }
 
 impl Made {
     /// Ends the VM and what carries its traffic.
     async fn power_off(&mut self) {
+        self.forwarder = None;
         if let Some(off) = self.vm.as_ref().map(PodVm::power_off) {
             off.await;
+        }
+        if let Some(net) = self.net.take()
+            && let Err(error) = net.disconnect().await
+        {
+            log::warn!("{}", crate::error::chain(&error));
         }
     }
 

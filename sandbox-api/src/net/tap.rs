@@ -31,6 +31,19 @@ pub fn open_existing(name: &str) -> Result<OwnedFd, Error> {
 /// # Errors
 /// No /dev/net/tun, no rights, the name in use by something else or by another queue.
 pub fn open(name: &str) -> Result<OwnedFd, Error> {
+    open_queue(name, 0)
+}
+
+/// Opens so many queues, at least one, of the tap `name`, as [`open`] does; several make it a multi-queue one.
+///
+/// # Errors
+/// Those of [`open`].
+pub fn open_queues(name: &str, count: usize) -> Result<Vec<OwnedFd>, Error> {
+    let more = if count > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    (0..count.max(1)).map(|_| open_queue(name, more)).collect()
+}
+
+fn open_queue(name: &str, more: libc::c_int) -> Result<OwnedFd, Error> {
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let tun = rustix::fs::openat(CWD, "/dev/net/tun", flags, Mode::empty())
         .map_err(|e| Error::Io("open /dev/net/tun (modprobe tun)".into(), e.into()))?;
@@ -45,7 +58,7 @@ pub fn open(name: &str) -> Result<OwnedFd, Error> {
     for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from.cast_signed();
     }
-    let bits = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let bits = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | more;
     request.ifr_ifru.ifru_flags = i16::try_from(bits).unwrap_or(0);
     // SAFETY: TUNSETIFF reads and writes one ifreq, which lives through the call; the descriptor is open.
     let result = unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };

@@ -14,6 +14,7 @@ use crate::clock;
 use crate::image::{self, Store};
 use crate::net::{self, dns, nat, publish, tap};
 use crate::runtime::{overlay, spec, user};
+use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, Route};
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::task::DeleteRequest;
@@ -385,7 +386,7 @@ async fn start(
         kernel: &plan.kernel,
         initrd: &plan.initrd,
         kernel_args: &plan.kernel_args,
-        tap: network.tap,
+        nics: network.nics,
     };
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
     tokio::select! {
@@ -513,7 +514,7 @@ impl Configure {
 
 #[derive(Default)]
 struct Connected {
-    tap: Option<(OwnedFd, [u8; 6])>,
+    nics: Vec<NetConfig>,
     address: Option<IpAddr>,
     configure: Configure,
 }
@@ -530,7 +531,7 @@ async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Erro
                 ..Default::default()
             };
             Ok(Connected {
-                tap: Some((tap::open_existing(name)?, mac)),
+                nics: vec![nic(tap::open_existing(name)?, mac)],
                 address: None,
                 configure: Configure {
                     interface: Some(interface),
@@ -560,7 +561,7 @@ async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Erro
             };
             let address: Ipv4Addr = made.address;
             Ok(Connected {
-                tap: Some((made.tap, made.mac)),
+                nics: vec![nic(made.tap, made.mac)],
                 address: Some(address.into()),
                 configure: Configure {
                     interface: Some(interface),
@@ -570,6 +571,14 @@ async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Erro
                 },
             })
         }
+    }
+}
+
+fn nic(tap: OwnedFd, mac: [u8; 6]) -> NetConfig {
+    NetConfig {
+        backend: NetBackend::Tap(vec![tap]),
+        mac,
+        mtu: None,
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::guest::{Guest, ShareOptions};
 use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, FsHandle};
-use cloister_devices::net::{Net, NetBackend, NetConfig};
+use cloister_devices::net::{Net, NetConfig};
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
 use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
@@ -43,8 +43,8 @@ pub struct MachineConfig<'a> {
     pub initrd: &'a Path,
     /// More words for the kernel.
     pub kernel_args: &'a [String],
-    /// A tap's queue and the guest's hardware address.
-    pub tap: Option<(OwnedFd, [u8; 6])>,
+    /// Network cards.
+    pub nics: Vec<NetConfig>,
 }
 
 /// A VM that could not be made.
@@ -139,8 +139,8 @@ impl Machine {
             name: "vsock".into(),
             device: Box::new(vsock),
         });
-        if let Some((tap, mac)) = config.tap {
-            cell.devices.push(net_device(tap, mac)?);
+        for nic in config.nics {
+            cell.devices.push(net_device(nic)?);
         }
         cell.devices.push(DeviceConfig::Rng);
         cell.devices.push(DeviceConfig::Balloon { deflate_on_oom: true });
@@ -324,12 +324,7 @@ fn watch_end(cell: &Arc<Cell>) -> io::Result<watch::Receiver<Option<StopReason>>
     Ok(receiver)
 }
 
-fn net_device(tap: OwnedFd, mac: [u8; 6]) -> Result<DeviceConfig, Error> {
-    let config = NetConfig {
-        backend: NetBackend::Tap(vec![tap]),
-        mac,
-        mtu: None,
-    };
+fn net_device(config: NetConfig) -> Result<DeviceConfig, Error> {
     let net = Net::new(config).map_err(|e| Error::Device("network", e.into()))?;
     Ok(DeviceConfig::Custom {
         name: "net".into(),
