@@ -479,6 +479,7 @@ impl Sandbox {
         let plan = &record.plan;
         let (mut nics, netns) = (Vec::new(), Path::new(&record.netns));
         if !record.netns.is_empty() {
+            steps.next("network");
             let net = cni::connect(netns, plan.cpus.into()).await.map_err(net_error)?;
             nics = made.net.insert(net).take_cards();
         }
@@ -503,6 +504,7 @@ impl Sandbox {
         let configuration = self.configuration(plan, made.net.as_ref());
         vm.configure(&configuration).await.map_err(vm_error)?;
         if made.net.is_some() {
+            steps.next("forward");
             let guest = Arc::<Machine>::clone(&vm.machine);
             made.forwarder = Some(Forwarder::start(netns, guest).await.map_err(net_error)?);
         }
