@@ -111,15 +111,18 @@ fn what_the_plugins_made_is_carried_over() {
         .await;
 
         let mut net = cni::connect(&bed.pod_path(), 2).await.unwrap();
-        let names: Vec<&str> = net.nics.iter().map(|nic| nic.interface.name.as_str()).collect();
+        let cards = net.take_cards();
+        let names: Vec<&str> = net.interfaces.iter().map(|one| one.name.as_str()).collect();
         assert_eq!(names, ["eth0", "net1"]);
-        let [eth0, net1] = &net.nics[..] else {
-            unreachable!()
+        let ([eth0, net1], [eth0_card, net1_card]) = (&net.interfaces[..], &cards[..]) else {
+            panic!("{cards:?}")
         };
-        assert_eq!((eth0.mtu, eth0.interface.mtu, eth0.tap.len()), (1400, MTU, 2));
-        assert_eq!((net1.mtu, net1.interface.mtu), (1500, 1500));
-        assert_eq!(eth0.interface.addresses, ["10.99.0.2/24", "fd99::2/64"]);
-        assert_eq!(net1.interface.addresses, ["10.98.0.2/32"]);
+        assert_eq!((eth0.mtu, eth0_card.mtu), (MTU, Some(1400)));
+        assert_eq!((net1.mtu, net1_card.mtu), (1500, Some(1500)));
+        assert_eq!((taps(eth0_card).len(), taps(net1_card).len()), (2, 2));
+        assert_eq!(eth0.addresses, ["10.99.0.2/24", "fd99::2/64"]);
+        assert_eq!(net1.addresses, ["10.98.0.2/32"]);
+        assert_eq!(net.addresses()[0].to_string(), POD[0]);
         let own = run(&bed.pod, async |handle| link(&handle, "eth0").await).await;
         assert!(
             own.attributes
