@@ -64,7 +64,7 @@ impl Forwarder {
     }
 }
 
-/// For both families, or for IPv4 where there is no other.
+/// For both families, or for IPv4 where there is no other. A socket that is bound to one IPv6 address takes no IPv4.
 fn listener() -> io::Result<StdListener> {
     let listen_at = |family, ip: std::net::IpAddr| {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -76,7 +76,7 @@ fn listener() -> io::Result<StdListener> {
         listen(&socket, BACKLOG)?;
         Ok(StdListener::from(socket))
     };
-    listen_at(AddressFamily::INET6, Ipv6Addr::LOCALHOST.into())
+    listen_at(AddressFamily::INET6, Ipv6Addr::UNSPECIFIED.into())
         .or_else(|_: io::Error| listen_at(AddressFamily::INET, Ipv4Addr::LOCALHOST.into()))
 }
 
@@ -103,12 +103,16 @@ async fn carry(mut client: TcpStream, guest: Arc<dyn Guest>) {
 
 async fn carry_to(client: &mut TcpStream, guest: &dyn Guest) -> io::Result<()> {
     client.set_nodelay(true)?;
-    let port = client.local_addr()?.port();
+    let local = client.local_addr()?;
+    if !local.ip().to_canonical().is_loopback() {
+        // Dialled by the listener's own number, on another address.
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
     let stream = guest.connect(FORWARD_PORT)?;
     stream.set_nonblocking(true)?;
     let mut server = UnixStream::from_std(stream)?;
     let connected = async {
-        server.write_all(forward::header(port).as_bytes()).await?;
+        server.write_all(forward::header(local.port()).as_bytes()).await?;
         let mut answer = [0; forward::CONNECTED.len()];
         server.read_exact(&mut answer).await?;
         Ok(answer)

@@ -156,7 +156,7 @@ impl Bed {
             let index = link(&handle, name).await.header.index;
             let add = handle.neighbours().add(index, ip.parse().unwrap());
             add.state(NeighbourState::Permanent)
-                .link_local_address(&mac)
+                .link_layer_address(&mac)
                 .execute()
                 .await
                 .unwrap();

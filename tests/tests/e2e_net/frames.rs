@@ -18,9 +18,10 @@ pub fn frame(bytes: usize) -> Vec<u8> {
     frame
 }
 
-/// A socket of type AF_PACKET on an interface of this thread's namespace.
+/// A socket of type AF_PACKET on an interface of this thread's namespace: one for all protocols, for others do not see what
+/// goes on to a bridge.
 pub fn packet_socket(index: u32) -> OwnedFd {
-    let protocol = PROTOCOL.to_be();
+    let protocol = u16::try_from(libc::ETH_P_ALL).unwrap().to_be();
     // SAFETY: takes no pointers; the descriptor is new.
     let socket = unsafe {
         let fd = libc::socket(
@@ -51,8 +52,8 @@ pub fn send_to_tap(tap: &impl AsFd, frame: &[u8]) {
     send(tap, &[&[0; TAP_HEADER], frame].concat());
 }
 
-/// The next one of ours; None if there is none for a while.
-fn receive_after(from: &impl AsFd, header: usize) -> Option<Vec<u8>> {
+/// Whether this frame comes in a while; the bridge floods others.
+fn receive_after(from: &impl AsFd, header: usize, expected: &[u8]) -> bool {
     let mut buffer = vec![0; 1 << 16];
     loop {
         let mut fds = [PollFd::new(from, PollFlags::IN)];
@@ -61,20 +62,19 @@ fn receive_after(from: &impl AsFd, header: usize) -> Option<Vec<u8>> {
             tv_nsec: 0,
         };
         if poll(&mut fds, Some(&patience)).unwrap() == 0 {
-            return None;
+            return false;
         }
         let length = rustix::io::read(from, &mut buffer).unwrap();
-        let frame = &buffer[header..length];
-        if frame[12..14] == PROTOCOL.to_be_bytes() {
-            return Some(frame.to_vec());
+        if &buffer[header..length] == expected {
+            return true;
         }
     }
 }
 
-pub fn receive(socket: &impl AsFd) -> Option<Vec<u8>> {
-    receive_after(socket, 0)
+pub fn receive(socket: &impl AsFd, expected: &[u8]) -> bool {
+    receive_after(socket, 0, expected)
 }
 
-pub fn receive_from_tap(tap: &impl AsFd) -> Option<Vec<u8>> {
-    receive_after(tap, TAP_HEADER)
+pub fn receive_from_tap(tap: &impl AsFd, expected: &[u8]) -> bool {
+    receive_after(tap, TAP_HEADER, expected)
 }

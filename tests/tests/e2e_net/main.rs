@@ -13,8 +13,8 @@ use cloister_protocol::pod::{Neighbor, Route};
 use cloister_sandbox_api::net::cni::{self, PodNet};
 use cloister_tests::e2e::OwnFootprint;
 use rtnetlink::packet_route::link::LinkAttribute;
-use rtnetlink::packet_route::route::{RouteAttribute, RouteMetric, RouteNextHop, RouteScope};
-use rtnetlink::{LinkDummy, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::packet_route::route::{RouteAttribute, RouteMetric, RouteNextHop, RouteProtocol, RouteScope};
+use rtnetlink::{LinkVeth, LinkUnspec, RouteMessageBuilder};
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
@@ -91,6 +91,7 @@ fn what_the_plugins_made_is_carried_over() {
             let network = RouteMessageBuilder::<Ipv4Addr>::new()
                 .destination_prefix(Ipv4Addr::new(10, 99, 0, 0), 24)
                 .scope(RouteScope::Link)
+                .protocol(RouteProtocol::Kernel)
                 .output_interface(eth0);
             handle.route().del(network.build()).execute().await.unwrap();
             // Not for the guest.
@@ -103,7 +104,7 @@ fn what_the_plugins_made_is_carried_over() {
             // Down: not in use.
             handle
                 .link()
-                .add(LinkDummy::new("idle").build())
+                .add(LinkVeth::new("idle", "idler").build())
                 .execute()
                 .await
                 .unwrap();
@@ -111,15 +112,18 @@ fn what_the_plugins_made_is_carried_over() {
         .await;
 
         let mut net = cni::connect(&bed.pod_path(), 2).await.unwrap();
-        let names: Vec<&str> = net.nics.iter().map(|nic| nic.interface.name.as_str()).collect();
+        let cards = net.take_cards();
+        let names: Vec<&str> = net.interfaces.iter().map(|one| one.name.as_str()).collect();
         assert_eq!(names, ["eth0", "net1"]);
-        let [eth0, net1] = &net.nics[..] else {
-            unreachable!()
+        let ([eth0, net1], [eth0_card, net1_card]) = (&net.interfaces[..], &cards[..]) else {
+            panic!("{cards:?}")
         };
-        assert_eq!((eth0.mtu, eth0.interface.mtu, eth0.tap.len()), (1400, MTU, 2));
-        assert_eq!((net1.mtu, net1.interface.mtu), (1500, 1500));
-        assert_eq!(eth0.interface.addresses, ["10.99.0.2/24", "fd99::2/64"]);
-        assert_eq!(net1.interface.addresses, ["10.98.0.2/32"]);
+        assert_eq!((eth0.mtu, eth0_card.mtu), (MTU, Some(1400)));
+        assert_eq!((net1.mtu, net1_card.mtu), (1500, Some(1500)));
+        assert_eq!((taps(eth0_card).len(), taps(net1_card).len()), (2, 2));
+        assert_eq!(eth0.addresses, ["10.99.0.2/24", "fd99::2/64"]);
+        assert_eq!(net1.addresses, ["10.98.0.2/32"]);
+        assert_eq!(net.addresses()[0].to_string(), POD[0]);
         let own = run(&bed.pod, async |handle| link(&handle, "eth0").await).await;
         assert!(
             own.attributes
@@ -152,7 +156,7 @@ fn what_the_plugins_made_is_carried_over() {
 
         // Taken apart with the taps still open, as they are in a VM.
         net.disconnect().await.unwrap();
-        bed.pod_becomes(&["lo", "eth0", "net1", "idle"]).await;
+        bed.pod_becomes(&["lo", "eth0", "net1", "idle", "idler"]).await;
         drop(cards);
         assert_no_thread();
     });
@@ -175,12 +179,9 @@ fn frames_pass_both_ways() {
             for bytes in [46, usize::from(card.mtu.unwrap())] {
                 let frame = frames::frame(bytes);
                 frames::send_to_tap(tap, &frame);
-                assert_eq!(frames::receive(&outer).expect("a frame from the guest"), frame);
+                assert!(frames::receive(&outer, &frame), "{bytes} bytes from the guest");
                 frames::send(&outer, &frame);
-                assert_eq!(
-                    frames::receive_from_tap(tap).expect("a frame for the guest"),
-                    frame
-                );
+                assert!(frames::receive_from_tap(tap, &frame), "{bytes} bytes for the guest");
             }
         }
         drop(net);
@@ -244,15 +245,15 @@ fn what_a_guest_cannot_have_is_refused() {
         run(&bed.pod, async |handle| {
             handle
                 .link()
-                .add(LinkDummy::new("dum0").up().build())
+                .add(LinkVeth::new("in0", "in1").up().build())
                 .execute()
                 .await
                 .unwrap();
         })
         .await;
-        refused(&["dum0", "not Ethernet"]).await;
+        refused(&["in", "sits on another"]).await;
         run(&bed.pod, async |handle| {
-            let index = link(&handle, "dum0").await.header.index;
+            let index = link(&handle, "in0").await.header.index;
             handle.link().del(index).execute().await.unwrap();
             let index = link(&handle, "eth0").await.header.index;
             let mut hops = Vec::new();
