@@ -6,6 +6,7 @@ use cloister_sandbox_api::daemon::config::Config;
 use cloister_sandbox_api::daemon::controller::Service;
 use cloister_sandbox_api::daemon::controller::api::controller_server::ControllerServer;
 use cloister_sandbox_api::daemon::events::Publisher;
+use cloister_sandbox_api::daemon::metrics::Metrics;
 use cloister_sandbox_api::daemon::node::{Node, Only};
 use cloister_sandbox_api::daemon::uds;
 use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
@@ -62,7 +63,7 @@ async fn serve(dir: PathBuf) -> Bed {
     let events = Publisher::start(&dir.join("no-containerd.sock"));
     let listener = uds::listen(&config.socket).unwrap();
     let socket = config.socket.clone();
-    let node = Node::new(config, cells, events).unwrap();
+    let node = Node::new(config, cells, events, Metrics::new()).unwrap();
     let server = tokio::spawn(async move {
         tonic::transport::Server::builder()
             .add_service(ControllerServer::new(Service(node)))
@@ -135,7 +136,10 @@ impl Bed {
             verbose: true,
             ..Default::default()
         };
-        self.client.status(k8s(request)).await.map(tonic::Response::into_inner)
+        self.client
+            .status(k8s(request))
+            .await
+            .map(tonic::Response::into_inner)
     }
 
     async fn start(&mut self, id: &str) -> Result<(), Status> {
@@ -178,17 +182,26 @@ async fn bad_requests_are_told_apart_and_make_nothing() {
     assert_eq!(code(unnamed).0, Code::InvalidArgument);
     let long = "x".repeat(129);
     for id in ["", "../a", "a/b", ".", long.as_str()] {
-        assert_eq!(code(bed.create(creation(id, &pod)).await).0, Code::InvalidArgument, "{id:?}");
+        assert_eq!(
+            code(bed.create(creation(id, &pod)).await).0,
+            Code::InvalidArgument,
+            "{id:?}"
+        );
     }
     let other = ControllerCreateRequest {
         sandboxer: "other".into(),
         ..creation("a", &pod)
     };
     let (refused, message) = code(bed.create(other).await);
-    assert!(refused == Code::InvalidArgument && message.contains("\"other\"") && message.contains("cloister"));
+    assert!(
+        refused == Code::InvalidArgument && message.contains("\"other\"") && message.contains("cloister")
+    );
     let host = creation("a", &config(NamespaceMode::Node));
     let (refused, message) = code(bed.create(host).await);
-    assert!(refused == Code::Unimplemented && message.contains("hostNetwork"), "{message}");
+    assert!(
+        refused == Code::Unimplemented && message.contains("hostNetwork"),
+        "{message}"
+    );
     let garbage = ControllerCreateRequest {
         options: Some(prost_types::Any {
             type_url: "runtime.v1.PodSandboxConfig".into(),
@@ -211,7 +224,10 @@ async fn a_pod_that_never_starts_can_be_stopped_and_removed() {
     bed.create(creation("a", &pod)).await.unwrap();
     assert_eq!(code(bed.create(creation("a", &pod)).await).0, Code::AlreadyExists);
     let status = bed.status("a").await.unwrap();
-    assert_eq!((status.state.as_str(), status.address.as_str()), ("SANDBOX_NOTREADY", ""));
+    assert_eq!(
+        (status.state.as_str(), status.address.as_str()),
+        ("SANDBOX_NOTREADY", "")
+    );
     assert!(status.info["cloister"].contains("\"web\""));
     // Another of containerd's namespaces does not see it.
     let request = ControllerStatusRequest {
@@ -227,7 +243,10 @@ async fn a_pod_that_never_starts_can_be_stopped_and_removed() {
         sandbox_id: "a".into(),
         ..Default::default()
     };
-    assert_eq!(bed.client.wait(k8s(wait)).await.unwrap().into_inner().exit_status, 0);
+    assert_eq!(
+        bed.client.wait(k8s(wait)).await.unwrap().into_inner().exit_status,
+        0
+    );
     bed.shutdown("a").await.unwrap();
     assert_eq!(code(bed.status("a").await).0, Code::NotFound);
     assert_eq!(bed.left(), [""; 0]);
@@ -239,7 +258,10 @@ async fn a_start_that_fails_leaves_nothing() {
     let pod = config(NamespaceMode::Pod);
     bed.create(creation("a", &pod)).await.unwrap();
     let (_, message) = code(bed.start("a").await);
-    assert!(message.contains("sandbox a") && message.contains("virtual machine"), "{message}");
+    assert!(
+        message.contains("sandbox a") && message.contains("virtual machine"),
+        "{message}"
+    );
     // Nobody calls Stop or Shutdown after that: it goes by itself, and the same id can be had again.
     for _ in 0..200 {
         if bed.status("a").await.is_err() {
@@ -261,7 +283,10 @@ async fn a_new_daemon_knows_the_pods_of_the_one_before() {
     std::fs::create_dir_all(dir.join("state/sandboxes/junk")).unwrap();
     let mut first = serve(dir.clone()).await;
     assert_eq!(first.left(), ["old"; 0], "what is no pod's is removed");
-    first.create(creation("b", &config(NamespaceMode::Pod))).await.unwrap();
+    first
+        .create(creation("b", &config(NamespaceMode::Pod)))
+        .await
+        .unwrap();
     first.server.abort();
     let record = dir.join("state/sandboxes/b/sandbox.json");
     let text = std::fs::read_to_string(&record).unwrap();
@@ -274,7 +299,16 @@ async fn a_new_daemon_knows_the_pods_of_the_one_before() {
         sandbox_id: "b".into(),
         ..Default::default()
     };
-    assert_eq!(second.client.wait(k8s(wait)).await.unwrap().into_inner().exit_status, 137);
+    assert_eq!(
+        second
+            .client
+            .wait(k8s(wait))
+            .await
+            .unwrap()
+            .into_inner()
+            .exit_status,
+        137
+    );
     second.stop("b").await.unwrap();
     second.shutdown("b").await.unwrap();
     assert_eq!(second.left(), [""; 0]);

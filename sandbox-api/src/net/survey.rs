@@ -218,7 +218,9 @@ fn route(message: &RouteMessage, name: impl Fn(u32) -> Option<String>) -> Result
     let text = |address: &RouteAddress| ip(address).map(|ip| ip.to_string()).unwrap_or_default();
     for attribute in &message.attributes {
         match attribute {
-            RouteAttribute::Table(table) if *table != u32::from(RouteHeader::RT_TABLE_MAIN) => return Ok(None),
+            RouteAttribute::Table(table) if *table != u32::from(RouteHeader::RT_TABLE_MAIN) => {
+                return Ok(None);
+            }
             RouteAttribute::Destination(address) => destination = ip(address).unwrap_or(any),
             RouteAttribute::Gateway(address) => route.gateway = text(address),
             RouteAttribute::PrefSource(address) => route.source = text(address),

@@ -124,7 +124,9 @@ fn share(mount: &mut Mount, name: &str) -> Result<Option<Share>, String> {
     let kind = std::fs::metadata(&source).map(|metadata| metadata.file_type());
     if kind.is_ok_and(|kind| kind.is_char_device() || kind.is_block_device()) {
         let known = source.file_name().and_then(|name| name.to_str());
-        if source.parent() == Some(Path::new("/dev")) && known.is_some_and(|name| COMMON_DEVICES.contains(&name)) {
+        if source.parent() == Some(Path::new("/dev"))
+            && known.is_some_and(|name| COMMON_DEVICES.contains(&name))
+        {
             return Ok(None);
         }
         let source = source.display();
@@ -158,17 +160,28 @@ fn guest_pid_namespace(path: &Path) -> Result<PathBuf, String> {
 
 /// What would be silently different is refused by name.
 fn refuse(spec: &Spec) -> Result<(), String> {
-    let unsupported = |what: &str| Err(format!("{what} is not supported in a pod with a virtual machine of its own"));
+    let unsupported = |what: &str| {
+        Err(format!(
+            "{what} is not supported in a pod with a virtual machine of its own"
+        ))
+    };
     for mount in spec.mounts().iter().flatten() {
         if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
-            return unsupported(&format!("the ID-mapped mount on {}", mount.destination().display()));
+            return unsupported(&format!(
+                "the ID-mapped mount on {}",
+                mount.destination().display()
+            ));
         }
     }
     let Some(linux) = spec.linux() else { return Ok(()) };
     if linux.intel_rdt().is_some() {
         return unsupported("linux.intelRdt");
     }
-    if linux.seccomp().as_ref().is_some_and(|seccomp| seccomp.listener_path().is_some()) {
+    if linux
+        .seccomp()
+        .as_ref()
+        .is_some_and(|seccomp| seccomp.listener_path().is_some())
+    {
         return unsupported("linux.seccomp.listenerPath");
     }
     let has_user = |ns: &oci_spec::runtime::LinuxNamespace| ns.typ() == LinuxNamespaceType::User;
@@ -259,10 +272,18 @@ mod tests {
     #[test]
     fn pid_namespaces_are_the_pods_or_a_tasks() {
         let own = format!("/proc/{}/ns/pid", std::process::id());
-        assert_eq!(guest_pid_namespace(Path::new(&own)).unwrap(), Path::new(SHARED_PID_NS));
+        assert_eq!(
+            guest_pid_namespace(Path::new(&own)).unwrap(),
+            Path::new(SHARED_PID_NS)
+        );
         let task = Path::new("/proc/0/ns/pid");
         assert_eq!(guest_pid_namespace(task).unwrap(), task);
-        for bad in ["/proc/self/ns/pid", "/proc/1/ns/net", "/run/netns/x", "/proc/1/../2/ns/pid"] {
+        for bad in [
+            "/proc/self/ns/pid",
+            "/proc/1/ns/net",
+            "/run/netns/x",
+            "/proc/1/../2/ns/pid",
+        ] {
             assert!(guest_pid_namespace(Path::new(bad)).is_err(), "{bad}");
         }
     }
@@ -273,7 +294,9 @@ mod tests {
             let text = SPEC.replace(from, to);
             for_guest(&mut serde_json::from_str(&text).unwrap(), "c1").unwrap_err()
         };
-        assert!(refused(r#"{"type":"mount"}"#, r#"{"type":"mount"},{"type":"user"}"#).contains("user namespace"));
+        assert!(
+            refused(r#"{"type":"mount"}"#, r#"{"type":"mount"},{"type":"user"}"#).contains("user namespace")
+        );
         assert!(refused("/srv/data", "/dev/kmsg").contains("/dev/kmsg"));
         assert!(refused(r#""cgroupsPath""#, r#""intelRdt":{},"cgroupsPath""#).contains("intelRdt"));
     }

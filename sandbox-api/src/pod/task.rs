@@ -612,7 +612,8 @@ fn read_spec(bundle: &str) -> Result<Spec> {
     };
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let dir = rustix::fs::openat(CWD, path, flags | OFlags::DIRECTORY, Mode::empty()).map_err(failed)?;
-    let file = rustix::fs::openat(&dir, "config.json", flags | OFlags::NONBLOCK, Mode::empty()).map_err(failed)?;
+    let file =
+        rustix::fs::openat(&dir, "config.json", flags | OFlags::NONBLOCK, Mode::empty()).map_err(failed)?;
     let mut bytes = Vec::new();
     std::fs::File::from(file)
         .take(MAX_SPEC + 1)
@@ -640,7 +641,10 @@ impl api::Task for Served {
         let service = Arc::clone(&self.0);
         let work = async move {
             if !request.checkpoint.is_empty() {
-                return Err(status(Code::UNIMPLEMENTED, "restoring a checkpoint is not supported"));
+                return Err(status(
+                    Code::UNIMPLEMENTED,
+                    "restoring a checkpoint is not supported",
+                ));
             }
             let spec = read_spec(&request.bundle)?;
             let root = mount_root(&request)?;

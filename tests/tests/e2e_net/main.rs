@@ -14,7 +14,7 @@ use cloister_sandbox_api::net::cni::{self, PodNet};
 use cloister_tests::e2e::OwnFootprint;
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMetric, RouteNextHop, RouteProtocol, RouteScope};
-use rtnetlink::{LinkVeth, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::{LinkUnspec, LinkVeth, RouteMessageBuilder};
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
@@ -181,7 +181,10 @@ fn frames_pass_both_ways() {
                 frames::send_to_tap(tap, &frame);
                 assert!(frames::receive(&outer, &frame), "{bytes} bytes from the guest");
                 frames::send(&outer, &frame);
-                assert!(frames::receive_from_tap(tap, &frame), "{bytes} bytes for the guest");
+                assert!(
+                    frames::receive_from_tap(tap, &frame),
+                    "{bytes} bytes for the guest"
+                );
             }
         }
         drop(net);
