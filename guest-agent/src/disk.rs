@@ -55,29 +55,34 @@ pub fn detach(slot: u32) -> io::Result<()> {
     fs::write(Path::new(DRIVER).join("unbind"), format!("virtio-mmio.{slot}"))
 }
 
+/// The first entry of a folder whose name starts so.
+fn below(dir: &Path, prefix: &str) -> io::Result<PathBuf> {
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        if entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(prefix.as_bytes())
+        {
+            return Ok(entry.path());
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
+}
+
 /// The disk of a platform device: `virtioM/block/NAME` below it.
 fn find(device: &Path) -> io::Result<Disk> {
-    let below = |dir: &Path, prefix: &str| {
-        let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-        let named = |entry: &fs::DirEntry| entry.file_name().to_string_lossy().starts_with(prefix);
-        entries.filter(named).map(|entry| entry.path()).next()
-    };
-    let no_disk = || io::Error::new(io::ErrorKind::NotFound, "no disk is there");
-    let virtio = below(device, "virtio").ok_or_else(no_disk)?;
-    let disk = below(&virtio.join("block"), "").ok_or_else(no_disk)?;
-    let read = |file: &str| fs::read_to_string(disk.join(file)).map(|text| text.trim().to_owned());
-    let numbers = read("dev")?;
-    let (major, minor) = numbers.split_once(':').ok_or_else(no_disk)?;
-    let number = |text: &str| text.parse::<u32>().map_err(io::Error::other);
-    let name = disk.file_name().unwrap_or_default().to_string_lossy();
+    let disk = below(&below(device, "virtio")?.join("block"), "")?;
+    let dev = fs::read_to_string(disk.join("dev"))?;
+    let size = fs::read_to_string(disk.join("size"))?;
+    let (major, minor) = dev.trim().split_once(':').unwrap_or_default();
+    let number = |text: &str| text.trim().parse::<u64>().map_err(io::Error::other);
+    let part = |text: &str| number(text).map(|n| u32::try_from(n).unwrap_or(u32::MAX));
     Ok(Disk {
-        path: format!("/dev/{name}"),
-        major: number(major)?,
-        minor: number(minor)?,
-        size: read("size")?
-            .parse::<u64>()
-            .map_err(io::Error::other)?
-            .saturating_mul(SECTOR),
+        path: format!("/dev/{}", disk.file_name().unwrap_or_default().display()),
+        major: part(major)?,
+        minor: part(minor)?,
+        size: number(&size)?.saturating_mul(SECTOR),
     })
 }
 

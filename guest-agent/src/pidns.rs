@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use cloister_protocol::SHARED_PID_NS;
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 use rustix::process::{Gid, Uid, chdir, pivot_root};
-use rustix::thread::{CapabilitySet, UnshareFlags, unshare_unsafe};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use serde_json::Value;
 use tokio::sync::oneshot;
 
@@ -161,11 +161,8 @@ fn give_up_everything() -> io::Result<()> {
     pivot_root(".", ".")?;
     unmount(".", UnmountFlags::DETACH)?;
     chdir("/")?;
+    // Whatever it may be made to execute, it gets no rights by that.
     rustix::thread::set_no_new_privs(true)?;
-    for capability in CapabilitySet::all().iter() {
-        // Those that this kernel does not know fail.
-        let _ = rustix::thread::remove_capability_from_bounding_set(capability);
-    }
     rustix::thread::set_thread_groups(&[])?;
     let (user, group) = (Uid::from_raw(NOBODY), Gid::from_raw(NOBODY));
     rustix::thread::set_thread_res_gid(group, group, group)?;

@@ -158,26 +158,22 @@ fn kib_field(text: &str, key: &str) -> u64 {
         .map_or(0, |kib| kib.saturating_mul(1024))
 }
 
-/// The processors in a list like "0-3,5", ascending.
+/// The processors in a list like "0-3,5", in its order.
 fn parse_cpus(list: &str) -> Vec<u32> {
-    let mut cpus: Vec<u32> = list
-        .trim()
-        .split(',')
-        .filter_map(|range| {
-            let (first, last) = range.split_once('-').unwrap_or((range, range));
-            let (first, last): (u32, u32) = (first.parse().ok()?, last.parse().ok()?);
-            // More than any kernel has is no list of the kernel's.
-            (first <= last && last < MAX_CPUS).then_some(first..=last)
-        })
-        .flatten()
-        .collect();
-    cpus.sort_unstable();
+    let mut cpus = Vec::new();
+    for range in list.trim().split(',') {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        // More than any kernel has is no list of the kernel's.
+        if let (Ok(first), Ok(last @ ..MAX_CPUS)) = (first.parse::<u32>(), last.parse::<u32>()) {
+            cpus.extend(first..=last);
+        }
+    }
     cpus
 }
 
-/// Those of /sys/devices/system/cpu/`file`.
+/// Those of /sys/devices/system/cpu/`file`, ascending.
 fn cpus(file: &str) -> Vec<u32> {
-    parse_cpus(&fs::read_to_string(Path::new(CPUS).join(file)).unwrap_or_default())
+    parse_cpus(&fs::read_to_string(format!("{CPUS}/{file}")).unwrap_or_default())
 }
 
 fn online_cpus() -> u32 {
@@ -187,14 +183,17 @@ fn online_cpus() -> u32 {
 /// Brings processors online, the lowest first, or takes them offline, the highest first, until there are `wanted`, or the
 /// kernel does not go on.
 fn set_cpus(wanted: u32) {
-    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-    let online = cpus("online");
-    let offline = cpus("present").into_iter().filter(|cpu| !online.contains(cpu));
-    let more = offline
-        .take(wanted.saturating_sub(online.len()))
-        .map(|cpu| (cpu, "1"));
-    let fewer = online.iter().skip(wanted.max(1)).rev().map(|cpu| (*cpu, "0"));
-    for (cpu, state) in more.chain(fewer) {
+    loop {
+        let (online, present) = (cpus("online"), cpus("present"));
+        let count = u32::try_from(online.len()).unwrap_or(u32::MAX);
+        let (cpu, state) = if count < wanted {
+            (present.iter().find(|cpu| !online.contains(cpu)), "1")
+        } else if count > wanted.max(1) {
+            (online.last(), "0")
+        } else {
+            return;
+        };
+        let Some(cpu) = cpu else { return };
         let file = format!("{CPUS}/cpu{cpu}/online");
         if let Err(error) = fs::write(&file, state) {
             log::warn!("{state} to {file}: {error}");
@@ -426,7 +425,7 @@ mod tests {
 
     #[test]
     fn cpu_lists_are_read() {
-        assert_eq!(parse_cpus("5,0-3\n"), [0, 1, 2, 3, 5]);
+        assert_eq!(parse_cpus("0-3,5\n"), [0, 1, 2, 3, 5]);
         assert_eq!(parse_cpus("0"), [0]);
         assert!(parse_cpus("").is_empty());
         assert!(parse_cpus("3-1,x,0-4294967295").is_empty());

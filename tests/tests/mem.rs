@@ -53,7 +53,7 @@ fn ask(driver: &mut Driver, queue: &mut VirtQueue, kind: u16, block: u64, count:
     let request = request(kind, BASE + block * BLOCK_SIZE, count);
     let reply = driver.request(queue, &[&request], &[10]);
     assert_eq!(reply.len, 10);
-    (reply.data[0][0], reply.data[0][8])
+    (reply.buffers[0][0], reply.buffers[0][8])
 }
 
 fn config(driver: &mut Driver) -> [u64; 7] {
@@ -188,7 +188,7 @@ fn requests_against_the_rules_change_nothing() {
     ] {
         for kind in [PLUG, UNPLUG, STATE] {
             let reply = driver.request(&mut queue, &[&request(kind, address, 1)], &[10]);
-            assert_eq!(reply.data[0][0], ERROR, "{kind} {address:#x}");
+            assert_eq!(reply.buffers[0][0], ERROR, "{kind} {address:#x}");
         }
     }
     assert_eq!(handle.metrics().bad_requests.get(), 13 + 18);
