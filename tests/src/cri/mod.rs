@@ -42,7 +42,7 @@ pub const USER: &str = "localhost/user:latest";
 pub const VOLUME: &str = "localhost/volume:latest";
 
 /// What hangs is given up after this long.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Why a case could not be carried out.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;

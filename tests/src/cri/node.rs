@@ -29,7 +29,8 @@ struct Daemon {
 impl Node {
     /// Starts the daemons that these handlers need.
     pub fn start(handlers: &[&'static str]) -> Self {
-        let dir = Path::new("/run").join(format!("e2e-cri-{}", std::process::id()));
+        // Sockets of pods lie in it, and their paths may not be long.
+        let dir = Path::new("/run").join(format!("cri-{}", std::process::id()));
         fs::create_dir(&dir).unwrap();
         // Shared, for mounts that travel between containers and the node.
         for options in [
