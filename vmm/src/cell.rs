@@ -18,6 +18,7 @@
 mod resize;
 mod slot;
 
+use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::Sender;
@@ -27,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use cloister_boot::initrd::{ALIGNMENT, Initrd};
 use cloister_boot::x86_64::cpuid::{self, CpuidConfig};
-use cloister_boot::x86_64::layout::{IOAPIC, Layout, POWER_PORT, VIRTIO_MMIO_FIRST_GSI};
+use cloister_boot::x86_64::layout::{IOAPIC, Layout, POWER_PORT};
 use cloister_boot::x86_64::{self as boot, BootRequest, MmioDevice};
 use cloister_devices::GuestRam;
 use cloister_devices::event_loop::EventLoop;
@@ -43,7 +44,7 @@ use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{Bus, BusDevice};
-use crate::config::{Boot, CellConfig, SerialConfig};
+use crate::config::{Boot, CellConfig, NO_SERIAL, SerialConfig};
 use crate::device_set::{self, Connect as _, DeviceHandle, OnFailure, Placed, RegisterPage, Surroundings};
 use crate::error::{CreateError, LifecycleError};
 use crate::halt::Answer;
@@ -861,8 +862,9 @@ fn build(
         .filter_map(|device| device.window.clone())
         .collect();
     let addresses = Machine::addresses(&devices);
-    let first_gsi = u8::try_from(VIRTIO_MMIO_FIRST_GSI).unwrap_or(0);
-    let pins = first_gsi.saturating_add(u8::try_from(devices.len()).unwrap_or(u8::MAX));
+    let wired = addresses.iter().map(|device| device.gsi);
+    let wired = wired.chain(config.serial.is_some().then_some(COM1_GSI));
+    let pins = u8::try_from(wired.max().unwrap_or(0) + 1).unwrap_or(u8::MAX);
 
     let vm = Arc::new(match vm {
         Some(vm) => vm,
@@ -897,7 +899,11 @@ fn build(
     let mut initrd = None;
     match boot {
         Source::Kernel(kernel) => {
-            let mut command_line = kernel.command_line;
+            // In front: a `--` of the caller's ends what is for the kernel.
+            let mut command_line = match serial {
+                Some(_) => kernel.command_line.clone(),
+                None => format!("{NO_SERIAL} {}", kernel.command_line),
+            };
             if pluggable_mib.is_some() {
                 command_line.push_str(PLUGGED_MEMORY);
             }
@@ -1058,13 +1064,11 @@ fn make_buses(
         )?;
     }
     if let Chip::Split(ioapic) = chip {
-        let first = usize::try_from(VIRTIO_MMIO_FIRST_GSI).unwrap_or(0);
-        let mut asserted: Vec<Option<Asserted>> = (0..first).map(|_| None).collect();
+        let mut asserted = HashMap::<u32, Asserted>::new();
         for device in devices {
             let page = Arc::downgrade(&device.transport);
-            asserted.push(Some(Box::new(move || {
-                page.upgrade().is_some_and(|page| Placed::asserted(&page))
-            })));
+            let is_asserted = move || page.upgrade().is_some_and(|page| Placed::asserted(&page));
+            asserted.insert(device.address.gsi, Box::new(is_asserted));
         }
         ioapic.set_asserted(asserted);
         registers.insert(IOAPIC, REGISTERS_SIZE, Arc::clone(ioapic) as _)?;

@@ -8,7 +8,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cloister_boot::x86_64::MmioDevice;
-use cloister_boot::x86_64::layout::{Layout, VIRTIO_MMIO_BASE, VIRTIO_MMIO_FIRST_GSI, VIRTIO_MMIO_SIZE};
+use cloister_boot::x86_64::layout::{Layout, VIRTIO_MMIO_BASE, VIRTIO_MMIO_SIZE, virtio_mmio_gsis};
 use cloister_devices::GuestRam;
 use cloister_devices::balloon::{Balloon, BalloonHandle};
 use cloister_devices::block::{Block, BlockHandle};
@@ -154,7 +154,7 @@ pub(crate) fn make(
 ) -> Result<Vec<Placed>, CreateError> {
     let mut placed = Vec::new();
     let places = (VIRTIO_MMIO_BASE..).step_by(usize::try_from(VIRTIO_MMIO_SIZE).unwrap_or(1));
-    for ((config, base), gsi) in configs.into_iter().zip(places).zip(VIRTIO_MMIO_FIRST_GSI..) {
+    for ((config, base), gsi) in configs.into_iter().zip(places).zip(virtio_mmio_gsis()) {
         let name = config.name().to_owned();
         let is_slot = matches!(config, DeviceConfig::Slot);
         let (device, handle, window) =

@@ -10,6 +10,7 @@
 //! KVM reports the end of interrupt (KVM_EXIT_IOAPIC_EOI), and the interrupt is sent again if the device still asserts
 //! it. An interrupt that came while its pin was masked is sent at unmasking if the device still asserts it.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvm_bindings::{
@@ -63,7 +64,7 @@ pub struct IoapicState {
 pub struct Ioapic {
     vm: Arc<VmFd>,
     state: Mutex<IoapicState>,
-    asserted: OnceLock<Vec<Option<Asserted>>>,
+    asserted: OnceLock<HashMap<u32, Asserted>>,
     complaints: RateLimit,
 }
 
@@ -84,7 +85,7 @@ impl Ioapic {
     }
 
     /// Says, per pin, how to ask its device whether it still asserts its interrupt. Once, before the guest runs.
-    pub fn set_asserted(&self, asserted: Vec<Option<Asserted>>) {
+    pub fn set_asserted(&self, asserted: HashMap<u32, Asserted>) {
         let _ = self.asserted.set(asserted);
     }
 
@@ -112,8 +113,7 @@ impl Ioapic {
         let asserted = self
             .asserted
             .get()
-            .and_then(|all| all.get(pin))
-            .and_then(Option::as_ref);
+            .and_then(|all| all.get(&u32::try_from(pin).ok()?));
         if !asserted.is_some_and(|asserted| asserted()) {
             return;
         }

@@ -86,7 +86,7 @@ fn measure(context: &mut Context, host: &CellHost, share: &Path) -> io::Result<(
             share: Some(share),
             cid: 600 + round,
         };
-        their.add_console(&peer.start()?.console()?)?;
+        their.add_console(&peer.start()?.console(600)?)?;
     }
     let conditions =
         format!("1 vCPU, {MEMORY_MIB} MiB, files on a tmpfs; medians of {ROUNDS} guests, 2 runs each");

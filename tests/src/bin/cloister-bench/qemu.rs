@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 /// What to run.
 pub struct Qemu<'a> {
     /// vmlinux.
@@ -49,6 +51,9 @@ impl Qemu<'_> {
         if self.serial {
             append.push_str(" console=ttyS0");
             command.args(["-serial", "stdio"]);
+        } else {
+            append.push(' ');
+            append.push_str(cloister_vmm::config::NO_SERIAL);
         }
         let (mut virtiofsd, mut socket) = (None, None);
         if let Some(share) = self.share {
@@ -116,11 +121,27 @@ impl Qemu<'_> {
 }
 
 impl Running {
-    /// Waits until the guest reboots, and gives what it printed.
-    pub fn console(&mut self) -> io::Result<String> {
+    /// Waits until the guest reboots, and gives what it printed. One that does not in `seconds` is an error.
+    pub fn console(&mut self, seconds: u64) -> io::Result<String> {
         let mut text = Vec::new();
+        let end = Instant::now() + Duration::from_secs(seconds);
         if let Some(stdout) = &mut self.qemu.stdout {
-            stdout.read_to_end(&mut text)?;
+            let mut piece = [0; 4096];
+            loop {
+                let left = end.saturating_duration_since(Instant::now());
+                let left = Timespec::try_from(left).map_err(io::Error::other)?;
+                let ready = poll(&mut [PollFd::new(stdout, PollFlags::IN)], Some(&left))?;
+                if ready == 0 {
+                    let said = String::from_utf8_lossy(&text);
+                    return Err(io::Error::other(format!(
+                        "QEMU's guest did not end in {seconds} s; its console:\n{said}"
+                    )));
+                }
+                match stdout.read(&mut piece)? {
+                    0 => break,
+                    count => text.extend_from_slice(&piece[..count]),
+                }
+            }
         }
         self.qemu.wait()?;
         Ok(String::from_utf8_lossy(&text).into_owned())
