@@ -176,10 +176,10 @@ guests! {
         "out 0x21, al",
         // Local APIC on, spurious vector 0xff.
         "mov dword ptr [0xfee000f0], 0x1ff",
-        // IOAPIC pin 5: vector 0x41, fixed, physical, edge, APIC 0, unmasked.
-        "mov dword ptr [0xfec00000], 0x1b",
+        // IOAPIC pin 1: vector 0x41, fixed, physical, edge, APIC 0, unmasked.
+        "mov dword ptr [0xfec00000], 0x13",
         "mov dword ptr [0xfec00010], 0",
-        "mov dword ptr [0xfec00000], 0x1a",
+        "mov dword ptr [0xfec00000], 0x12",
         "mov dword ptr [0xfec00010], 0x41",
         "mov dword ptr [0xd0000070], 0",
         "mov dword ptr [0xd0000070], 1",
