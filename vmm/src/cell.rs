@@ -317,12 +317,15 @@ impl Shared {
     }
 }
 
+type Vcpus = Vec<Arc<Mutex<VcpuFd>>>;
+type Cpuid = Arc<[kvm_cpuid_entry2]>;
+
 /// All that a cell holds of the host's: gone when it has been taken down.
 pub(crate) struct Machine {
     threads: Vec<JoinHandle<()>>,
-    vcpus: Vec<Arc<Mutex<VcpuFd>>>,
+    vcpus: Vcpus,
     /// What each vCPU finds in CPUID.
-    cpuid: Arc<[kvm_cpuid_entry2]>,
+    cpuid: Cpuid,
     devices: Vec<Placed>,
     /// The loop that they run on.
     event_loop: Arc<EventLoop>,
@@ -1079,12 +1082,7 @@ fn make_buses(
     Ok((Arc::new(ports), Arc::new(registers)))
 }
 
-fn create_vcpus(
-    vm: &VmFd,
-    host: &HostInner,
-    count: u8,
-    possible: u8,
-) -> Result<(Vec<Arc<Mutex<VcpuFd>>>, Arc<[kvm_cpuid_entry2]>), CreateError> {
+fn create_vcpus(vm: &VmFd, host: &HostInner, count: u8, possible: u8) -> Result<(Vcpus, Cpuid), CreateError> {
     let first = create_vcpu(vm, 0)?;
     let config = CpuidConfig {
         vcpus: possible,

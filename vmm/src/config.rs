@@ -310,7 +310,7 @@ impl CellConfig {
                     why: "reserved huge pages cannot be plugged: leave out the memory device, or take transparent ones",
                 });
             }
-            layout.add_pluggable(max_mib.checked_mul(1 << 20).unwrap_or(u64::MAX))?;
+            layout.add_pluggable(max_mib.saturating_mul(1 << 20))?;
         }
         Ok(layout)
     }

@@ -218,7 +218,7 @@ impl CellHost {
 fn layout(config: &SpareConfig) -> Result<Layout, layout::Error> {
     let mut layout = Layout::new(config.memory_mib)?;
     if config.pluggable_mib > 0 {
-        layout.add_pluggable(config.pluggable_mib.checked_mul(1 << 20).unwrap_or(u64::MAX))?;
+        layout.add_pluggable(config.pluggable_mib.saturating_mul(1 << 20))?;
     }
     Ok(layout)
 }

@@ -166,13 +166,14 @@ impl Guest {
 
     fn unplug_all(&self) -> Response {
         let runs = self.common.amounts().blocks.runs();
+        let mut response = Response::Ack(None);
         // All of them, whatever becomes of one.
-        let freed = runs.into_iter().fold(true, |all, run| self.free(run) && all);
-        if freed {
-            Response::Ack(None)
-        } else {
-            Response::Busy
+        for run in runs {
+            if !self.free(run) {
+                response = Response::Busy;
+            }
         }
+        response
     }
 
     /// Gives plugged blocks back to the host. Requests are served one at a time, so nobody plugs them meanwhile; not
