@@ -208,7 +208,7 @@ pub async fn process(runtime: &Runtime) -> Outcome<Value> {
         .into();
     let given = pod.output(config).await?;
     let images = pod.start(args(&[])).await?;
-    images.says("the image's command").await?;
+    images.says("command of the image").await?;
     images.stop(0).await?;
     images.remove().await?;
     Ok(json!({ "plain": plain, "given": given }))

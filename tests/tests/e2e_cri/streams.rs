@@ -13,14 +13,15 @@ pub async fn exec_pipes(runtime: &Runtime) -> Outcome<Value> {
         .end()
         .await?;
     let good = shared.exec_stream(&["true"], false, false).await?.end().await?;
-    let text = "while read -r line; do echo \"<$line>\"; done; echo end of input >/tmp/ended";
+    let text = "echo $$ >/tmp/pid; while read -r line; do echo \"<$line>\"; done; sleep 1000";
     let mut reader = shared.exec_stream(&["sh", "-c", text], true, false).await?;
     reader.send("one\n").await?;
     reader.until("<one>\n").await?;
     reader.send("two\n").await?;
     reader.until("<two>\n").await?;
+    // Whoever hangs up leaves nothing running.
     drop(reader);
-    let wait = "until [ -e /tmp/ended ]; do sleep 0.1; done; cat /tmp/ended; rm /tmp/ended";
+    let wait = "while kill -0 $(cat /tmp/pid) 2>/dev/null; do sleep 0.2; done; rm /tmp/pid; echo gone";
     let ended = shared.exec_script(wait).await?;
     let large = "0123456789abcdef".repeat(1 << 14);
     let mut sum = shared
