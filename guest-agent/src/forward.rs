@@ -20,7 +20,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Takes connections for ever.
 pub async fn serve(listener: OwnedFd) {
-    let mut listener = VsockListener::from(listener);
+    let listener = VsockListener::from(listener);
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     while let Ok(place) = Arc::clone(&places).acquire_owned().await {
         match listener.accept().await {

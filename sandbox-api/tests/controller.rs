@@ -6,7 +6,7 @@ use cloister_sandbox_api::daemon::config::Config;
 use cloister_sandbox_api::daemon::controller::Service;
 use cloister_sandbox_api::daemon::controller::api::controller_server::ControllerServer;
 use cloister_sandbox_api::daemon::events::Publisher;
-use cloister_sandbox_api::daemon::metrics::Metrics;
+use cloister_sandbox_api::daemon::metrics::{Metrics, SharedThreads};
 use cloister_sandbox_api::daemon::node::{Node, Only};
 use cloister_sandbox_api::daemon::uds;
 use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
@@ -63,7 +63,16 @@ async fn serve(dir: PathBuf) -> Bed {
     let events = Publisher::start(&dir.join("no-containerd.sock"));
     let listener = uds::listen(&config.socket).unwrap();
     let socket = config.socket.clone();
-    let node = Node::new(config, cells, events, Metrics::new()).unwrap();
+    let node = Node::new(
+        config,
+        cells,
+        events,
+        Metrics::new(SharedThreads {
+            event_loops: 1,
+            workers: 1,
+        }),
+    )
+    .unwrap();
     let server = tokio::spawn(async move {
         tonic::transport::Server::builder()
             .add_service(ControllerServer::new(Service(node)))

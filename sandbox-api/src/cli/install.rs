@@ -317,7 +317,7 @@ fn with_imports(text: &str) -> Outcome<Option<String>> {
             let mut lines: Vec<&str> = text.split_inclusive('\n').collect();
             if found.is_some() {
                 let empty = |line: &&str| line.trim_start().starts_with("imports") && line.contains("[]");
-                match lines.iter().position(|line| empty(line)) {
+                match lines.iter().position(empty) {
                     Some(at) => drop(lines.remove(at)),
                     None => {
                         return fail(format!(

@@ -26,16 +26,15 @@ pub fn check(case: &str, runc: &Value, cloister: &Value) -> Result<(), String> {
         let seen = [&runc, &cloister].map(|leaves| leaves.get(place).unwrap_or(&nothing));
         let expected = DIFFERENCES
             .iter()
-            .find(|difference| difference.case == case && difference.place == place)
-            .map(|difference| [difference.runc, difference.cloister]);
+            .find(|difference| difference.case == case && difference.place == place);
         match expected {
             None if seen[0] != seen[1] => {
                 complaints.push(format!("{place}: runc {}, cloister {}", seen[0], seen[1]));
             }
-            Some(expected) if expected != seen.map(String::as_str) => {
+            Some(listed) if [listed.runc, listed.cloister] != seen.map(String::as_str) => {
                 complaints.push(format!(
-                    "{place}: runc {}, cloister {}, but listed as {} and {}",
-                    seen[0], seen[1], expected[0], expected[1]
+                    "{place}: runc {}, cloister {}, but listed as {} and {}: {}",
+                    seen[0], seen[1], listed.runc, listed.cloister, listed.reason
                 ));
             }
             _ => {}

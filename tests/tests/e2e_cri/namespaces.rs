@@ -104,7 +104,8 @@ pub async fn in_common(runtime: &Runtime) -> Outcome<Value> {
 /// The node's: what a pod in a VM cannot have.
 pub async fn of_the_node(runtime: &Runtime) -> Outcome<Value> {
     let node = api::NamespaceMode::Node.into();
-    let changes: [(&str, fn(&mut api::NamespaceOption, i32)); 3] = [
+    type Change = fn(&mut api::NamespaceOption, i32);
+    let changes: [(&str, Change); 3] = [
         ("network", |options, node| options.network = node),
         ("processes", |options, node| options.pid = node),
         ("ipc", |options, node| options.ipc = node),

@@ -38,10 +38,7 @@ pub async fn of_a_container(runtime: &Runtime) -> Outcome<Value> {
             && attributes.annotations == container.config.annotations,
         format_args!("{stats:?}"),
     )?;
-    let (cpu, memory) = (
-        stats.cpu.clone().unwrap_or_default(),
-        stats.memory.clone().unwrap_or_default(),
-    );
+    let (cpu, memory) = (stats.cpu.unwrap_or_default(), stats.memory.unwrap_or_default());
     let layer = stats.writable_layer.clone().unwrap_or_default();
     let usage = value(cpu.usage_core_nano_seconds.as_ref());
     container
@@ -115,10 +112,7 @@ pub async fn of_a_pod(runtime: &Runtime) -> Outcome<Value> {
         format_args!("{stats:?}"),
     )?;
     let linux = stats.linux.clone().unwrap_or_default();
-    let (cpu, memory) = (
-        linux.cpu.clone().unwrap_or_default(),
-        linux.memory.clone().unwrap_or_default(),
-    );
+    let (cpu, memory) = (linux.cpu.unwrap_or_default(), linux.memory.unwrap_or_default());
     let network = linux
         .network
         .clone()
