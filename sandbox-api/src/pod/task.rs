@@ -29,7 +29,7 @@ use cloister_protocol::task as api;
 use cloister_protocol::ttrpc::asynchronous::TtrpcContext;
 use cloister_protocol::ttrpc::context::Context;
 use cloister_protocol::ttrpc::{self, Code, Error};
-use cloister_protocol::{SHARED_DIR, SPEC_TYPE_URL};
+use cloister_protocol::{ETC_DIR, SHARED_DIR, SPEC_TYPE_URL};
 use oci_spec::runtime::Spec;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -510,7 +510,10 @@ fn prepare_root(root: BorrowedFd<'_>, spec: &Spec, shares: &[Share]) {
         });
         let is_dir = match share {
             Some(share) => share.source.is_dir(),
-            None => !mount.destination().starts_with("/etc") || mount.typ().as_deref() != Some("bind"),
+            // Of the guest's: the pod's DNS files, and device nodes.
+            None => !mount.source().as_ref().is_some_and(|source| {
+                source.starts_with(ETC_DIR) || source.parent() == Some(Path::new("/dev"))
+            }),
         };
         wanted.push((mount.destination().clone(), is_dir));
     }
