@@ -63,16 +63,12 @@ async fn serve(dir: PathBuf) -> Bed {
     let events = Publisher::start(&dir.join("no-containerd.sock"));
     let listener = uds::listen(&config.socket).unwrap();
     let socket = config.socket.clone();
-    let node = Node::new(
-        config,
-        cells,
-        events,
-        Metrics::new(SharedThreads {
-            event_loops: 1,
-            workers: 1,
-        }),
-    )
-    .unwrap();
+    let threads = SharedThreads {
+        event_loops: 1,
+        workers: 1,
+    };
+    let metrics = Metrics::new(threads, []);
+    let node = Node::new(config, cells, events, metrics).unwrap();
     let server = tokio::spawn(async move {
         tonic::transport::Server::builder()
             .add_service(ControllerServer::new(Service(node)))

@@ -36,9 +36,6 @@ pub struct Config {
     /// Folder of running pods' state; a tmpfs.
     #[serde(deserialize_with = "absolute")]
     pub state_dir: PathBuf,
-    /// Folder of what stays.
-    #[serde(deserialize_with = "absolute")]
-    pub root_dir: PathBuf,
     /// The unix socket containerd is told as the sandboxers' address.
     #[serde(deserialize_with = "absolute")]
     pub socket: PathBuf,
@@ -154,8 +151,6 @@ pub struct Profile {
     pub huge_pages: HugePages,
     /// Window through which guests map files of their containers' roots; 0 for none.
     pub dax_window: Bytes,
-    /// VMs of the default size kept ready for pods to come.
-    pub spares: usize,
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
@@ -198,7 +193,6 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             state_dir: "/run/cloister".into(),
-            root_dir: "/var/lib/cloister".into(),
             socket: "/run/cloister/sandboxer.sock".into(),
             containerd_address: "/run/containerd/containerd.sock".into(),
             log: Log::default(),
@@ -231,7 +225,6 @@ impl Default for Profile {
             overhead: Overhead::default(),
             huge_pages: HugePages::default(),
             dax_window: Bytes(0),
-            spares: 0,
             init_timeout: Duration::from_secs(60),
         }
     }
@@ -366,12 +359,6 @@ impl Config {
 
     /// What no single value tells.
     fn check(&self) -> Result<(), Problem> {
-        if self.state_dir == self.root_dir {
-            return Err(Problem::new(
-                ["root_dir"],
-                "it is state_dir, too: what goes with a reboot and what stays need two folders",
-            ));
-        }
         for (name, profile) in &self.sandboxer {
             let problem = |key: &str, message: String| {
                 let keys = ["sandboxer", name, key];
@@ -696,10 +683,6 @@ mod tests {
                 "config.toml:2: socket: \"/a/../b\" is not an absolute path",
             ),
             ("\nsocket = \"/a\\u0000\"", "config.toml:2: socket: "),
-            (
-                "state_dir = '/x'\nroot_dir = '/x'",
-                "config.toml:2: root_dir: it is state_dir",
-            ),
             (
                 "[metrics]\nlisten = 'localhost'",
                 "config.toml:2: metrics.listen: \"localhost\" is neither",

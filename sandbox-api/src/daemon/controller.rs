@@ -118,8 +118,13 @@ impl api::controller_server::Controller for Service {
 
     async fn start(&self, request: Request<ControllerStartRequest>) -> Answer<ControllerStartResponse> {
         let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        // containerd has one where it traces its calls.
+        let traceparent = request
+            .metadata()
+            .get("traceparent")
+            .and_then(|value| value.to_str().ok());
         sandbox
-            .start(&self.0)
+            .start(&self.0, traceparent)
             .await
             .map_err(|error| Status::from(&*error))?;
         let record = sandbox.record();

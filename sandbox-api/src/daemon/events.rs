@@ -5,7 +5,8 @@
 //! One queue and one connection for all pods. containerd may be away: an event is tried again for a while, later ones wait
 //! behind it, and those that the queue has no room for are dropped with a warning.
 
-use cloister_protocol::events::Envelope;
+use super::metrics::Metrics;
+use cloister_protocol::events::{Envelope, TASK_OOM_EVENT_TOPIC};
 use containerd_client::services::v1::ForwardRequest;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::types;
@@ -36,11 +37,14 @@ impl Publisher {
     }
 
     /// Passes on what comes from one pod, to containerd's `namespace`.
-    pub fn follow(&self, namespace: &str, mut events: mpsc::Receiver<Envelope>) {
+    pub fn follow(&self, namespace: &str, mut events: mpsc::Receiver<Envelope>, metrics: &Metrics) {
         let queue = self.queue.clone();
-        let namespace = namespace.to_owned();
+        let (namespace, metrics) = (namespace.to_owned(), metrics.clone());
         tokio::spawn(async move {
             while let Some(event) = events.recv().await {
+                if event.topic == TASK_OOM_EVENT_TOPIC {
+                    metrics.oom();
+                }
                 if queue.try_send(envelope(&namespace, event)).is_err() {
                     log::warn!("an event was dropped: containerd does not take them");
                 }
@@ -109,4 +113,32 @@ async fn forward(
         .await
         .map(|_| ())
         .map_err(|e| e.message().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::tests::metrics;
+    use super::*;
+
+    #[tokio::test]
+    async fn ooms_are_counted_and_all_is_passed_on() {
+        let (queue, mut queued) = mpsc::channel(4);
+        let (agent, events) = mpsc::channel(4);
+        let metrics = metrics();
+        Publisher { queue }.follow("k8s.io", events, &metrics);
+        for topic in [TASK_OOM_EVENT_TOPIC, "/tasks/exit"] {
+            let event = Envelope {
+                topic: topic.into(),
+                ..Default::default()
+            };
+            agent.send(event).await.unwrap();
+            let passed = queued.recv().await.unwrap();
+            assert_eq!(
+                (passed.topic.as_str(), passed.namespace.as_str()),
+                (topic, "k8s.io")
+            );
+        }
+        let text = metrics.encode();
+        assert!(text.contains("cloister_oom_kills_total 1\n"), "{text}");
+    }
 }

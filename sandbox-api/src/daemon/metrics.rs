@@ -8,10 +8,14 @@
 //! [`Watch`] while it lives, and when that is dropped the VM's last figures go into the sums of those that have gone, so that
 //! no counter ever falls.
 //!
+//! What a label can say and is known beforehand shows as zero from the start: a family without a sample is left out of the
+//! text, and `rate()` does not see the first step of a series that begins with it.
+//!
 //! ```text
 //!  Metrics::watch ──▶ alive: read at each scrape ──drop(Watch)──▶ gone: added to the sums once
 //! ```
 
+use super::steps::{POD_START, POD_START_ERRORS, POD_START_STEPS};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, prometheus_text};
 use prometheus_client::metrics::MetricType;
@@ -185,8 +189,8 @@ fn histogram() -> Histogram {
 }
 
 impl Metrics {
-    /// All of them, at zero.
-    pub fn new(threads: SharedThreads) -> Self {
+    /// All of them, at zero; `sandboxers` are those that there can be pods of.
+    pub fn new<'a>(threads: SharedThreads, sandboxers: impl IntoIterator<Item = &'a str>) -> Self {
         let mut registry = Registry::default();
         let pods = Family::<StateLabel, Gauge>::default();
         let pods_started = Family::<SandboxerLabel, Counter>::default();
@@ -261,7 +265,7 @@ impl Metrics {
         );
         registry.register_collector(Box::new(Arc::clone(&watched)));
         registry.register_collector(Box::new(super::process_metrics::ProcessMetrics));
-        Self(Arc::new(Inner {
+        let metrics = Self(Arc::new(Inner {
             registry,
             pods,
             pods_started,
@@ -274,16 +278,28 @@ impl Metrics {
             errors,
             oom,
             watched,
-        }))
+        }));
+        for sandboxer in sandboxers {
+            for state in PodState::ALL {
+                metrics.pods(sandboxer, state);
+            }
+            metrics.pods_started(sandboxer);
+        }
+        for outcome in ["ok", "error"] {
+            metrics.operations(POD_START, outcome);
+        }
+        for phase in POD_START_STEPS {
+            metrics.phases(POD_START, phase);
+        }
+        for kind in POD_START_ERRORS {
+            metrics.errors(POD_START, kind);
+        }
+        metrics
     }
 
     /// Counts a pod of a sandboxer, in [`PodState::Created`] at first, until the answer is dropped.
     pub fn pod(&self, sandboxer: &str) -> PodGauge {
-        // All states show from the first pod on.
-        for state in PodState::ALL {
-            self.pods(sandboxer, state)
-                .inc_by(i64::from(state == PodState::Created));
-        }
+        self.pods(sandboxer, PodState::Created).inc();
         PodGauge {
             metrics: self.clone(),
             sandboxer: sandboxer.to_owned(),
@@ -296,6 +312,30 @@ impl Metrics {
             sandboxer: sandboxer.to_owned(),
             state: state.name(),
         })
+    }
+
+    fn pods_started(&self, sandboxer: &str) -> Counter {
+        self.0.pods_started.get_or_create_owned(&SandboxerLabel {
+            sandboxer: sandboxer.to_owned(),
+        })
+    }
+
+    fn operations(&self, operation: &'static str, outcome: &'static str) -> Histogram {
+        self.0
+            .operations
+            .get_or_create_owned(&OperationLabels { operation, outcome })
+    }
+
+    fn phases(&self, operation: &'static str, phase: &'static str) -> Histogram {
+        self.0
+            .phases
+            .get_or_create_owned(&PhaseLabels { operation, phase })
+    }
+
+    fn errors(&self, operation: &'static str, kind: &'static str) -> Counter {
+        self.0
+            .errors
+            .get_or_create_owned(&ErrorLabels { operation, kind })
     }
 
     /// Counts a process that runs, until the answer is dropped.
@@ -312,24 +352,15 @@ impl Metrics {
     /// A call of containerd's has ended: with the name of a gRPC code, if it failed.
     pub fn operation(&self, operation: &'static str, took: Duration, error: Option<&'static str>) {
         let outcome = if error.is_some() { "error" } else { "ok" };
-        self.0
-            .operations
-            .get_or_create_owned(&OperationLabels { operation, outcome })
-            .observe(took.as_secs_f64());
+        self.operations(operation, outcome).observe(took.as_secs_f64());
         if let Some(kind) = error {
-            self.0
-                .errors
-                .get_or_create_owned(&ErrorLabels { operation, kind })
-                .inc();
+            self.errors(operation, kind).inc();
         }
     }
 
     /// A part of an operation has ended.
     pub fn phase(&self, operation: &'static str, phase: &'static str, took: Duration) {
-        self.0
-            .phases
-            .get_or_create_owned(&PhaseLabels { operation, phase })
-            .observe(took.as_secs_f64());
+        self.phases(operation, phase).observe(took.as_secs_f64());
     }
 
     /// A container lost a process for want of memory.
@@ -376,12 +407,7 @@ impl PodGauge {
         self.metrics.pods(&self.sandboxer, state).inc();
         *now = state;
         if state == PodState::Ready {
-            let sandboxer = self.sandboxer.clone();
-            self.metrics
-                .0
-                .pods_started
-                .get_or_create_owned(&SandboxerLabel { sandboxer })
-                .inc();
+            self.metrics.pods_started(&self.sandboxer).inc();
         }
     }
 }
@@ -511,10 +537,11 @@ pub(crate) mod tests {
     use super::*;
 
     pub fn metrics() -> Metrics {
-        Metrics::new(SharedThreads {
+        let threads = SharedThreads {
             event_loops: 2,
             workers: 3,
-        })
+        };
+        Metrics::new(threads, ["cloister", "big"])
     }
 
     /// The value of a series, written as in a scrape.
@@ -567,7 +594,7 @@ pub(crate) mod tests {
             let series = format!("cloister_pods{{sandboxer=\"big\",state=\"{state}\"}}");
             value(&metrics.encode(), &series)
         };
-        assert_eq!(count("ready"), None);
+        assert_eq!((count("created"), count("ready")), (Some(0.0), Some(0.0)));
         let pod = metrics.pod("big");
         assert_eq!((count("created"), count("ready")), (Some(1.0), Some(0.0)));
         pod.set(PodState::Ready);

@@ -115,10 +115,11 @@ async fn serve(config: Config) -> Result<(), Error> {
     }
     let shared = cloister_vmm::CellHostConfig::default();
     let cells = cloister_vmm::CellHost::new(shared)?;
-    let metrics = Metrics::new(SharedThreads {
+    let threads = SharedThreads {
         event_loops: shared.event_loops,
         workers: shared.workers,
-    });
+    };
+    let metrics = Metrics::new(threads, config.sandboxer.keys().map(String::as_str));
     if let Some(listen) = &config.metrics.listen {
         let server = metrics_server::Server::bind(listen)
             .await

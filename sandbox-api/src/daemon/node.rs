@@ -71,7 +71,9 @@ impl Node {
         std::fs::create_dir_all(&dir)?;
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();
-            match Sandbox::recover(path.clone(), |name| node.profile(name).unwrap_or_default()) {
+            match Sandbox::recover(path.clone(), |name| {
+                (node.profile(name).unwrap_or_default(), node.metrics.pod(name))
+            }) {
                 Ok(sandbox) => {
                     log::warn!("sandbox {} ended with the daemon before this one", sandbox.id());
                     node.table().insert(sandbox.id(), sandbox);
@@ -150,7 +152,8 @@ impl Node {
             started: None,
             exit: None,
         };
-        let sandbox = Sandbox::create(self.dir().join(id), profile, record)?;
+        let counted = self.metrics.pod(sandboxer);
+        let sandbox = Sandbox::create(self.dir().join(id), profile, record, counted)?;
         table.insert(id.to_owned(), Arc::clone(&sandbox));
         Ok(sandbox)
     }

@@ -14,10 +14,10 @@
 //! The Task service outlives the VM: its State, Wait and Delete answer until Shutdown.
 
 use super::config::Profile;
-use super::metrics::{PodLabels, PodState, Watch};
+use super::metrics::{PodGauge, PodLabels, PodState, Process, Watch};
 use super::node::Node;
 use super::pod_plan::PodPlan;
-use super::steps::Steps;
+use super::steps::{POD_START, Steps};
 use super::telemetry;
 use crate::clock::{self, Millis};
 use crate::files;
@@ -169,6 +169,7 @@ pub struct Sandbox {
     lives: AtomicBool,
     /// Why Start failed, for those who wait for it.
     failure: Mutex<Option<Arc<Error>>>,
+    counted: PodGauge,
 }
 
 /// Asks for the pod's end when the Start that began its life is abandoned.
@@ -193,8 +194,13 @@ impl Sandbox {
     ///
     /// # Errors
     /// The folder cannot be made, or its path is too long for a socket.
-    pub fn create(dir: PathBuf, profile: Profile, record: Record) -> Result<Arc<Self>, Error> {
-        let sandbox = Self::new(dir, profile, record);
+    pub fn create(
+        dir: PathBuf,
+        profile: Profile,
+        record: Record,
+        counted: PodGauge,
+    ) -> Result<Arc<Self>, Error> {
+        let sandbox = Self::new(dir, profile, record, counted);
         let io = |what, path: &Path, source| Error::Io {
             id: sandbox.id(),
             what,
@@ -224,7 +230,7 @@ impl Sandbox {
     ///
     /// # Errors
     /// The record cannot be read.
-    pub fn recover(dir: PathBuf, profile: impl FnOnce(&str) -> Profile) -> io::Result<Arc<Self>> {
+    pub fn recover(dir: PathBuf, of: impl FnOnce(&str) -> (Profile, PodGauge)) -> io::Result<Arc<Self>> {
         let mut record: Record = serde_json::from_slice(&std::fs::read(dir.join("sandbox.json"))?)?;
         if record.phase != Phase::Stopped {
             record.phase = Phase::Stopped;
@@ -237,14 +243,15 @@ impl Sandbox {
         if !record.netns.is_empty() {
             cni::disconnect_soon(Path::new(&record.netns));
         }
-        let profile = profile(&record.sandboxer);
-        let sandbox = Self::new(dir, profile, record);
+        let (profile, counted) = of(&record.sandboxer);
+        counted.set(PodState::Stopped);
+        let sandbox = Self::new(dir, profile, record, counted);
         let _ = std::fs::remove_file(sandbox.socket());
         sandbox.save()?;
         Ok(sandbox)
     }
 
-    fn new(dir: PathBuf, profile: Profile, record: Record) -> Arc<Self> {
+    fn new(dir: PathBuf, profile: Profile, record: Record, counted: PodGauge) -> Arc<Self> {
         Arc::new(Self {
             dir,
             profile,
@@ -254,6 +261,7 @@ impl Sandbox {
             service: OnceLock::new(),
             lives: AtomicBool::new(false),
             failure: Mutex::default(),
+            counted,
         })
     }
 
@@ -301,8 +309,13 @@ impl Sandbox {
         files::replace(&self.record_path(), &json)
     }
 
-    /// Goes to another phase: record first, then those who wait.
+    /// Goes to another phase: record and figures first, then those who wait.
     fn enter(&self, phase: Phase, note: impl FnOnce(&mut Record)) {
+        match phase {
+            Phase::Ready => self.counted.set(PodState::Ready),
+            Phase::Stopped => self.counted.set(PodState::Stopped),
+            _ => {}
+        }
         {
             let mut record = lock(&self.record);
             record.phase = phase;
@@ -338,11 +351,16 @@ impl Sandbox {
             .map_or(Phase::Gone, |phase| *phase)
     }
 
-    /// Has it run; answers when its agent is ready. A repeated call waits for the same.
+    /// Has it run; answers when its agent is ready. A repeated call waits for the same. `traceparent` is the caller's header
+    /// of that name.
     ///
     /// # Errors
     /// It could not be had, and all is undone; or it is over already.
-    pub async fn start(self: &Arc<Self>, node: &Arc<Node>) -> Result<(), Arc<Error>> {
+    pub async fn start(
+        self: &Arc<Self>,
+        node: &Arc<Node>,
+        traceparent: Option<&str>,
+    ) -> Result<(), Arc<Error>> {
         let begins = self.phase.send_if_modified(|phase| {
             let begins = *phase == Phase::Created;
             if begins {
@@ -354,7 +372,8 @@ impl Sandbox {
         if begins {
             abandoned.0 = Some(self);
             self.lives.store(true, Ordering::Relaxed);
-            let life = Arc::clone(self).live(Arc::clone(node));
+            let steps = Steps::new(&node.metrics, POD_START, &self.labels(), traceparent);
+            let life = Arc::clone(self).live(Arc::clone(node), steps);
             tokio::spawn(life.instrument(telemetry::pod_span(&self.labels())));
         }
         let phase = self.reached(Phase::Ready).await;
@@ -422,10 +441,8 @@ impl Sandbox {
         exit.unwrap_or_else(asked_for)
     }
 
-    async fn live(self: Arc<Self>, node: Arc<Node>) {
+    async fn live(self: Arc<Self>, node: Arc<Node>, mut steps: Steps) {
         let mut made = Made::default();
-        let (counted, labels) = (node.metrics.pod(&self.record().sandboxer), self.labels());
-        let mut steps = Steps::new(&node.metrics, "pod_start", &labels, None);
         let booted = tokio::select! {
             booted = self.boot(&node, &mut made, &mut steps) => booted,
             () = self.asked(Ask::Stop) => Err(Error::Phase {
@@ -437,7 +454,6 @@ impl Sandbox {
         let exit = match booted {
             Ok(()) => {
                 steps.done();
-                counted.set(PodState::Ready);
                 self.enter(Phase::Ready, |record| record.started = Some(clock::now()));
                 self.until_end(&mut made).await
             }
@@ -456,7 +472,6 @@ impl Sandbox {
         };
         self.enter(Phase::Stopping, |_| ());
         made.power_off().await;
-        counted.set(PodState::Stopped);
         self.enter(Phase::Stopped, |record| record.exit = Some(exit));
         self.asked(Ask::Remove).await;
         made.shut_down().await;
@@ -487,6 +502,7 @@ impl Sandbox {
             name: format!("pod-{}", id.get(..12).unwrap_or(&id)),
             cpus: plan.cpus,
             memory: plan.memory,
+            huge_pages: self.profile.huge_pages.into(),
             dax: Some(self.profile.dax_window.0).filter(|bytes| *bytes > 0),
             kernel: &self.profile.kernel,
             initrd: &self.profile.initrd,
@@ -510,9 +526,18 @@ impl Sandbox {
         }
         steps.next("serve");
         let service = vm.serve(&self.socket()).await.map_err(vm_error)?;
+        let metrics = node.metrics.clone();
+        // Nobody knows the socket yet.
+        service.count_processes(move |is_exec| {
+            Box::new(metrics.process(if is_exec {
+                Process::Exec
+            } else {
+                Process::Container
+            }))
+        });
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {
-            node.events.follow(&record.namespace, events);
+            node.events.follow(&record.namespace, events, &node.metrics);
         }
         Ok(())
     }

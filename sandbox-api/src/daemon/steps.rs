@@ -13,6 +13,12 @@ use std::time::Instant;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
+/// A pod's start: from nothing to an agent that takes containers.
+pub const POD_START: &str = "pod_start";
+/// Its steps, in order.
+pub const POD_START_STEPS: [&str; 6] = ["network", "create", "boot", "configure", "forward", "serve"];
+/// The codes it fails with.
+pub const POD_START_ERRORS: [&str; 2] = ["internal", CANCELLED];
 /// The code of an operation that its caller gave up.
 const CANCELLED: &str = "cancelled";
 
@@ -103,7 +109,7 @@ mod tests {
     fn each_way_out_is_counted() {
         let metrics = metrics();
         let steps = || {
-            let mut steps = Steps::new(&metrics, "pod_start", &PodLabels::default(), Some("nonsense"));
+            let mut steps = Steps::new(&metrics, POD_START, &PodLabels::default(), Some("nonsense"));
             steps.next("network");
             steps.next("boot");
             steps

@@ -18,7 +18,7 @@ use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, Route};
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::task::DeleteRequest;
-use cloister_vmm::{CellHost, CellHostConfig, StopReason};
+use cloister_vmm::{CellHost, CellHostConfig, HugePages, StopReason};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -382,6 +382,7 @@ async fn start(
         name: format!("pod-{}", pod.record.short_id()),
         cpus: plan.cpus,
         memory: plan.memory,
+        huge_pages: HugePages::default(),
         dax: plan.dax,
         kernel: &plan.kernel,
         initrd: &plan.initrd,

@@ -7,7 +7,9 @@ use cloister_devices::net::{Net, NetConfig};
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
 use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
-use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, DeviceHandle, KernelBoot, StopReason};
+use cloister_vmm::{
+    Boot, Cell, CellConfig, CellHost, DeviceConfig, DeviceHandle, HugePages, KernelBoot, StopReason,
+};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -35,6 +37,8 @@ pub struct MachineConfig<'a> {
     pub cpus: u8,
     /// Bytes of RAM.
     pub memory: u64,
+    /// Pages that back it.
+    pub huge_pages: HugePages,
     /// Bytes of the window through which the guest maps files of its containers' roots; none without one.
     pub dax: Option<u64>,
     /// Guest kernel.
@@ -131,6 +135,7 @@ impl Machine {
         let mut cell = CellConfig::new(config.name, boot);
         cell.vcpus = config.cpus;
         cell.memory_mib = config.memory.div_ceil(1 << 20);
+        cell.huge_pages = config.huge_pages;
         cell.devices.push(DeviceConfig::Fs {
             config: fs,
             dax_window: config.dax,

@@ -38,7 +38,7 @@ use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
@@ -76,6 +76,9 @@ pub struct New {
     pub terminal: bool,
 }
 
+/// Counts a process that has started, an exec if true, until the answer is dropped.
+type Count = Box<dyn Fn(bool) -> Box<dyn Send + Sync> + Send + Sync>;
+
 /// See the module.
 pub struct TaskService {
     guest: Arc<dyn Guest>,
@@ -84,6 +87,7 @@ pub struct TaskService {
     /// Why the VM ended, once it has.
     dead: watch::Receiver<Option<String>>,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    count: OnceLock<Count>,
 }
 
 struct Container {
@@ -99,6 +103,8 @@ struct Process {
     terminal: bool,
     pumps: Mutex<Option<Pumps>>,
     exit: watch::Sender<Option<Exit>>,
+    /// Held from its start to its end; its lock is held while it ends.
+    counted: Mutex<Option<Box<dyn Send + Sync>>>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -144,7 +150,14 @@ impl TaskService {
             hub,
             dead,
             containers: Mutex::default(),
+            count: OnceLock::new(),
         })
+    }
+
+    /// Has `count` called for each process that starts from now on, true for an exec; what it answers is dropped when the
+    /// process has ended. Only the first call counts.
+    pub fn count_processes(&self, count: impl Fn(bool) -> Box<dyn Send + Sync> + Send + Sync + 'static) {
+        let _ = self.count.set(Box::new(count));
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
@@ -291,6 +304,7 @@ impl TaskService {
             terminal,
             pumps: Mutex::new(Some(pumps)),
             exit,
+            counted: Mutex::default(),
         });
         lock(&container.processes).insert(exec.to_owned(), Arc::clone(&process));
         let watched = Arc::clone(&process);
@@ -330,6 +344,8 @@ impl TaskService {
             if let Some(pumps) = pumps {
                 pumps.finish(patience).await;
             }
+            let mut counted = lock(&process.counted);
+            *counted = None;
             process.exit.send_replace(Some(exit));
         });
         watched
@@ -348,6 +364,14 @@ impl TaskService {
         };
         let pid = self.agent.task.start(no_deadline(), &request).await?.pid;
         process.pid.store(pid, Ordering::Relaxed);
+        if let Some(count) = self.count.get() {
+            let mut counted = lock(&process.counted);
+            let running = count(!exec.is_empty());
+            // It may have ended already.
+            if process.exit.borrow().is_none() {
+                *counted = Some(running);
+            }
+        }
         Ok(pid)
     }
 

@@ -71,7 +71,6 @@ pub(super) fn cloisterd(dir: &Path) -> String {
     format!(
         r#"
 state_dir = "{dir}/r"
-root_dir = "{dir}/cloister/lib"
 socket = "{dir}/cloister/sandboxer.sock"
 containerd_address = "{dir}/containerd.sock"
 

@@ -16,7 +16,7 @@ use cloister_sandbox_api::pod::agent::Agent;
 use cloister_sandbox_api::pod::machine::{Machine, MachineConfig};
 use cloister_sandbox_api::pod::vm::PodVm;
 use cloister_tests::e2e::{PATIENCE, archive, guest_file};
-use cloister_vmm::{CellHost, CellHostConfig};
+use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 use rtnetlink::packet_route::link::{LinkAttribute, Stats64};
 use serde_json::json;
 use std::fs::{self, File};
@@ -63,6 +63,7 @@ async fn start(host: &CellHost, net: &mut PodNet) -> (PodVm, Agent) {
         name: "pod".into(),
         cpus: 2,
         memory: 256 << 20,
+        huge_pages: HugePages::default(),
         dax: None,
         kernel: &guest_file("vmlinux"),
         initrd: &PathBuf::from(format!("/proc/self/fd/{}", initramfs.as_raw_fd())),

@@ -369,3 +369,39 @@ fn mount_points_stay_in_the_root() {
     assert!(root.0.join(&name).is_dir());
     assert!(!Path::new("/").join(&name).exists());
 }
+
+#[tokio::test]
+async fn processes_are_counted_while_they_run() {
+    let bed = bed().await;
+    let root = Root::new();
+    let (all, execs) = (Arc::new(()), Arc::new(()));
+    let (of_all, of_execs) = (Arc::clone(&all), Arc::clone(&execs));
+    bed.service.count_processes(move |is_exec| {
+        Box::new((Arc::clone(&of_all), is_exec.then(|| Arc::clone(&of_execs))))
+    });
+    // Beside the two here and the two in the closure.
+    let running = || (Arc::strong_count(&all) - 2, Arc::strong_count(&execs) - 2);
+    bed.service
+        .create_container(new("c1", &root, Output::Null))
+        .await
+        .unwrap();
+    assert_eq!(running(), (0, 0));
+    bed.service.start_process("c1", "").await.unwrap();
+    assert_eq!(running(), (1, 0));
+    let exec = api::ExecProcessRequest {
+        id: "c1".into(),
+        exec_id: "e1".into(),
+        ..Default::default()
+    };
+    bed.service.exec_process(exec).await.unwrap();
+    bed.service.start_process("c1", "e1").await.unwrap();
+    assert_eq!(running(), (2, 1));
+    bed.service.kill_process("c1", "", 9, false).await.unwrap();
+    for exec in ["", "e1"] {
+        bed.service.wait_process("c1", exec).await.unwrap();
+    }
+    assert_eq!(running(), (0, 0));
+    // The answer to a start can come after the end.
+    bed.service.start_process("c1", "").await.unwrap();
+    assert_eq!(running(), (0, 0));
+}
