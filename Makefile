@@ -5,6 +5,7 @@
 #   make bench [ONLY=P]  the benchmarks whose names start with P; results in target/bench/results.jsonl
 #   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME
 #   make deb             the Debian package, checked: target/deb/cloister_VERSION_amd64.deb
+#   make cri             every case of CRI, on runc and on Cloister
 #   make setup, build, guest, lint, unit, kvm-host-test, clean: the steps of the above
 #
 # Wherever Linux guests run, ci/with-kvm chooses between this machine's KVM and the emulated host, and says so.
@@ -66,11 +67,17 @@ e2e: build
 	tests/demo/prepare
 	ci/e2e --timeout 2400 $(kvm_options) -- $(E2E)
 
+# All cases of CRI on runc and Cloister, also those on which they are not known to agree yet.
+cri: build
+	tests/demo/prepare
+	CLOISTER_CRI_ALL=1 ci/e2e --timeout 3600 --env CLOISTER_CRI_ALL $(kvm_options) -- cri::
+
 # The guest side of the benchmarks boots in place of the agent.
 bench: build
 	RUSTFLAGS='-C target-feature=+crt-static' \
 		cargo build --locked --package cloister-guest-bench --profile agent --target $(agent_target)
 	guest-image/build-initramfs $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-guest-bench $(guest)/bench.cpio
+	tests/demo/prepare
 	mkdir -p target/bench
 	ci/with-kvm $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY)
 	case "$(ONLY)" in "" | boot*) \

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::path::Path;
 use std::time::Duration;
 
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
@@ -12,11 +13,12 @@ use crate::ours::{Ours, chain};
 use crate::report::Figure;
 
 const READY_PORT: u32 = 1025;
+const SMAPS: &str = "/proc/self/smaps";
 const COUNTS: [u32; 3] = [1, 10, 50];
 
-/// KiB of this process's PSS: all, and the part that is guest memory.
-fn pss_kib() -> io::Result<(u64, u64)> {
-    let smaps = fs::read_to_string("/proc/self/smaps")?;
+/// KiB of a process's PSS, by its smaps: all, and the part that is guest memory.
+pub fn pss_of(smaps: &Path) -> io::Result<(u64, u64)> {
+    let smaps = fs::read_to_string(smaps)?;
     let (mut all, mut guest, mut in_guest) = (0, 0, false);
     for line in smaps.lines() {
         let mut words = line.split_whitespace();
@@ -28,7 +30,9 @@ fn pss_kib() -> io::Result<(u64, u64)> {
             }
             // A mapping's first line starts with its addresses; its sixth word is the file.
             Some(first) if first.contains('-') => {
-                in_guest = words.nth(4).is_some_and(|file| file.starts_with("/memfd:"));
+                // Of a file of the VMM's own tmpfs there is but the inode's number.
+                let is_guest = |file: &str| file.starts_with("/memfd:") || file.starts_with("/#");
+                in_guest = words.nth(4).is_some_and(is_guest);
             }
             _ => {}
         }
@@ -43,7 +47,7 @@ fn threads() -> io::Result<usize> {
 /// Measures.
 pub fn run(context: &mut Context) -> io::Result<()> {
     let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
-    let (empty, _) = pss_kib()?;
+    let (empty, _) = pss_of(Path::new(SMAPS))?;
     let mut cells = Vec::new();
     for count in COUNTS {
         let mut waiting = Vec::new();
@@ -68,7 +72,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
             }
         }
         settle(&mut waiting, &mut cells)?;
-        let (all, guest) = pss_kib()?;
+        let (all, guest) = pss_of(Path::new(SMAPS))?;
         let kib = |value: u64| f64::from(u32::try_from(value).unwrap_or(u32::MAX));
         let per_cell = kib(all.saturating_sub(guest).saturating_sub(empty)) / f64::from(count);
         let conditions = format!(

@@ -7,6 +7,7 @@
 
 mod boot;
 mod cells;
+mod cri;
 mod fs;
 mod guest_lines;
 mod ours;
@@ -35,12 +36,13 @@ pub struct Context {
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 5] = [
+const PARTS: [(&str, Part); 6] = [
     ("boot", boot::run),
     ("cell", cells::run),
     ("fs", fs::run),
     ("vsock", vsock::run),
     ("sizes", sizes),
+    ("cri", cri::run),
 ];
 
 const COUNTING_PARTS: [(&str, Part); 1] = [("boot", boot::count)];
