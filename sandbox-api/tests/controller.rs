@@ -2,6 +2,8 @@
 //! The Controller service as containerd calls it, without a guest: what is refused, what is idempotent, and that nothing
 //! is left of a pod that could not be had.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use cloister_sandbox_api::daemon::config::Config;
 use cloister_sandbox_api::daemon::controller::Service;
 use cloister_sandbox_api::daemon::controller::api::controller_server::ControllerServer;

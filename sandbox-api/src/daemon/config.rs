@@ -138,11 +138,11 @@ pub struct Profile {
     pub kernel_args: Vec<String>,
     /// vCPUs of a pod without a CPU limit.
     pub default_vcpus: u8,
-    /// vCPUs a pod can have or grow to.
+    /// vCPUs a pod can have.
     pub max_vcpus: u8,
     /// RAM of a pod without a memory limit.
     pub default_memory: Bytes,
-    /// RAM a pod can have or grow to; the host's without it.
+    /// RAM a pod can have; the host's without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_memory: Option<Bytes>,
     /// What a VM takes beside its containers, as declared in the RuntimeClass.
