@@ -146,7 +146,8 @@ async fn bed() -> Bed {
 fn spec() -> Spec {
     serde_json::from_str(
         r#"{"ociVersion":"1.2.0","root":{"path":"rootfs","readonly":true},"process":{"user":{"uid":0,"gid":0},"cwd":"/work/dir","args":["a"]},
-        "mounts":[{"destination":"/mnt/null","type":"bind","source":"/dev/null","options":["bind","ro"]}],"linux":{}}"#,
+        "mounts":[{"destination":"/mnt/file","type":"bind","source":"/etc/passwd","options":["bind","ro"]},
+                  {"destination":"/mnt/null","type":"bind","source":"/dev/null","options":["bind"]}],"linux":{}}"#,
     )
     .unwrap()
 }
@@ -206,7 +207,7 @@ async fn life_of_a_container() {
     );
     // Mount points and working directory were made, and the root is attached read-only.
     assert!(root.0.join("work/dir").is_dir());
-    assert!(root.0.join("mnt/null").is_file());
+    assert!(root.0.join("mnt/file").is_file() && root.0.join("mnt/null").is_file());
     assert_eq!(
         *lock(&bed.guest.attached),
         HashMap::from([("rootfs-c1".to_owned(), true), ("vol-0-c1".to_owned(), true)])
