@@ -14,7 +14,13 @@ struct Difference {
     reason: &'static str,
 }
 
-const DIFFERENCES: &[Difference] = &[];
+const DIFFERENCES: &[Difference] = &[Difference {
+    case: "cri::streams::port_forward",
+    place: "/closed/1",
+    runc: "\"true\"",
+    cloister: "\"false\"",
+    reason: "the connection is taken for the VM before the VM refuses it: it is reset, not refused",
+}];
 
 /// Says what differs without a reason, and which reason is not needed any more.
 pub fn check(case: &str, runc: &Value, cloister: &Value) -> Result<(), String> {
