@@ -216,7 +216,7 @@ async fn life_of_a_container() {
     assert_eq!(created.rootfs[0].source, "/run/cloister/shared/rootfs-c1");
     assert_eq!((created.stdin.as_str(), created.stderr.as_str()), ("", ""));
     let sent: Spec = serde_json::from_slice(&created.options.value).unwrap();
-    assert_eq!(sent.mounts().as_ref().unwrap().len(), 4);
+    assert_eq!(sent.mounts().as_ref().unwrap().len(), 6);
     let again = bed
         .service
         .create_container(new("c1", &root, Output::Null))
