@@ -78,11 +78,7 @@ bench: build
 		cargo build --locked --package cloister-guest-bench --profile agent --target $(agent_target)
 	guest-image/build-initramfs $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-guest-bench $(guest)/bench.cpio
 	tests/demo/prepare
-	mkdir -p target/bench
-	ci/with-kvm $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY)
-	case "$(ONLY)" in "" | boot*) \
-		ci/kvm-host --icount $(kvm_options) --writable target/bench -- tests/bench/run $(ONLY) --counting ;; \
-	esac
+	ci/bench --only '$(ONLY)' $(kvm_options)
 
 deb: build
 	ci/check-deb "$$(ci/build-deb $(CARGO_TARGET_DIR)/release $(guest) target/deb)"

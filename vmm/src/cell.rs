@@ -654,7 +654,16 @@ impl Cell {
 
     /// Any state → Stopped. Does not wait; a cell that has stopped keeps its first reason.
     pub fn stop(&self) {
-        self.shared.stop(StopReason::Requested);
+        self.end(StopReason::Requested);
+    }
+
+    /// The same, for a cell whose guest does not respond any more.
+    pub fn give_up(&self, why: String) {
+        self.end(StopReason::Unresponsive { why });
+    }
+
+    fn end(&self, reason: StopReason) {
+        self.shared.stop(reason);
         let mut inner = self.shared.lock();
         // Without vCPU threads nobody else hands the machine over.
         let machine = if inner.threads == 0 {

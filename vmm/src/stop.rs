@@ -14,6 +14,11 @@ use cloister_devices::output_tail::OutputTail;
 pub enum StopReason {
     /// Somebody on the host asked for it.
     Requested,
+    /// Its owner gave it up: what runs in it does not answer any more.
+    Unresponsive {
+        /// What was asked, and what came.
+        why: String,
+    },
     /// The guest powered off (ACPI sleep control, or a kernel that said so before it halted).
     PowerOff,
     /// The guest restarted itself: keyboard controller, reset port, or `reboot=t`.
@@ -87,6 +92,7 @@ impl std::fmt::Display for StopReason {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Requested => write!(f, "stopped on request"),
+            Self::Unresponsive { why } => write!(f, "the guest does not respond: {why}"),
             Self::PowerOff => write!(f, "the guest powered off"),
             Self::Reset => write!(f, "the guest restarted"),
             Self::Panic { message } => write!(f, "guest kernel panic: {message}"),

@@ -154,6 +154,9 @@ pub struct Profile {
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
+    /// Longest time an agent may leave a call unanswered, and then a ping: see [`crate::pod::vigil`].
+    #[serde(with = "seconds")]
+    pub answer_timeout: Duration,
 }
 
 /// `overhead`.
@@ -226,6 +229,7 @@ impl Default for Profile {
             huge_pages: HugePages::default(),
             dax_window: Bytes(0),
             init_timeout: Duration::from_secs(60),
+            answer_timeout: crate::pod::vigil::PATIENCE,
         }
     }
 }
@@ -451,8 +455,13 @@ impl Profile {
                 format!("{window} is no multiple of 2MiB up to 1TiB"),
             ));
         }
-        if !(1..=3600).contains(&self.init_timeout.as_secs()) {
-            return Err(("init_timeout", "it is not between 1s and 60m".to_owned()));
+        for (key, timeout) in [
+            ("init_timeout", self.init_timeout),
+            ("answer_timeout", self.answer_timeout),
+        ] {
+            if !(1..=3600).contains(&timeout.as_secs()) {
+                return Err((key, "it is not between 1s and 60m".to_owned()));
+            }
         }
         Ok(())
     }
@@ -750,6 +759,10 @@ mod tests {
             (
                 "[sandboxer.a]\ninit_timeout = '0s'",
                 "config.toml:2: sandboxer.a.init_timeout: ",
+            ),
+            (
+                "[sandboxer.a]\nanswer_timeout = '2h'",
+                "config.toml:2: sandboxer.a.answer_timeout: ",
             ),
             (
                 "[sandboxer.a]\nkernel_args = ['a b']",

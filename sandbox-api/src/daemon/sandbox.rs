@@ -525,7 +525,8 @@ impl Sandbox {
             made.forwarder = Some(Forwarder::start(netns, guest).await.map_err(net_error)?);
         }
         steps.next("serve");
-        let service = vm.serve(&self.socket()).await.map_err(vm_error)?;
+        let patience = self.profile.answer_timeout;
+        let service = vm.serve(&self.socket(), patience).await.map_err(vm_error)?;
         let metrics = node.metrics.clone();
         // Nobody knows the socket yet.
         service.count_processes(move |is_exec| {

@@ -33,4 +33,7 @@ pub trait Guest: Send + Sync + 'static {
     /// # Errors
     /// There is none of that name.
     fn detach(&self, name: &str) -> io::Result<()>;
+
+    /// Ends the VM as it is: what runs in it does not respond any more.
+    fn give_up(&self, why: String);
 }

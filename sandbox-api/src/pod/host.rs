@@ -9,6 +9,7 @@ use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
 use super::task::{New, TaskService};
 use super::terminal;
+use super::vigil;
 use super::vm::{self, PodVm, QUICK, agent_error};
 use crate::clock;
 use crate::image::{self, Store};
@@ -400,7 +401,7 @@ async fn start(
         .await?;
 
     // The container.
-    let service = vm.serve(&pod.pods.socket(&id)).await?;
+    let service = vm.serve(&pod.pods.socket(&id), vigil::PATIENCE).await?;
     pod.service = Some(Arc::clone(&service));
     let socket = bundle.join(attach::SOCKET);
     // Input that is a descriptor's is that one's alone.

@@ -298,6 +298,10 @@ impl Guest for Machine {
             .remove(name);
         detached
     }
+
+    fn give_up(&self, why: String) {
+        self.cell.give_up(why);
+    }
 }
 
 /// Distribution kernels (bzImage) find their devices by ACPI, ours by its command line.

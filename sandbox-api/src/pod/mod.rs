@@ -13,4 +13,5 @@ pub mod state;
 pub mod streams;
 pub mod task;
 pub mod terminal;
+pub mod vigil;
 pub mod vm;

@@ -19,6 +19,7 @@ use super::guest::{Guest, ShareOptions};
 use super::rewrite::{self, Share};
 use super::state::EXIT_KILLED;
 use super::streams::{Hub, Pumps, Stdio};
+use super::vigil::Vigil;
 use crate::runtime::overlay;
 use async_trait::async_trait;
 use cloister_protocol::protobuf::well_known_types::any::Any;
@@ -86,6 +87,7 @@ pub struct TaskService {
     hub: Arc<Hub>,
     /// Why the VM ended, once it has.
     dead: watch::Receiver<Option<String>>,
+    vigil: Vigil,
     containers: Mutex<HashMap<String, Arc<Container>>>,
     count: OnceLock<Count>,
 }
@@ -137,14 +139,17 @@ async fn through<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send
 }
 
 impl TaskService {
-    /// A service for the containers of `guest`, whose agent is ready. `dead` becomes the reason when the VM ends.
+    /// A service for the containers of `guest`, whose agent is ready. `dead` becomes the reason when the VM ends. An agent
+    /// that leaves calls unanswered for `patience` is asked whether it is there (see [`Vigil`]).
     pub fn new(
         guest: Arc<dyn Guest>,
         agent: Agent,
         hub: Arc<Hub>,
         dead: watch::Receiver<Option<String>>,
+        patience: Duration,
     ) -> Arc<Self> {
         Arc::new(Self {
+            vigil: Vigil::new(Arc::clone(&guest), agent.pod.clone(), dead.clone(), patience),
             guest,
             agent,
             hub,
@@ -265,7 +270,10 @@ impl TaskService {
             }),
             ..Default::default()
         };
-        let response = self.agent.task.create(no_deadline(), &request).await?;
+        let response = self
+            .vigil
+            .over(self.agent.task.create(no_deadline(), &request))
+            .await?;
         let process = self.watch(container, &id, "", names, terminal, pumps);
         process.pid.store(response.pid, Ordering::Relaxed);
         Ok(response.pid)
@@ -317,11 +325,16 @@ impl TaskService {
         tokio::spawn(async move {
             let mut dead = service.dead.clone();
             let waited = tokio::select! {
-                waited = service.agent.task.wait(no_deadline(), &request) => waited.ok(),
+                waited = service.agent.task.wait(no_deadline(), &request) => Some(waited),
                 _ = dead.wait_for(Option::is_some) => None,
             };
+            if let Some(Err(error)) = &waited
+                && !matches!(error, Error::RpcStatus(_))
+            {
+                service.vigil.broken(error).await;
+            }
             let (exit, patience) = match waited {
-                Some(response) => {
+                Some(Ok(response)) => {
                     let at = response.exited_at.into_option().unwrap_or_else(timestamp);
                     (
                         Exit {
@@ -331,8 +344,8 @@ impl TaskService {
                         LAST_OUTPUT,
                     )
                 }
-                // The VM died, or is about to be found dead: an agent does not go without it.
-                None => (
+                // The VM died.
+                Some(Err(_)) | None => (
                     Exit {
                         status: EXIT_KILLED,
                         at: timestamp(),
@@ -362,7 +375,11 @@ impl TaskService {
             exec_id: exec.to_owned(),
             ..Default::default()
         };
-        let pid = self.agent.task.start(no_deadline(), &request).await?.pid;
+        let pid = self
+            .vigil
+            .over(self.agent.task.start(no_deadline(), &request))
+            .await?
+            .pid;
         process.pid.store(pid, Ordering::Relaxed);
         if let Some(count) = self.count.get() {
             let mut counted = lock(&process.counted);
@@ -404,7 +421,10 @@ impl TaskService {
             all,
             ..Default::default()
         };
-        self.agent.task.kill(no_deadline(), &request).await.map(|_| ())
+        self.vigil
+            .over(self.agent.task.kill(no_deadline(), &request))
+            .await
+            .map(|_| ())
     }
 
     /// Sets the size of a process's terminal, in characters.
@@ -419,11 +439,8 @@ impl TaskService {
             height: height.into(),
             ..Default::default()
         };
-        self.agent
-            .task
-            .resize_pty(no_deadline(), &request)
-            .await
-            .map(|_| ())
+        let resized = self.agent.task.resize_pty(no_deadline(), &request);
+        self.vigil.over(resized).await.map(|_| ())
     }
 
     async fn exec_process(self: &Arc<Self>, mut request: api::ExecProcessRequest) -> Result<Empty> {
@@ -441,7 +458,10 @@ impl TaskService {
         let (pumps, streams) =
             Pumps::start(&self.hub, stdio, request.terminal).map_err(|e| unknown("stdio", e))?;
         [request.stdin, request.stdout, request.stderr] = streams;
-        let response = self.agent.task.exec(no_deadline(), &request).await?;
+        let response = self
+            .vigil
+            .over(self.agent.task.exec(no_deadline(), &request))
+            .await?;
         self.watch(
             &container,
             &request.id,
@@ -480,7 +500,9 @@ impl TaskService {
                 ..Default::default()
             }
         } else {
-            self.agent.task.delete(no_deadline(), &request).await?
+            self.vigil
+                .over(self.agent.task.delete(no_deadline(), &request))
+                .await?
         };
         if request.exec_id.is_empty() {
             self.unshare(&container);
@@ -716,7 +738,12 @@ impl api::Task for Served {
                 exited_at: MessageField::some(exit.at),
                 ..Default::default()
             },
-            _ => self.0.agent.task.state(no_deadline(), &request).await?,
+            _ => {
+                self.0
+                    .vigil
+                    .over(self.0.agent.task.state(no_deadline(), &request))
+                    .await?
+            }
         };
         response.bundle.clone_from(&container.bundle);
         [response.stdin, response.stdout, response.stderr] = process.names.clone();
@@ -769,7 +796,10 @@ impl api::Task for Served {
                 ..Default::default()
             }
         } else {
-            self.0.agent.task.connect(no_deadline(), &request).await?
+            self.0
+                .vigil
+                .over(self.0.agent.task.connect(no_deadline(), &request))
+                .await?
         };
         response.shim_pid = std::process::id();
         Ok(response)
@@ -788,27 +818,45 @@ impl api::Task for Served {
                 ..Default::default()
             });
         }
-        self.0.agent.task.pids(no_deadline(), &request).await
+        self.0
+            .vigil
+            .over(self.0.agent.task.pids(no_deadline(), &request))
+            .await
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, request: api::ResizePtyRequest) -> Result<Empty> {
-        self.0.agent.task.resize_pty(no_deadline(), &request).await
+        self.0
+            .vigil
+            .over(self.0.agent.task.resize_pty(no_deadline(), &request))
+            .await
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> Result<Empty> {
-        self.0.agent.task.pause(no_deadline(), &request).await
+        self.0
+            .vigil
+            .over(self.0.agent.task.pause(no_deadline(), &request))
+            .await
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> Result<Empty> {
-        self.0.agent.task.resume(no_deadline(), &request).await
+        self.0
+            .vigil
+            .over(self.0.agent.task.resume(no_deadline(), &request))
+            .await
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> Result<Empty> {
-        self.0.agent.task.update(no_deadline(), &request).await
+        self.0
+            .vigil
+            .over(self.0.agent.task.update(no_deadline(), &request))
+            .await
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
-        self.0.agent.task.stats(no_deadline(), &request).await
+        self.0
+            .vigil
+            .over(self.0.agent.task.stats(no_deadline(), &request))
+            .await
     }
 
     async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> Result<Empty> {

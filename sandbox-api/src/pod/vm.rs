@@ -167,18 +167,19 @@ impl PodVm {
         }
     }
 
-    /// Serves the Task service on `socket`, made for root alone. The service outlives the VM.
+    /// Serves the Task service on `socket`, made for root alone. The service outlives the VM. An agent that leaves calls
+    /// unanswered for `patience` is asked whether it is there, and without it the VM is ended.
     ///
     /// # Errors
     /// The agent is not ready, or the socket cannot be made.
-    pub async fn serve(&mut self, socket: &Path) -> Result<Arc<TaskService>, Error> {
+    pub async fn serve(&mut self, socket: &Path, patience: Duration) -> Result<Arc<TaskService>, Error> {
         let agent = self.agent()?.clone();
         let hub = Hub::new();
         if let Some(streams) = self.streams.take() {
             accept_streams(streams, &hub);
         }
         let guest: Arc<dyn Guest> = Arc::<Machine>::clone(&self.machine);
-        let service = TaskService::new(guest, agent, hub, reasons(self.machine.dead()));
+        let service = TaskService::new(guest, agent, hub, reasons(self.machine.dead()), patience);
         let listener = SocketPath::of(socket)
             .and_then(|short| tokio::net::UnixListener::bind(short.path()))
             .map_err(io_error("make the pod's task.sock"))?;

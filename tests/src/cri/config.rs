@@ -82,6 +82,7 @@ format = "text"
 kernel = "{kernel}"
 initrd = "{initrd}"
 init_timeout = "600s"
+answer_timeout = "60s"
 "#,
         dir = dir.display(),
         kernel = guest_file("vmlinux").display(),

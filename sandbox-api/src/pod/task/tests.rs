@@ -3,16 +3,19 @@
 
 use super::*;
 use crate::pod::streams::{Input, Output};
+use cloister_protocol::pod::{PingRequest, PingResponse, Pod, create_pod};
 use cloister_protocol::stream::StreamId;
 use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::AtomicBool;
 use tokio::sync::mpsc;
 
 /// Plays the VM: connections to the agent, the shared directory.
 struct FakeGuest {
     dial: mpsc::Sender<UnixStream>,
     attached: Mutex<HashMap<String, bool>>,
+    given_up: Mutex<Option<String>>,
 }
 
 impl Guest for FakeGuest {
@@ -32,6 +35,9 @@ impl Guest for FakeGuest {
             .map(|_| ())
             .ok_or_else(|| std::io::ErrorKind::NotFound.into())
     }
+    fn give_up(&self, why: String) {
+        lock(&self.given_up).get_or_insert(why);
+    }
 }
 
 /// Plays the agent: notes what it is asked, and ends processes when told.
@@ -40,6 +46,17 @@ struct FakeAgent {
     created: Mutex<Vec<api::CreateTaskRequest>>,
     execs: Mutex<Vec<api::ExecProcessRequest>>,
     exit: watch::Sender<Option<u32>>,
+    /// Answers nothing but Wait any more; not even a ping if so.
+    silent: AtomicBool,
+    deaf: AtomicBool,
+}
+
+impl FakeAgent {
+    async fn unless(&self, silent: &AtomicBool) {
+        while silent.load(Ordering::Relaxed) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
 }
 
 struct FakeServed(Arc<FakeAgent>);
@@ -71,6 +88,7 @@ impl api::Task for FakeServed {
         })
     }
     async fn state(&self, _: &TtrpcContext, request: api::StateRequest) -> Result<api::StateResponse> {
+        self.0.unless(&self.0.silent).await;
         let status = EnumOrUnknown::new(api::Status::RUNNING);
         Ok(api::StateResponse {
             id: request.id,
@@ -100,20 +118,36 @@ impl api::Task for FakeServed {
     }
 }
 
+#[async_trait]
+impl Pod for FakeServed {
+    async fn ping(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
+        self.0.unless(&self.0.deaf).await;
+        Ok(PingResponse {
+            payload: request.payload,
+            ..Default::default()
+        })
+    }
+}
+
 struct Bed {
     service: Arc<TaskService>,
     agent: Arc<FakeAgent>,
     guest: Arc<FakeGuest>,
     hub: Arc<Hub>,
     die: watch::Sender<Option<String>>,
-    _server: ttrpc::asynchronous::Server,
+    server: ttrpc::asynchronous::Server,
 }
 
 async fn bed() -> Bed {
+    patient_bed(crate::pod::vigil::PATIENCE).await
+}
+
+async fn patient_bed(patience: Duration) -> Bed {
     let (dial, dialled) = mpsc::channel(8);
     let guest = Arc::new(FakeGuest {
         dial,
         attached: Mutex::default(),
+        given_up: Mutex::default(),
     });
     let agent = Arc::new(FakeAgent::default());
     let connections =
@@ -126,20 +160,21 @@ async fn bed() -> Bed {
         .add_listener(Listener::new(connections))
         .register_service(cloister_protocol::create_task(Arc::new(FakeServed(Arc::clone(
             &agent,
-        )))));
+        )))))
+        .register_service(create_pod(Arc::new(FakeServed(Arc::clone(&agent)))));
     server.start().await.unwrap();
     let hub = Hub::new();
     let (die, dead) = watch::channel(None);
     let client = Agent::connect(&*guest).unwrap();
     let as_guest: Arc<dyn Guest> = Arc::<FakeGuest>::clone(&guest);
-    let service = TaskService::new(as_guest, client, Arc::clone(&hub), dead);
+    let service = TaskService::new(as_guest, client, Arc::clone(&hub), dead, patience);
     Bed {
         service,
         agent,
         guest,
         hub,
         die,
-        _server: server,
+        server,
     }
 }
 
@@ -405,4 +440,63 @@ async fn processes_are_counted_while_they_run() {
     // The answer to a start can come after the end.
     bed.service.start_process("c1", "").await.unwrap();
     assert_eq!(running(), (0, 0));
+}
+
+fn state_request(id: &str) -> api::StateRequest {
+    api::StateRequest {
+        id: id.into(),
+        ..Default::default()
+    }
+}
+
+#[tokio::test]
+async fn a_slow_agent_that_answers_a_ping_keeps_its_vm() {
+    let bed = patient_bed(Duration::from_millis(30)).await;
+    let root = Root::new();
+    bed.service
+        .create_container(new("a", &root, Output::Null))
+        .await
+        .unwrap();
+    bed.agent.silent.store(true, Ordering::Relaxed);
+    let served = Served(Arc::clone(&bed.service));
+    let context = TtrpcContext::default();
+    let (answer, ()) = tokio::join!(api::Task::state(&served, &context, state_request("a")), async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        bed.agent.silent.store(false, Ordering::Relaxed);
+    });
+    assert_eq!(answer.unwrap().pid, 42);
+    assert_eq!(*lock(&bed.guest.given_up), None);
+}
+
+#[tokio::test]
+async fn an_agent_that_does_not_answer_loses_its_vm() {
+    let bed = patient_bed(Duration::from_millis(30)).await;
+    let root = Root::new();
+    bed.service
+        .create_container(new("a", &root, Output::Null))
+        .await
+        .unwrap();
+    bed.agent.silent.store(true, Ordering::Relaxed);
+    bed.agent.deaf.store(true, Ordering::Relaxed);
+    let served = Served(Arc::clone(&bed.service));
+    let answer = api::Task::state(&served, &TtrpcContext::default(), state_request("a")).await;
+    let text = answer.unwrap_err().to_string();
+    assert!(text.contains("does not respond"), "{text}");
+    let why = lock(&bed.guest.given_up).clone().unwrap();
+    assert!(why.contains("ping"), "{why}");
+}
+
+#[tokio::test]
+async fn a_broken_connection_to_the_agent_loses_its_vm() {
+    let mut bed = bed().await;
+    let root = Root::new();
+    bed.service
+        .create_container(new("a", &root, Output::Null))
+        .await
+        .unwrap();
+    bed.server.disconnect().await;
+    let exit = bed.service.wait_process("a", "").await.unwrap();
+    assert_eq!(exit.status, EXIT_KILLED);
+    let why = lock(&bed.guest.given_up).clone().unwrap();
+    assert!(why.contains("broke"), "{why}");
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The benchmarks: our cells and their peers side by side, in one run on one host.
 //!
-//! `cloister-bench [--only PREFIX] [--out FILE] [--counting]`, as root on a host whose KVM runs Linux (`make bench` finds
-//! or makes one). Prints a table and writes one JSON object per figure. `--counting` says that the host's clock counts
-//! instructions: other figures then, appended to the file.
+//! `cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list]`, as root on a host whose KVM runs Linux (`make bench`
+//! finds or makes one). Prints a table and writes one JSON object per figure. `--counting` says that the host's clock counts
+//! instructions: other figures then. `--list` only names the parts that would run.
 
 mod boot;
 mod cells;
@@ -92,7 +92,7 @@ fn host_conditions() -> String {
 
 fn run() -> io::Result<usize> {
     let (mut only, mut out) = (String::new(), PathBuf::from("target/bench/results.jsonl"));
-    let mut counting = false;
+    let (mut counting, mut list) = (false, false);
     let mut args = std::env::args().skip(1);
     while let Some(option) = args.next() {
         let mut value = || {
@@ -103,12 +103,22 @@ fn run() -> io::Result<usize> {
             "--only" => only = value()?,
             "--out" => out = value()?.into(),
             "--counting" => counting = true,
+            "--list" => list = true,
             _ => {
                 return Err(io::Error::other(
-                    "usage: cloister-bench [--only PREFIX] [--out FILE] [--counting]",
+                    "usage: cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list]",
                 ));
             }
         }
+    }
+    // ONLY=fs runs fs; ONLY=fs.seq runs all of fs, as its figures come out of one guest.
+    let parts = if counting { &COUNTING_PARTS[..] } else { &PARTS[..] };
+    let wanted = parts
+        .iter()
+        .filter(|(name, _)| name.starts_with(&only) || only.starts_with(name));
+    if list {
+        wanted.for_each(|(name, _)| println!("{name}"));
+        return Ok(0);
     }
     let guest =
         std::env::var_os("CLOISTER_GUEST").map_or_else(|| PathBuf::from("target/guest"), PathBuf::from);
@@ -122,14 +132,9 @@ fn run() -> io::Result<usize> {
         kernel: file("vmlinux")?,
         initrd: file("initramfs.cpio")?,
         bench_initrd: file("bench.cpio")?,
-        report: Report::create(Path::new(&out), counting, host_conditions())?,
+        report: Report::create(Path::new(&out), host_conditions())?,
     };
-    let parts = if counting { &COUNTING_PARTS[..] } else { &PARTS[..] };
-    for &(name, part) in parts {
-        // ONLY=fs runs fs; ONLY=fs.seq runs all of fs, as its figures come out of one guest.
-        if !(name.starts_with(&only) || only.starts_with(name)) {
-            continue;
-        }
+    for &(name, part) in wanted {
         if let Err(error) = part(&mut context) {
             context.report.fail(name, &error);
         }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Figures: a table for people, JSON lines for machines.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -33,17 +33,12 @@ pub struct Report {
 }
 
 impl Report {
-    /// Starts a results file, empty unless it is to be appended to. `conditions` describes the host and is put before each figure's own.
-    pub fn create(path: &Path, append: bool, conditions: String) -> io::Result<Self> {
+    /// Starts a results file. `conditions` describes the host and is put before each figure's own.
+    pub fn create(path: &Path, conditions: String) -> io::Result<Self> {
         if let Some(parent) = path.parent() {
             fs::create_dir_all(parent)?;
         }
-        let file = OpenOptions::new()
-            .create(true)
-            .write(true)
-            .append(append)
-            .truncate(!append)
-            .open(path)?;
+        let file = File::create(path)?;
         println!("{conditions}\n");
         println!(
             "{:<34} {:>14} {:<12} {:<10} peer",
