@@ -33,8 +33,10 @@ kvm_options ?= --cpus 2 --memory 12288
 setup:
 	ci/setup
 
+# With the programs of the end-to-end tests in the same go: asked for by themselves they would have their libraries built
+# again, with other features.
 build: setup guest
-	cargo build --locked --release --workspace --exclude cloister-agent --exclude cloister-guest-bench
+	ci/build-programs
 
 # The agent with the C library inside it, for there is none in the guest; then what boots with it: our kernel, and
 # Debian's own to test that it need not be ours.

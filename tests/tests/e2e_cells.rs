@@ -6,7 +6,7 @@
 
 use cloister_boot::x86_64::Description;
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
-use cloister_tests::e2e::{OwnFootprint, PATIENCE, archive, guest_file};
+use cloister_tests::e2e::{PATIENCE, ProcessFootprint, archive, guest_file};
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, CellHostConfig, CellState, DeviceConfig, KernelBoot, StopReason,
@@ -140,9 +140,9 @@ fn panics(reason: &StopReason, with: &str) {
 
 #[test]
 fn eight_at_once_and_a_ninth_that_panics() {
-    let bare = OwnFootprint::now();
+    let bare = ProcessFootprint::of_this();
     let host = warm_host();
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     let vms: Vec<Vm> = (0..8)
         .map(|n| start(&host, &format!("pod-{n}"), &agent(), ""))
         .collect();
@@ -170,7 +170,7 @@ fn eight_at_once_and_a_ninth_that_panics() {
 #[test]
 fn the_death_of_pid_1_is_a_panic() {
     let host = warm_host();
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     let other = start(&host, "other", &agent(), "");
     let events = other.ready();
     // An init that ends at once: busybox under the name of true.
@@ -192,7 +192,7 @@ fn the_death_of_pid_1_is_a_panic() {
 #[test]
 fn debians_kernel_with_our_agent() {
     let host = warm_host();
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     let initrd = guest_file("debian/initramfs.cpio");
     let vm = start_with(&host, "debian", &initrd, "", |config| {
         config.memory_mib = 512;
@@ -214,7 +214,7 @@ fn debians_kernel_with_our_agent() {
 #[test]
 fn stopped_while_booting() {
     let host = warm_host();
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     // From the first instruction to somewhere in the kernel; hardware is further then than the emulated host.
     for millis in [0, 10, 100, 400] {
         let vm = start(&host, "stopped", &agent(), "");

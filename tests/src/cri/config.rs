@@ -74,6 +74,9 @@ state_dir = "{dir}/r"
 socket = "{dir}/cloister/sandboxer.sock"
 containerd_address = "{dir}/containerd.sock"
 
+[metrics]
+listen = "unix:{dir}/metrics.sock"
+
 [log]
 level = "debug"
 format = "text"

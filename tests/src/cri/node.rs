@@ -2,8 +2,9 @@
 //! The daemons of the node, from their start to the last file they leave.
 
 use super::{PATIENCE, Runtime, config};
-use crate::e2e::{checkout, eventually};
+use crate::e2e::{Footprint, ProcessFootprint, checkout, eventually};
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -22,8 +23,19 @@ pub struct Node {
 #[derive(Debug)]
 struct Daemon {
     name: &'static str,
+    config: PathBuf,
+    socket: PathBuf,
     log: PathBuf,
     process: Child,
+}
+
+/// How a daemon is made to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// As an operator does it (SIGTERM).
+    Asked,
+    /// As a crash does it (SIGKILL).
+    Killed,
 }
 
 impl Node {
@@ -61,15 +73,11 @@ impl Node {
         if handlers.contains(&"cloister") {
             let file = node.path("cloister/config.toml");
             fs::write(&file, config::cloisterd(&node.dir)).unwrap();
-            let mut command = node.command("cloisterd");
-            command.arg("--config").arg(file);
-            node.spawn("cloisterd", command, "cloister/sandboxer.sock");
+            node.spawn("cloisterd", file, "cloister/sandboxer.sock");
         }
         let file = node.path("containerd.toml");
         fs::write(&file, config::containerd(&node.dir)).unwrap();
-        let mut command = node.command("containerd");
-        command.arg("--config").arg(file);
-        node.spawn("containerd", command, "containerd.sock");
+        node.spawn("containerd", file, "containerd.sock");
         node.load_images();
         node
     }
@@ -91,26 +99,84 @@ impl Node {
         command
     }
 
-    /// Starts a daemon and waits until its socket answers.
-    fn spawn(&mut self, name: &'static str, mut command: Command, socket: &str) {
-        let begin = Instant::now();
+    /// Starts a daemon for the first time.
+    fn spawn(&mut self, name: &'static str, config: PathBuf, socket: &str) {
         let log = self.path(&format!("{name}.log"));
-        let output = File::create(&log).unwrap();
-        let process = command
+        let socket = self.path(socket);
+        let process = self.run(name, &config, &log, &socket);
+        self.daemons.push(Daemon {
+            name,
+            config,
+            socket,
+            log,
+            process,
+        });
+    }
+
+    /// Starts a daemon and waits until its socket answers.
+    fn run(&self, name: &str, config: &Path, log: &Path, socket: &Path) -> Child {
+        let begin = Instant::now();
+        let output = File::options().create(true).append(true).open(log).unwrap();
+        let mut process = self
+            .command(name)
+            .arg("--config")
+            .arg(config)
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
             .stderr(output)
             .spawn()
             .unwrap();
-        let mut daemon = Daemon { name, log, process };
-        let socket = self.path(socket);
         eventually(name, || {
-            let ended = daemon.process.try_wait().unwrap();
-            assert!(ended.is_none(), "{name} ended: {ended:?}\n{}", daemon.tail(40));
-            UnixStream::connect(&socket).ok()
+            let ended = process.try_wait().unwrap();
+            assert!(ended.is_none(), "{name} ended: {ended:?}\n{}", tail(log, 40));
+            UnixStream::connect(socket).ok()
         });
         eprintln!("{name} answers after {:.1?}", begin.elapsed());
-        self.daemons.push(daemon);
+        process
+    }
+
+    fn daemon(&mut self, name: &str) -> &mut Daemon {
+        let mut daemons = self.daemons.iter_mut();
+        daemons.find(|daemon| daemon.name == name).unwrap()
+    }
+
+    /// Ends a daemon, for [`Node::start_again`].
+    pub fn end(&mut self, name: &str, how: End) {
+        let daemon = self.daemon(name);
+        match how {
+            End::Asked => daemon.stop(),
+            End::Killed => {
+                daemon.process.kill().unwrap();
+                daemon.process.wait().unwrap();
+            }
+        }
+    }
+
+    /// Starts a daemon that was ended.
+    pub fn start_again(&mut self, name: &str) {
+        let daemon = self.daemon(name);
+        let (config, log, socket) = (daemon.config.clone(), daemon.log.clone(), daemon.socket.clone());
+        // `env` becomes the daemon, and its socket may still lie there.
+        let process = self.run(name, &config, &log, &socket);
+        self.daemon(name).process = process;
+    }
+
+    /// The process of a daemon.
+    pub fn pid(&mut self, name: &str) -> u32 {
+        self.daemon(name).process.id()
+    }
+
+    /// A file or folder of the node.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path(name)
+    }
+
+    /// What pods of Cloister could leave on the host, and in cloisterd.
+    pub fn footprint(&mut self) -> (Footprint<'static>, ProcessFootprint) {
+        let daemon = ProcessFootprint::of(self.pid("cloisterd"));
+        let folders = ["r/sandboxes", "ipam/cri-e2e", "pods"];
+        let folders = folders.map(|folder| self.path(folder)).into();
+        (Footprint::of_host_and(folders), daemon)
     }
 
     fn load_images(&self) {
@@ -149,11 +215,23 @@ impl Node {
         self.tokio.block_on(future)
     }
 
+    /// cloisterd's metrics, as Prometheus would get them.
+    ///
+    /// # Errors
+    /// cloisterd does not answer.
+    pub fn metrics(&self) -> std::io::Result<String> {
+        let mut stream = UnixStream::connect(self.path("metrics.sock"))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: cloisterd\r\nConnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok(text)
+    }
+
     /// What the daemons said last.
     pub fn said(&self) -> String {
         let tails = self.daemons.iter();
         tails
-            .map(|daemon| format!("--- {}\n{}\n", daemon.name, daemon.tail(60)))
+            .map(|daemon| format!("--- {}\n{}\n", daemon.name, tail(&daemon.log, 60)))
             .collect()
     }
 }
@@ -172,14 +250,14 @@ fn containerd_bin() -> PathBuf {
     bin
 }
 
-impl Daemon {
-    fn tail(&self, count: usize) -> String {
-        let text = fs::read(&self.log).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(count)..].join("\n")
-    }
+fn tail(log: &Path, count: usize) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
+}
 
+impl Daemon {
     /// As an operator ends it; by force if that takes too long.
     fn stop(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.process);

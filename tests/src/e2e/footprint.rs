@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What is on the host, and in this process, to be compared before and after.
+//! What is on the host, and in a process, to be compared before and after.
 
 use super::{PATIENCE, Stage};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -12,40 +12,79 @@ use std::time::{Duration, Instant};
 type Things = BTreeMap<String, usize>;
 
 /// The host's processes, mounts, network devices, cgroups, nft tables, and the files of running pods.
-#[derive(Debug)]
 pub struct Footprint<'a> {
-    stage: &'a Stage,
+    look: Box<dyn Fn() -> Things + 'a>,
     things: Things,
+}
+
+impl std::fmt::Debug for Footprint<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Footprint").field(&self.things).finish()
+    }
 }
 
 impl<'a> Footprint<'a> {
     /// Looks.
     pub fn of_host(stage: &'a Stage) -> Self {
+        Self::of(move || {
+            let mut things = host_things();
+            // Locks and the folders themselves are made once and stay.
+            let is_pods = |path: &Path| {
+                path.file_name()
+                    .is_none_or(|name| name != "lock" && name != "pods")
+            };
+            tree(&mut things, "state", &stage.state(), &is_pods);
+            tree(&mut things, "data", &stage.root().join("pods"), &|_| true);
+            tree(&mut things, "unfinished", &stage.root().join("tmp"), &|_| true);
+            things
+        })
+    }
+
+    /// Looks at the host and at all files in these folders.
+    pub fn of_host_and(folders: Vec<PathBuf>) -> Self {
+        Self::of(move || {
+            let mut things = host_things();
+            for folder in &folders {
+                tree(&mut things, "file", folder, &|_| true);
+            }
+            things
+        })
+    }
+
+    fn of(look: impl Fn() -> Things + 'a) -> Self {
         Self {
-            stage,
-            things: host_things(stage),
+            things: look(),
+            look: Box::new(look),
         }
     }
 
     /// Ends the test unless all is as it was. The last processes may still be on their way out.
     pub fn assert_unchanged(&self) {
-        assert_becomes(&self.things, || host_things(self.stage));
+        assert_becomes(&self.things, &self.look, usize::eq);
     }
 }
 
-/// This process's descriptors, threads and mappings of files in memory.
+/// A process's descriptors, threads and mappings of files in memory.
 #[derive(Debug)]
-pub struct OwnFootprint(Things);
+pub struct ProcessFootprint {
+    pid: u32,
+    things: Things,
+}
 
-impl OwnFootprint {
-    /// Looks, once nothing changes any more: what was just stopped may still be on its way out.
-    pub fn now() -> Self {
-        let mut things = own_things();
+impl ProcessFootprint {
+    /// Looks at this process, once nothing changes any more: what was just stopped may still be on its way out.
+    pub fn of_this() -> Self {
+        Self::of(std::process::id())
+    }
+
+    /// Looks at another one, likewise.
+    pub fn of(pid: u32) -> Self {
+        let mut things = process_things(pid);
         loop {
             std::thread::sleep(Duration::from_millis(200));
-            let now = own_things();
+            let now = process_things(pid);
             if now == things {
-                return Self(things);
+                return Self { pid, things };
             }
             things = now;
         }
@@ -53,15 +92,26 @@ impl OwnFootprint {
 
     /// Ends the test unless all is as it was.
     pub fn assert_unchanged(&self) {
-        assert_becomes(&self.0, own_things);
+        assert_becomes(&self.things, || process_things(self.pid), usize::eq);
+    }
+
+    /// Ends the test if there is more of anything. For a daemon, which has threads and connections that come and go.
+    pub fn assert_no_more(&self) {
+        assert_becomes(&self.things, || process_things(self.pid), usize::le);
     }
 }
 
-fn assert_becomes(before: &Things, mut look: impl FnMut() -> Things) {
+/// `goes(now, before)` says whether a number of things goes with what there was.
+fn assert_becomes(before: &Things, look: impl Fn() -> Things, goes: impl Fn(&usize, &usize) -> bool) {
     let start = Instant::now();
     loop {
         let now = look();
-        if now == *before {
+        let kinds: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+        let count = |things: &Things, kind: &String| things.get(kind).copied().unwrap_or_default();
+        if kinds
+            .into_iter()
+            .all(|kind| goes(&count(&now, kind), &count(before, kind)))
+        {
             return;
         }
         if start.elapsed() > PATIENCE / 8 {
@@ -85,12 +135,12 @@ fn add(things: &mut Things, thing: String) {
     *things.entry(thing).or_default() += 1;
 }
 
-fn host_things(stage: &Stage) -> Things {
+fn host_things() -> Things {
     let mut things = Things::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else {
+        if entry.file_name().to_string_lossy().parse::<u32>().is_err() {
             continue;
-        };
+        }
         // Threads of the kernel have no command line; they come and go. A process may end while we look.
         let Ok(command) = fs::read(entry.path().join("cmdline")) else {
             continue;
@@ -99,7 +149,7 @@ fn host_things(stage: &Stage) -> Things {
         if !command.is_empty() || zombie {
             let command = String::from_utf8_lossy(&command).replace('\0', " ");
             let zombie = if zombie { ", a zombie" } else { "" };
-            add(&mut things, format!("process {pid} {command}{zombie}"));
+            add(&mut things, format!("process {command}{zombie}"));
         }
     }
     for line in fs::read_to_string("/proc/self/mountinfo").unwrap().lines() {
@@ -125,14 +175,6 @@ fn host_things(stage: &Stage) -> Things {
     }
     let forward = fs::read_to_string("/proc/sys/net/ipv4/ip_forward").unwrap_or_default();
     add(&mut things, format!("ip_forward {}", forward.trim()));
-    // Locks and the folders themselves are made once and stay.
-    let is_pods = |path: &Path| {
-        path.file_name()
-            .is_none_or(|name| name != "lock" && name != "pods")
-    };
-    tree(&mut things, "state", &stage.state(), &is_pods);
-    tree(&mut things, "data", &stage.root().join("pods"), &|_| true);
-    tree(&mut things, "unfinished", &stage.root().join("tmp"), &|_| true);
     things
 }
 
@@ -149,9 +191,10 @@ fn tree(things: &mut Things, kind: &str, dir: &Path, counts: &dyn Fn(&Path) -> b
     }
 }
 
-fn own_things() -> Things {
+fn process_things(pid: u32) -> Things {
+    let process = Path::new("/proc").join(pid.to_string());
     let mut things = Things::new();
-    for entry in fs::read_dir("/proc/self/fd").unwrap().flatten() {
+    for entry in fs::read_dir(process.join("fd")).unwrap().flatten() {
         // Sockets and pipes are told apart by number; their kind is enough.
         if let Ok(target) = fs::read_link(entry.path()) {
             let target = target.to_string_lossy().into_owned();
@@ -162,14 +205,14 @@ fn own_things() -> Things {
             }
         }
     }
-    for entry in fs::read_dir("/proc/self/task").unwrap().flatten() {
+    for entry in fs::read_dir(process.join("task")).unwrap().flatten() {
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
         // This one comes and goes: it may still be on its way out after the last cell.
         if name.trim() != "take-down" {
             add(&mut things, format!("thread {}", name.trim()));
         }
     }
-    for line in fs::read_to_string("/proc/self/maps").unwrap().lines() {
+    for line in fs::read_to_string(process.join("maps")).unwrap().lines() {
         // Files without a name: memory of guests.
         if line.contains("memfd:") || line.ends_with("(deleted)") {
             let name = line.split_whitespace().nth(5).unwrap_or_default();

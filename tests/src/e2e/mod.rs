@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! What the end-to-end tests share: [`Stage`] is a place on the host with a store and an image, where `cloister` is run
-//! as a user would run it; [`Footprint`] and [`OwnFootprint`] see what was left behind.
+//! as a user would run it; [`Footprint`] and [`ProcessFootprint`] see what was left behind.
 //!
 //! `ci/e2e` runs these tests, as root, one at a time, where KVM can run Linux guests. The times in here only end what
 //! hangs: an emulated host on a busy machine is a hundred times slower than hardware.
@@ -10,7 +10,7 @@ mod footprint;
 mod stage;
 
 pub use cpio::archive;
-pub use footprint::{Footprint, OwnFootprint};
+pub use footprint::{Footprint, ProcessFootprint};
 pub use stage::{Child, Output, Stage};
 
 use std::path::PathBuf;

@@ -10,7 +10,7 @@ mod loop_device;
 use cloister_devices::balloon::{BalloonHandle, PAGE_SIZE};
 use cloister_devices::block::{BlockConfig, BlockHandle, CacheMode, DiskKind};
 use cloister_devices::console::TerminalSize;
-use cloister_tests::e2e::{OwnFootprint, PATIENCE, eventually};
+use cloister_tests::e2e::{PATIENCE, ProcessFootprint, eventually};
 use cloister_vmm::{DeviceConfig, DeviceHandle, StopReason};
 use guest::{Guest, Init, host, with_libraries};
 use loop_device::LoopDevice;
@@ -77,7 +77,7 @@ fn block_handle(guest: &Guest, at: usize) -> BlockHandle {
 #[test]
 fn disks() {
     let host = host();
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     let image = Scratch::new("disk", &pattern(8 * MIB, 0));
     let fixed = Scratch::new("read-only", &pattern(MIB, 3));
     let backing = Scratch::new("loop", &pattern(8 * MIB, 5));
@@ -178,7 +178,7 @@ fn disks() {
 #[test]
 fn console_both_ways_and_its_size() {
     let host = host();
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut ours_out = ours.try_clone().unwrap();
     let mut ours_in = ours;
@@ -266,7 +266,7 @@ fn balloon_handle(guest: &Guest) -> &BalloonHandle {
 fn memory_goes_back_to_the_host() {
     const FILLED: u64 = 64 << 20;
     let host = host();
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     let script = r#"
         available() { awk '/^MemAvailable/ { print int($2 / 1024) }' /proc/meminfo; }
         mount -t tmpfs tmpfs /tmp

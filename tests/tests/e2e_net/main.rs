@@ -11,7 +11,7 @@ use bed::{Bed, MTU, NODE, POD, add_address, assert_no_thread, link, run};
 use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_protocol::pod::{Neighbor, Route};
 use cloister_sandbox_api::net::cni::{self, PodNet};
-use cloister_tests::e2e::OwnFootprint;
+use cloister_tests::e2e::ProcessFootprint;
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::route::{RouteAttribute, RouteMetric, RouteNextHop, RouteProtocol, RouteScope};
 use rtnetlink::{LinkUnspec, LinkVeth, RouteMessageBuilder};
@@ -30,7 +30,7 @@ fn runtime() -> tokio::runtime::Runtime {
 fn test(body: impl Future<Output = ()>) {
     // What the process makes once.
     drop(runtime());
-    let before = OwnFootprint::now();
+    let before = ProcessFootprint::of_this();
     runtime().block_on(body);
     before.assert_unchanged();
 }

@@ -17,7 +17,7 @@ use cloister_protocol::pod::{BlockRequest, BlockResponse, ConfigureRequest, Info
 use cloister_protocol::protobuf::Message as _;
 use cloister_protocol::task::{Metrics, StatsRequest, UpdateTaskRequest};
 use cloister_protocol::{RESOURCES_TYPE_URL, protobuf};
-use cloister_tests::e2e::{OwnFootprint, PATIENCE, eventually};
+use cloister_tests::e2e::{PATIENCE, ProcessFootprint, eventually};
 use cloister_vmm::{AttachError, CellHost, CellHostConfig, DeviceConfig, DeviceHandle};
 use pod::{Pod, ctx};
 use serde_json::json;
@@ -128,7 +128,7 @@ fn disks_come_and_go() {
     let host = host();
     // What is made once is there afterwards.
     Pod::start(&host, "first", |_| {}).stop();
-    let bare = OwnFootprint::now();
+    let bare = ProcessFootprint::of_this();
     let pod = Pod::start(&host, "disks", |config| {
         config.devices.extend([DeviceConfig::Slot, DeviceConfig::Slot]);
     });
