@@ -24,7 +24,7 @@ mod stream;
 pub use container::{Container, Output, Security, args, script, security};
 pub use k8s_cri::v1 as api;
 pub use log::Line;
-pub use node::Node;
+pub use node::{Node, containerd_bin};
 pub use pod::Pod;
 pub use runtime::{Runtime, code};
 pub use stream::{PortForward, Stream, Streamed};

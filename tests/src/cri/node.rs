@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Instant;
 
 /// containerd, cloisterd if it is wanted, and the folder they live in.
@@ -29,6 +29,11 @@ struct Daemon {
 impl Node {
     /// Starts the daemons that these handlers need.
     pub fn start(handlers: &[&'static str]) -> Self {
+        Self::start_with(handlers, |config| config)
+    }
+
+    /// Starts them, cloisterd with its configuration changed.
+    pub fn start_with(handlers: &[&'static str], cloisterd: impl FnOnce(String) -> String) -> Self {
         // Sockets of pods lie in it, and their paths may not be long.
         let dir = Path::new("/run").join(format!("cri-{}", std::process::id()));
         fs::create_dir(&dir).unwrap();
@@ -59,11 +64,9 @@ impl Node {
         fs::write(node.path("cni/10-cri-e2e.conflist"), config::cni(&node.dir)).unwrap();
 
         if handlers.contains(&"cloister") {
-            let file = node.path("cloister/config.toml");
-            fs::write(&file, config::cloisterd(&node.dir)).unwrap();
-            let mut command = node.command("cloisterd");
-            command.arg("--config").arg(file);
-            node.spawn("cloisterd", command, "cloister/sandboxer.sock");
+            let config = cloisterd(config::cloisterd(&node.dir));
+            fs::write(node.path("cloister/config.toml"), config).unwrap();
+            node.start_cloisterd();
         }
         let file = node.path("containerd.toml");
         fs::write(&file, config::containerd(&node.dir)).unwrap();
@@ -72,6 +75,47 @@ impl Node {
         node.spawn("containerd", command, "containerd.sock");
         node.load_images();
         node
+    }
+
+    /// Starts cloisterd, again after [`end`](Self::end).
+    pub fn start_cloisterd(&mut self) {
+        let mut command = self.command("cloisterd");
+        command
+            .arg("--config")
+            .arg(self.path("cloister/config.toml"));
+        self.spawn("cloisterd", command, "cloister/sandboxer.sock");
+    }
+
+    /// Ends a daemon as an operator does, and answers how it ended.
+    pub fn end(&mut self, name: &str) -> ExitStatus {
+        let at = self.daemons.iter().position(|daemon| daemon.name == name);
+        let mut daemon = self.daemons.remove(at.unwrap());
+        daemon.stop();
+        daemon.process.wait().unwrap()
+    }
+
+    /// Runs `cloister` with the daemon's folders.
+    pub fn cloister(&self, args: &[&str]) -> Output {
+        self.cloister_command(args).output().unwrap()
+    }
+
+    /// The command for that.
+    pub fn cloister_command(&self, args: &[&str]) -> Command {
+        let mut command = self.command("cloister");
+        command
+            .arg("--state")
+            .arg(self.path("r"))
+            .arg("--root")
+            .arg(self.path("lib"))
+            .args(args)
+            .current_dir(&self.dir)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// The folder of all that.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -158,7 +202,8 @@ impl Node {
     }
 }
 
-fn containerd_bin() -> PathBuf {
+/// Where containerd and its tools are.
+pub fn containerd_bin() -> PathBuf {
     let cache = std::env::var_os("CLOISTER_CACHE").map_or_else(
         || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/cloister"),
         PathBuf::from,
