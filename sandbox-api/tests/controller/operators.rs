@@ -154,6 +154,11 @@ async fn a_daemon_that_has_ended_is_told_of() {
     assert!(out.contains("abc1") && out.contains("Stopped (137)"), "{out}");
     assert!(err.contains("cloisterd is not running"), "{err}");
     bed.refused(&["console", "abc1"], &["not running"]).await;
+    bed.refused(
+        &["exec", "abc1", "true"],
+        &["has stopped: cloisterd is not running"],
+    )
+    .await;
     let bundle = bed.cloister(&["debug-bundle", "abc1", "-o", "-"]).await;
     assert!(bundle.status.success() && bundle.stdout.starts_with(b"\x1f\x8b"));
 }

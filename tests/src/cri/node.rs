@@ -80,9 +80,7 @@ impl Node {
     /// Starts cloisterd, again after [`end`](Self::end).
     pub fn start_cloisterd(&mut self) {
         let mut command = self.command("cloisterd");
-        command
-            .arg("--config")
-            .arg(self.path("cloister/config.toml"));
+        command.arg("--config").arg(self.path("cloister/config.toml"));
         self.spawn("cloisterd", command, "cloister/sandboxer.sock");
     }
 

@@ -2,7 +2,7 @@
 //! `cloister install` on a node that has a containerd of its own, and away again. It writes where nodes have these files: this
 //! is for a host that is thrown away, which the emulated one is.
 
-use cloister_tests::cri::containerd_bin;
+use cloister_tests::cri::{Pod, Runtime, cni, containerd_bin, script};
 use cloister_tests::e2e::{PATIENCE, checkout, eventually, guest_file};
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -33,9 +33,14 @@ disabled_plugins = [
 [plugins."io.containerd.nri.v1.nri"]
   disable = true
 [plugins."io.containerd.cri.v1.images".pinned_images]
-  sandbox = "localhost/mine:latest"
+  sandbox = "localhost/pause:latest"
 [plugins."io.containerd.cri.v1.runtime"]
   disable_apparmor = true
+  enable_cdi = false
+  netns_mounts_under_state_dir = true
+  [plugins."io.containerd.cri.v1.runtime".cni]
+    bin_dirs = ["/usr/lib/cni"]
+    conf_dir = "{dir}/cni"
   [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"
 "#
@@ -109,6 +114,15 @@ fn what_install_writes_makes_containerd_use_it() {
     }
     let dir = PathBuf::from(format!("/run/install-{}", std::process::id()));
     fs::create_dir(&dir).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "mode=755", "e2e-install"])
+        .arg(&dir)
+        .status();
+    assert!(mounted.unwrap().success());
+    for folder in ["cni", "ipam", "opt", "pods"] {
+        fs::create_dir(dir.join(folder)).unwrap();
+    }
+    fs::write(dir.join("cni/10-install.conflist"), cni(&dir)).unwrap();
     fs::create_dir_all("/etc/containerd").unwrap();
     fs::write(CONFIG, own_config(&dir)).unwrap();
     // The node's administrator has this already; it stays.
@@ -125,16 +139,21 @@ fn what_install_writes_makes_containerd_use_it() {
     good(command("cloister").arg("install").output().unwrap());
     let written = fs::read_to_string(CONFIG).unwrap();
     assert!(
-        written.contains("/etc/containerd/conf.d/*.toml") && written.contains("localhost/mine:latest"),
+        written.contains("/etc/containerd/conf.d/*.toml") && written.contains("localhost/pause:latest"),
         "{written}"
     );
     let cloisterd = start(&dir, "cloisterd", &[], Path::new("/run/cloister/sandboxer.sock"));
     let socket = dir.join("containerd.sock");
     let containerd = start(&dir, "containerd", &["--config", CONFIG], &socket);
     // What containerd makes of both files together.
-    let dump = good(command("containerd").args(["--config", CONFIG, "config", "dump"]).output().unwrap());
+    let dump = good(
+        command("containerd")
+            .args(["--config", CONFIG, "config", "dump"])
+            .output()
+            .unwrap(),
+    );
     for words in [
-        "localhost/mine:latest",
+        "localhost/pause:latest",
         "runtimes.runc",
         "runtimes.cloister",
         "runtimes.big",
@@ -150,14 +169,22 @@ fn what_install_writes_makes_containerd_use_it() {
     for name in ["cloister", "big"] {
         let registered = plugins.lines().any(|line| {
             let words: Vec<&str> = line.split_whitespace().collect();
-            words.first().is_some_and(|kind| kind.starts_with("io.containerd.sandbox")) && words.contains(&name)
+            words
+                .first()
+                .is_some_and(|kind| kind.starts_with("io.containerd.sandbox"))
+                && words.contains(&name)
                 && words.last() == Some(&"ok")
         });
         assert!(registered, "{name} is not in\n{plugins}");
     }
-    let shim = good(command("containerd-shim-cloister-v1").args(["-namespace", "n", "-id", "i", "-bundle", "b", "delete"]).output().unwrap());
+    let shim = good(
+        command("containerd-shim-cloister-v1")
+            .args(["-namespace", "n", "-id", "i", "-bundle", "b", "delete"])
+            .output()
+            .unwrap(),
+    );
     assert!(shim.is_ascii());
-    a_pod_runs(&ctr);
+    pods_run(&dir, &ctr);
     drop(containerd);
     drop(cloisterd);
 
@@ -175,16 +202,35 @@ fn what_install_writes_makes_containerd_use_it() {
     for path in ["/etc/containerd", "/etc/cloister", "/run/cloister"] {
         fs::remove_dir_all(path).unwrap();
     }
-    fs::remove_dir_all(&dir).unwrap();
+    let _ = Command::new("umount").arg("-Rl").arg(&dir).status();
+    fs::remove_dir(&dir).unwrap();
 }
 
-/// A sandbox and a container in it, without CRI: `ctr run` with the sandboxer by its name.
-fn a_pod_runs(ctr: &dyn Fn(&[&str]) -> Output) {
-    let archive = checkout("target/images/busybox.tar");
-    good(ctr(&["images", "import", "--local=true", archive.to_str().unwrap()]));
-    let config = "/run/install-sandbox.json";
-    fs::write(config, r#"{"metadata":{"name":"by-hand"}}"#).unwrap();
-    let made = ctr(&["sandboxes", "run", "--runtime", "io.containerd.cloister.v1", config, "by-hand"]);
-    eprintln!("ctr sandboxes run: {made:?}");
-    fs::remove_file(config).unwrap();
+/// A pod of each handler, as a kubelet runs it.
+fn pods_run(dir: &Path, ctr: &dyn Fn(&[&str]) -> Output) {
+    for image in ["pause", "tools"] {
+        let archive = checkout(&format!("target/images/{image}.tar"));
+        let archive = archive.to_str().unwrap();
+        good(ctr(&[
+            "-n",
+            "k8s.io",
+            "images",
+            "import",
+            "--local=true",
+            archive,
+        ]));
+    }
+    let tokio = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    tokio.block_on(async {
+        for (handler, cpus) in [("cloister", "1"), ("big", "2")] {
+            let runtime = Runtime::new(dir, handler, &[handler]);
+            let pod = Pod::run(&runtime, Pod::config(&runtime)).await.unwrap();
+            let output = pod.output(script("grep -c ^processor /proc/cpuinfo")).await;
+            assert_eq!(output.unwrap().good().unwrap().trim(), cpus, "{handler}");
+            pod.remove().await.unwrap();
+        }
+    });
 }

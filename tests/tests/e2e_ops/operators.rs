@@ -91,7 +91,10 @@ fn pods_of_containerd_are_seen_and_debugged() {
         .lines()
         .map(|line| serde_json::from_str(line).unwrap())
         .collect();
-    let kinds: Vec<&str> = events.iter().map(|event| event["kind"].as_str().unwrap()).collect();
+    let kinds: Vec<&str> = events
+        .iter()
+        .map(|event| event["kind"].as_str().unwrap())
+        .collect();
     assert_eq!(
         kinds,
         [
@@ -123,8 +126,10 @@ fn pods_of_containerd_are_seen_and_debugged() {
     let _ = node.cloister(&["exec", &app_name, "sh", "-c", "echo c >/proc/sysrq-trigger"]);
     let stopped = eventually("the end of the pod", || {
         let line = good(node.cloister(&["events", "--no-follow", "--json", &pod.id]));
-        let last: Value = serde_json::from_str(line.lines().last()?).unwrap();
-        (last["kind"] == "stopped").then_some(last)
+        let mut events = line
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        events.find(|event| event["kind"] == "stopped")
     });
     let message = stopped["message"].as_str().unwrap();
     assert!(message.contains("panic"), "{message}");
@@ -133,10 +138,7 @@ fn pods_of_containerd_are_seen_and_debugged() {
         console.contains("Kernel panic - not syncing: sysrq triggered crash"),
         "{console}"
     );
-    refused(
-        &node.cloister(&["exec", &app_name, "true"]),
-        &["is not running"],
-    );
+    refused(&node.cloister(&["exec", &app_name, "true"]), &["is not running"]);
     let details = json(node.cloister(&["inspect", &pod.id]));
     assert_eq!(details[0]["exit"]["status"], 137, "{details}");
     node.block_on(async {
@@ -152,11 +154,15 @@ fn pods_of_containerd_are_seen_and_debugged() {
         traces.together(&parts).then_some(())
     });
     if let Some(journal) = journal {
-        let fields = ["POD_ID", &pod.id, "POD_NAME", &pod_name, "POD_NAMESPACE", "PRIORITY"];
-        assert!(
-            journal.together(&fields),
-            "no line of the pod's came to journald"
-        );
+        let fields = [
+            "POD_ID",
+            &pod.id,
+            "POD_NAME",
+            &pod_name,
+            "POD_NAMESPACE",
+            "PRIORITY",
+        ];
+        assert!(journal.together(&fields), "no line of the pod's came to journald");
         assert!(journal.together(&["SYSLOG_IDENTIFIER", "cloisterd", "listening on"]));
     }
     the_daemon_ends(&mut node, &runtime);
@@ -241,7 +247,18 @@ fn run_in(node: &Node, pod: &Pod, app_name: &str) {
         ("given-secret\n/\n", "e\n")
     );
     let mut child = node
-        .cloister_command(&["exec", "-i", "-e", "A=b", "-u", "7:8", &pod.id, "sh", "-c", "cat; echo $A; id -u; id -g"])
+        .cloister_command(&[
+            "exec",
+            "-i",
+            "-e",
+            "A=b",
+            "-u",
+            "7:8",
+            &pod.id,
+            "sh",
+            "-c",
+            "cat; echo $A; id -u; id -g",
+        ])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -270,10 +287,15 @@ fn run_in(node: &Node, pod: &Pod, app_name: &str) {
     let unknown = node.cloister(&["exec", app_name, "no-such-program"]);
     assert_eq!(unknown.status.code(), Some(127), "{unknown:?}");
     assert!(
-        node.dir().join("r/sandboxes").join(&pod.id).read_dir().unwrap().all(|entry| {
-            let name = entry.unwrap().file_name();
-            !name.to_string_lossy().starts_with("exec-")
-        }),
+        node.dir()
+            .join("r/sandboxes")
+            .join(&pod.id)
+            .read_dir()
+            .unwrap()
+            .all(|entry| {
+                let name = entry.unwrap().file_name();
+                !name.to_string_lossy().starts_with("exec-")
+            }),
         "fifos are left"
     );
 }
@@ -325,7 +347,7 @@ fn the_daemon_ends(node: &mut Node, runtime: &Runtime) {
     assert!(text(&output.stdout).contains("Stopped"), "{output:?}");
     refused(
         &node.cloister(&["exec", &pod.id, "true"]),
-        &["has no container"],
+        &["has stopped: cloisterd is not running"],
     );
     node.start_cloisterd();
     let list = json(node.cloister(&["ps", "--pods", "--all", "--json"]));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `events`: what happens to pods.
 
-use super::target::{self, short};
+use super::target::short;
 use super::{Context, Known, Outcome};
 use crate::cli::args::EventsArgs;
 use crate::cli::table::printable;
@@ -12,11 +12,6 @@ use crate::daemon::event_log::Event;
 pub fn events(context: &Context, args: &EventsArgs) -> Outcome {
     let known = Known::pods(context)?;
     let daemon = known.daemon(context)?;
-    let wanted = args
-        .pods
-        .iter()
-        .map(|name| Ok(target::pod(context, name)?.1.id))
-        .collect::<Outcome<Vec<String>>>()?;
     let now = clock::now();
     let since = match &args.since {
         None if args.no_follow => Millis::MIN,
@@ -31,7 +26,8 @@ pub fn events(context: &Context, args: &EventsArgs) -> Outcome {
         while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
             let line: Vec<u8> = pending.drain(..=end).collect();
             let event: Event = serde_json::from_slice(&line)?;
-            if event.at < since || !(wanted.is_empty() || wanted.contains(&event.pod)) {
+            if event.at < since || !(args.pods.is_empty() || args.pods.iter().any(|name| is_of(&event, name)))
+            {
                 continue;
             }
             if args.json {
@@ -48,6 +44,14 @@ pub fn events(context: &Context, args: &EventsArgs) -> Outcome {
     }
     daemon.follow("/events?follow", show)?;
     Err(Failure::new("cloisterd has ended"))
+}
+
+/// Whether it is about the pod that is named. That need not be there any more.
+fn is_of(event: &Event, name: &str) -> bool {
+    let full = name.split_once('/');
+    event.pod.starts_with(name)
+        || event.name == name
+        || full.is_some_and(|(namespace, name)| event.namespace == namespace && event.name == name)
 }
 
 /// One line of it.
@@ -96,6 +100,15 @@ mod tests {
             text(&event),
             "2024-01-02T03:04:05.000Z stopped shop/web pod=0123456789ab status=137: the agent died\\u{1b}[2J"
         );
+        for (name, is_its) in [
+            ("web", true),
+            ("shop/web", true),
+            ("0123", true),
+            ("we", false),
+            ("other/web", false),
+        ] {
+            assert_eq!(is_of(&event, name), is_its, "{name}");
+        }
         let unnamed = Event {
             name: String::new(),
             ..Event::now(Kind::Oom, &pod).of_container("c0ffee")

@@ -104,14 +104,18 @@ fn left_behind(dir: &Path) -> Outcome<Vec<Pod>> {
         match read_record(&path.join("sandbox.json")) {
             Ok(record) => {
                 let mut pod = Pod::from_record(&record, path.join("task.sock"));
-                if pod.phase != Phase::Stopped {
-                    pod.phase = Phase::Stopped;
-                    pod.exit = Some(Exit {
-                        status: EXIT_KILLED,
-                        at: pod.started.unwrap_or(pod.created),
-                        reason: Some("cloisterd is not running".to_owned()),
-                    });
-                }
+                // What it says of how a pod ended is so; any other ended with the daemon.
+                let ended = pod.exit.take().filter(|_| pod.phase == Phase::Stopped);
+                let exit = ended.unwrap_or(Exit {
+                    status: EXIT_KILLED,
+                    at: pod.started.unwrap_or(pod.created),
+                    reason: None,
+                });
+                pod.phase = Phase::Stopped;
+                pod.exit = Some(Exit {
+                    reason: exit.reason.or(Some("cloisterd is not running".to_owned())),
+                    ..exit
+                });
                 pods.push(pod);
             }
             Err(error) => log::warn!("{}: {error}", path.display()),

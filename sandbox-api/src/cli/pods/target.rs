@@ -148,7 +148,15 @@ pub fn pod(context: &Context, name: &str) -> Outcome<(Known, Pod)> {
 pub fn only_container(pod: &Pod) -> Outcome<Container> {
     match pod.containers.as_slice() {
         [only] => Ok(only.clone()),
-        [] => Err(Failure::new(format!("pod {} has no container", pod_name(pod)))),
+        [] => {
+            let reason = pod.exit.as_ref().and_then(|exit| exit.reason.as_deref());
+            Err(Failure::new(
+                match reason.and_then(|reason| reason.lines().next()) {
+                    Some(reason) => format!("pod {} has stopped: {}", pod_name(pod), printable(reason)),
+                    None => format!("pod {} has no container", pod_name(pod)),
+                },
+            ))
+        }
         several => {
             let names: Vec<String> = several
                 .iter()
