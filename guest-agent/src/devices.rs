@@ -11,10 +11,10 @@
 
 use std::fs::File;
 use std::io;
-use std::mem::size_of;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
+use cloister_protocol::bpf::{self, Instruction, answer, between, load, load_program, number, op, with};
 use serde_json::Value;
 
 /// `BPF_DEVCG_ACC_*` (linux/bpf.h).
@@ -148,58 +148,46 @@ impl Policy {
     /// The program: its argument is `struct bpf_cgroup_dev_ctx`, its result 1 to allow.
     fn program(&self) -> Vec<Instruction> {
         let mut program = vec![
-            load(KIND, 0),
+            load(KIND, SCRATCH, 0),
             copy(ACCESS, KIND),
-            with(AND, KIND, 0xffff),
-            with(SHIFT_RIGHT, ACCESS, 16),
-            load(MAJOR, 4),
-            load(MINOR, 8),
+            with(op::AND, KIND, 0xffff),
+            with(op::SHIFT_RIGHT, ACCESS, 16),
+            load(MAJOR, SCRATCH, 4),
+            load(MINOR, SCRATCH, 8),
         ];
         for (devices, access) in &self.exceptions {
             let mut block = Vec::new();
             // Each jump skips what is left of the block; its length is known at the end.
-            block.push(with(JUMP_NOT_EQUAL, KIND, devices.kind));
+            block.push(unless(KIND, devices.kind));
             if *access != ALL {
                 block.push(copy(SCRATCH, ACCESS));
                 if self.allow {
-                    block.push(with(AND, SCRATCH, *access));
-                    block.push(with(JUMP_EQUAL, SCRATCH, 0));
+                    block.push(with(op::AND, SCRATCH, access.cast_signed()));
+                    block.push(with(op::JUMP_EQUAL, SCRATCH, 0));
                 } else {
-                    block.push(with(AND, SCRATCH, ALL & !*access));
-                    block.push(with(JUMP_NOT_EQUAL, SCRATCH, 0));
+                    block.push(with(op::AND, SCRATCH, (ALL & !*access).cast_signed()));
+                    block.push(unless(SCRATCH, 0));
                 }
             }
             for (register, number) in [(MAJOR, devices.major), (MINOR, devices.minor)] {
                 if let Some(number) = number {
-                    block.push(with(JUMP_NOT_EQUAL, register, number));
+                    block.push(unless(register, number));
                 }
             }
-            block.extend(answer(!self.allow));
+            block.extend(answer((!self.allow).into()));
             let length = block.len();
             for (at, instruction) in block.iter_mut().enumerate() {
-                if matches!(instruction.code, JUMP_EQUAL | JUMP_NOT_EQUAL) {
+                if matches!(instruction.code, op::JUMP_EQUAL | op::JUMP_NOT_EQUAL) {
                     instruction.offset = i16::try_from(length - at - 1).unwrap_or(0);
                 }
             }
             program.extend(block);
         }
-        program.extend(answer(self.allow));
+        program.extend(answer(self.allow.into()));
         program
     }
 }
 
-/// `struct bpf_insn` (Linux, Documentation/bpf/standardization/instruction-set.rst).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Instruction {
-    code: u8,
-    /// Destination in the lower half, source in the upper.
-    registers: u8,
-    offset: i16,
-    immediate: u32,
-}
-
-const RESULT: u8 = 0;
 /// The argument, until all is loaded.
 const SCRATCH: u8 = 1;
 const KIND: u8 = 2;
@@ -207,58 +195,13 @@ const ACCESS: u8 = 3;
 const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 
-/// Operations of 32 bits with an immediate value.
-const AND: u8 = 0x54;
-const SHIFT_RIGHT: u8 = 0x74;
-const MOVE: u8 = 0xb4;
-const JUMP_EQUAL: u8 = 0x16;
-const JUMP_NOT_EQUAL: u8 = 0x56;
-/// Between registers, of 32 bits.
-const MOVE_REGISTER: u8 = 0xbc;
-/// From memory, of 32 bits.
-const LOAD: u8 = 0x61;
-const EXIT: u8 = 0x95;
-
-fn with(code: u8, register: u8, immediate: u32) -> Instruction {
-    Instruction {
-        code,
-        registers: register,
-        offset: 0,
-        immediate,
-    }
-}
-
 fn copy(to: u8, from: u8) -> Instruction {
-    Instruction {
-        registers: to | from << 4,
-        ..with(MOVE_REGISTER, 0, 0)
-    }
+    between(op::MOVE_REGISTER, to, from)
 }
 
-fn load(to: u8, offset: i16) -> Instruction {
-    Instruction {
-        registers: to | SCRATCH << 4,
-        offset,
-        ..with(LOAD, 0, 0)
-    }
-}
-
-fn answer(allow: bool) -> [Instruction; 2] {
-    [with(MOVE, RESULT, u32::from(allow)), with(EXIT, 0, 0)]
-}
-
-/// The part of `union bpf_attr` for BPF_PROG_LOAD.
-#[repr(C)]
-struct Load {
-    kind: u32,
-    count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log: u64,
-    kernel_version: u32,
-    flags: u32,
+/// Jumps, the offset to be filled in, if the register has another value.
+fn unless(register: u8, value: u32) -> Instruction {
+    with(op::JUMP_NOT_EQUAL, register, value.cast_signed())
 }
 
 /// The part of `union bpf_attr` for BPF_PROG_ATTACH.
@@ -276,42 +219,10 @@ struct Attach {
 /// # Errors
 /// A rule is none, or as of bpf(2).
 pub fn confine(cgroup: &Path, rules: &Value) -> io::Result<()> {
-    let policy = Policy::new(rules).map_err(|why| io::Error::new(io::ErrorKind::InvalidInput, why))?;
-    let program = load_program(&policy.program())?;
-    attach(File::open(cgroup)?.as_fd(), program.as_fd())
-}
-
-fn load_program(program: &[Instruction]) -> io::Result<OwnedFd> {
-    const BPF_PROG_LOAD: libc::c_long = 5;
     const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-    let address = |pointer: *const u8| pointer.addr() as u64;
-    let load = Load {
-        kind: BPF_PROG_TYPE_CGROUP_DEVICE,
-        count: u32::try_from(program.len()).map_err(io::Error::other)?,
-        instructions: address(program.as_ptr().cast()),
-        license: address(c"Apache-2.0".as_ptr().cast()),
-        log_level: 0,
-        log_size: 0,
-        log: 0,
-        kernel_version: 0,
-        flags: 0,
-    };
-    loop {
-        // SAFETY: the kernel reads `size_of::<Load>()` bytes of the structure, `count` instructions and the license, all of
-        // which live until the call returns, and writes nothing (no log).
-        let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) };
-        if let Ok(fd) = i32::try_from(fd)
-            && fd >= 0
-        {
-            // SAFETY: the kernel has just made this descriptor for us alone.
-            return Ok(unsafe { OwnedFd::from_raw_fd(fd) });
-        }
-        let error = io::Error::last_os_error();
-        // The verifier gives way to signals.
-        if !matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR)) {
-            return Err(error);
-        }
-    }
+    let policy = Policy::new(rules).map_err(|why| io::Error::new(io::ErrorKind::InvalidInput, why))?;
+    let program = load_program(BPF_PROG_TYPE_CGROUP_DEVICE, 0, &policy.program())?;
+    attach(File::open(cgroup)?.as_fd(), program.as_fd())
 }
 
 fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
@@ -319,27 +230,14 @@ fn attach(cgroup: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     const BPF_CGROUP_DEVICE: u32 = 6;
     /// A container that manages cgroups of its own may attach more, and none takes this one away.
     const BPF_F_ALLOW_MULTI: u32 = 2;
-    let number = |fd: BorrowedFd<'_>| u32::try_from(fd.as_raw_fd()).map_err(io::Error::other);
     let attach = Attach {
-        target: number(cgroup)?,
-        program: number(program)?,
+        target: number(cgroup),
+        program: number(program),
         kind: BPF_CGROUP_DEVICE,
         flags: BPF_F_ALLOW_MULTI,
     };
-    // SAFETY: the kernel reads `size_of::<Attach>()` bytes of the structure and keeps nothing of it.
-    let done = unsafe {
-        libc::syscall(
-            libc::SYS_bpf,
-            BPF_PROG_ATTACH,
-            &raw const attach,
-            size_of::<Attach>(),
-        )
-    };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
+    // SAFETY: points to nothing.
+    unsafe { bpf::command(BPF_PROG_ATTACH, &attach) }.map(|_| ())
 }
 
 #[cfg(test)]
@@ -360,6 +258,7 @@ mod tests {
                 offset,
                 immediate,
             } = program[at];
+            let immediate = immediate.cast_unsigned();
             let (to, from) = (usize::from(names & 15), usize::from(names >> 4));
             let mut jump = |holds: bool| {
                 if holds {
@@ -367,14 +266,14 @@ mod tests {
                 }
             };
             match code {
-                LOAD => registers[to] = context[usize::try_from(offset).unwrap() / 4],
-                MOVE_REGISTER => registers[to] = registers[from],
-                MOVE => registers[to] = immediate,
-                AND => registers[to] &= immediate,
-                SHIFT_RIGHT => registers[to] >>= immediate,
-                JUMP_EQUAL => jump(registers[to] == immediate),
-                JUMP_NOT_EQUAL => jump(registers[to] != immediate),
-                EXIT => return registers[0] == 1,
+                op::LOAD => registers[to] = context[usize::try_from(offset).unwrap() / 4],
+                op::MOVE_REGISTER => registers[to] = registers[from],
+                op::MOVE => registers[to] = immediate,
+                op::AND => registers[to] &= immediate,
+                op::SHIFT_RIGHT => registers[to] >>= immediate,
+                op::JUMP_EQUAL => jump(registers[to] == immediate),
+                op::JUMP_NOT_EQUAL => jump(registers[to] != immediate),
+                op::EXIT => return registers[0] == 1,
                 other => panic!("{other:#x}"),
             }
             at += 1;

@@ -16,13 +16,14 @@
 //! every request is answered. Messages are containerd's own wherever containerd has them (crate
 //! `containerd-shim-protos`, re-exported here so that both sides use one version).
 //!
-//! Nothing here does I/O; host and guest both link it.
+//! Host and guest both link it. Nothing here does I/O but [`bpf`], which both need for something of their own.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 pub use {containerd_shim_protos, protobuf, ttrpc};
 
+pub mod bpf;
 pub mod forward;
 pub mod stream;
 

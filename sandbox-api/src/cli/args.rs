@@ -65,10 +65,10 @@ pub enum Command {
     Restart(RestartArgs),
     /// Get a running container's input and output
     Attach(AttachArgs),
-    /// List containers
+    /// List containers, and the pods that containerd made
     #[command(visible_alias = "list")]
     Ps(PsArgs),
-    /// Run another command in a running container
+    /// Run another command in a running container, also of a pod that containerd made
     Exec(ExecArgs),
     /// Show what a container has printed
     Logs(LogsArgs),
@@ -80,10 +80,17 @@ pub enum Command {
     Rm(RmArgs),
     /// Wait until containers stop, then print their exit codes
     Wait(Names),
-    /// Show all that is known about containers or images, as JSON
+    /// Show all that is known about containers, pods or images, as JSON
     Inspect(Names),
-    /// Show what running containers use
+    /// Show what running containers use, those of pods, too
+    #[command(visible_alias = "top")]
     Stats(StatsArgs),
+    /// Show what the guest kernel of a pod has said
+    Console(ConsoleArgs),
+    /// Show what happens to the pods that containerd made
+    Events(EventsArgs),
+    /// Put what is known of a pod into one archive
+    DebugBundle(DebugBundleArgs),
     /// List images
     Images(ImagesArgs),
     /// Remove images
@@ -302,6 +309,51 @@ pub struct PsArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Only the pods that containerd made; with --quiet and --json, too, which are about containers otherwise
+    #[arg(short, long)]
+    pub pods: bool,
+}
+
+/// `console`.
+#[derive(Debug, Args)]
+pub struct ConsoleArgs {
+    /// Wait for more until the VM ends
+    #[arg(short, long)]
+    pub follow: bool,
+    /// Print the bytes as the guest wrote them, also those that do something to a terminal
+    #[arg(long)]
+    pub raw: bool,
+    /// The pod, or a container of it
+    pub pod: String,
+}
+
+/// `events`.
+#[derive(Debug, Args)]
+pub struct EventsArgs {
+    /// Also what came after a time (RFC 3339) or within a time span (10m), as far as it is kept
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+    /// Print what is kept, and do not wait for more
+    #[arg(long)]
+    pub no_follow: bool,
+    /// Print a JSON object a line
+    #[arg(long)]
+    pub json: bool,
+    /// Only these pods
+    pub pods: Vec<String>,
+}
+
+/// `debug-bundle`.
+#[derive(Debug, Args)]
+#[command(
+    after_long_help = "The archive (tar.gz) has the pod's record, timings, VM exits and threads, the guest kernel's last words, the pod's events,\nthe daemon's metrics and configuration, and the host's memory and limits. It has no environments, arguments or annotations\nof containers, and is a few hundred KiB at most."
+)]
+pub struct DebugBundleArgs {
+    /// Write to this file, which must not be there yet, or to stdout (-)
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+    /// The pod, or a container of it
+    pub pod: String,
 }
 
 /// `exec`.

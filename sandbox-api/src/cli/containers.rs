@@ -2,6 +2,8 @@
 //! `ps`, `logs`, `stop`, `kill`, `rm`, `wait`.
 
 use super::args::{LogsArgs, PsArgs};
+use super::pods::target::{self, Target, Verb};
+use super::pods::{self, Known};
 use super::table::{printable, render, truncate};
 use super::{Context, Failure, Outcome, client, parse, print, print_json};
 use crate::clock;
@@ -38,6 +40,9 @@ fn ports_text(ports: &[Publish]) -> String {
 }
 
 pub fn ps(context: &Context, args: &PsArgs) -> Outcome {
+    if args.pods {
+        return pods::list::ps(context, args);
+    }
     let mut records = context.pods()?.list()?;
     if !args.all {
         records.retain(|record| record.status == Status::Running);
@@ -79,7 +84,7 @@ pub fn ps(context: &Context, args: &PsArgs) -> Outcome {
             ]
         })
         .collect();
-    print(&render(
+    let containers = render(
         &[
             "CONTAINER ID",
             "IMAGE",
@@ -90,13 +95,19 @@ pub fn ps(context: &Context, args: &PsArgs) -> Outcome {
             "NAMES",
         ],
         &rows,
-    ))?;
+    );
+    let of_containerd = pods::list::chosen(context, args)?;
+    let text = match (rows.is_empty(), of_containerd.is_empty()) {
+        (_, true) => containers,
+        (true, false) => pods::list::table(&of_containerd, args, now),
+        (false, false) => format!("{containers}\n{}", pods::list::table(&of_containerd, args, now)),
+    };
+    print(&text)?;
     Ok(0)
 }
 
 pub fn logs(context: &Context, args: &LogsArgs) -> Outcome {
     let pods = context.pods()?;
-    let record = pods.find(&args.container)?;
     let tail = match args.tail.as_str() {
         "all" => None,
         number => Some(
@@ -117,12 +128,27 @@ pub fn logs(context: &Context, args: &LogsArgs) -> Outcome {
         since,
         timestamps: args.timestamps,
         follow: args.follow,
+        ..Show::default()
     };
+    let (pod, container) = match target::find(context, &pods, &args.container)? {
+        Some(Target::Own(record)) => return own_logs(&pods, &record, &how),
+        Some(Target::Container(pod, container)) => (pod, *container),
+        Some(Target::Pod(pod)) => {
+            let only = target::only_container(&pod)?;
+            (pod, only)
+        }
+        None => return Err(crate::pod::state::Error::NotFound(args.container.clone()).into()),
+    };
+    let known = Known::pods(context)?;
+    pods::logs(context, known.daemon.as_ref(), &pod, &container, how)
+}
+
+fn own_logs(pods: &crate::pod::state::Pods, record: &Record, how: &Show) -> Outcome {
     let running =
         || pods.is_hosted(&record.id) && pods.load(&record.id).is_ok_and(|r| r.status != Status::Exited);
     let shown = show(
         &pods.log(&record.id),
-        &how,
+        how,
         &mut io::stdout(),
         &mut io::stderr(),
         &running,
@@ -139,7 +165,7 @@ pub fn logs(context: &Context, args: &LogsArgs) -> Outcome {
 /// Asks a container to end, and kills it after so many seconds.
 pub fn stop(context: &Context, name: &str, seconds: u64, signal: Option<i32>) -> Outcome<()> {
     let pods = context.pods()?;
-    let record = pods.find(name)?;
+    let record = target::own(context, &pods, name, Verb::Stop)?;
     if record.status != Status::Exited {
         let runtime = client::runtime()?;
         let stopped = runtime.block_on(async {
@@ -162,7 +188,7 @@ pub fn stop(context: &Context, name: &str, seconds: u64, signal: Option<i32>) ->
 }
 
 pub fn kill(context: &Context, name: &str, signal: i32) -> Outcome<()> {
-    let (pods, record) = client::running(context, name)
+    let (pods, record) = client::running(context, name, Verb::Kill)
         .map_err(|failure| Failure::new(format!("cannot kill container: {name}: {}", failure.message)))?;
     client::runtime()?.block_on(async {
         let task = client::connect(&pods, &record).await?;
@@ -176,10 +202,10 @@ pub fn kill(context: &Context, name: &str, signal: i32) -> Outcome<()> {
 
 pub fn rm(context: &Context, name: &str, force: bool) -> Outcome<()> {
     let pods = context.pods()?;
-    let record = match pods.find(name) {
-        Err(crate::pod::state::Error::NotFound(_)) if force => return Ok(()),
-        found => found?,
-    };
+    if force && target::find(context, &pods, name)?.is_none() {
+        return Ok(());
+    }
+    let record = target::own(context, &pods, name, Verb::Remove)?;
     if pods.is_hosted(&record.id) {
         if !force {
             return Err(Failure::new(format!(
@@ -221,7 +247,7 @@ fn end_host(pods: &crate::pod::state::Pods, record: &Record) -> Outcome<()> {
 
 pub fn wait(context: &Context, name: &str) -> Outcome<()> {
     let pods = context.pods()?;
-    let record = pods.find(name)?;
+    let record = target::own(context, &pods, name, Verb::Wait)?;
     let code = match client::wait_ended(&pods, &record.id, None)? {
         Some(ended) => ended.exit_code.unwrap_or(0),
         None => {

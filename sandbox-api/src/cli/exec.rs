@@ -2,10 +2,13 @@
 //! `exec`: another process in a running container, its streams through fifos, as containerd does it.
 
 use super::args::ExecArgs;
+use super::client::Place;
+use super::pods::target::{self, Target};
 use super::session::{InputEnd, copy_input, say_detached};
 use super::{Context, Failure, Outcome, client, parse};
+use crate::daemon::report::{Container, Pod};
 use crate::ids;
-use crate::pod::state::{Pods, Record};
+use crate::pod::state::{self, Pods, Record, Status};
 use crate::pod::terminal;
 use crate::runtime::{spec, user};
 use cloister_protocol::PROCESS_TYPE_URL;
@@ -35,25 +38,74 @@ pub fn exec(context: &Context, args: &ExecArgs) -> Outcome {
             "the input device is not a TTY (leave out -t, or give it one)",
         ));
     }
-    let (pods, record) = client::running(context, container)?;
-    let process = process(context, &pods, &record, args, command)?;
+    let pods = context.pods()?;
+    let (place, process) = match target::find(context, &pods, container)? {
+        Some(Target::Own(record)) => {
+            if record.status != Status::Running {
+                return Err(Failure::new(format!("container {} is not running", record.name)));
+            }
+            let spec = client::read_spec(&pods.state_dir(&record.id))?;
+            let lookup = |text: &str| lookup(context, &pods, &record, text);
+            (Place::own(&pods, &record), process(&spec, args, command, lookup)?)
+        }
+        Some(Target::Pod(pod)) => of_pod(&pod, &target::only_container(&pod)?, args, command)?,
+        Some(Target::Container(pod, container)) => of_pod(&pod, &container, args, command)?,
+        None => return Err(state::Error::NotFound(container.clone()).into()),
+    };
     let runtime = client::runtime()?;
-    let code = runtime.block_on(run(&pods, &record, args, process));
+    let code = runtime.block_on(run(&place, args, process));
     // A thread may wait for the user's next key; the process's end is its own.
     runtime.shutdown_background();
     code
 }
 
-/// The container's own process, changed as asked.
-fn process(
-    context: &Context,
-    pods: &Pods,
-    record: &Record,
+/// In a container of containerd's. Its root file system is containerd's to mount and the daemon's to serve: a user's name
+/// cannot be looked up there.
+fn of_pod(
+    pod: &Pod,
+    container: &Container,
     args: &ExecArgs,
     command: &[String],
+) -> Outcome<(Place, Process)> {
+    if container.state() != "running" {
+        return Err(Failure::new(format!(
+            "container {} is not running",
+            target::container_name(pod, container)
+        )));
+    }
+    let spec = client::read_spec(&container.bundle)?;
+    let lookup = |text: &str| {
+        numbers(text).ok_or_else(|| {
+            Failure::new(format!(
+                "{text:?} is not UID or UID:GID in numbers, which is what containerd's containers take here"
+            ))
+            .with_code(126)
+        })
+    };
+    Ok((
+        Place::of_pod(pod, container),
+        process(&spec, args, command, lookup)?,
+    ))
+}
+
+/// `UID[:GID]`.
+fn numbers(text: &str) -> Option<user::User> {
+    let (uid, gid) = text.split_once(':').unwrap_or((text, "0"));
+    Some(user::User {
+        uid: uid.parse().ok()?,
+        gid: gid.parse().ok()?,
+        groups: Vec::new(),
+        home: "/".to_owned(),
+    })
+}
+
+/// The container's own process, changed as asked.
+fn process(
+    spec: &Spec,
+    args: &ExecArgs,
+    command: &[String],
+    lookup: impl FnOnce(&str) -> Outcome<user::User>,
 ) -> Outcome<Process> {
-    let path = pods.state_dir(&record.id).join("config.json");
-    let spec: Spec = serde_json::from_slice(&std::fs::read(&path)?)?;
     let mut process = spec
         .process()
         .clone()
@@ -77,7 +129,7 @@ fn process(
         process.set_cwd(PathBuf::from(dir));
     }
     if let Some(text) = &args.user {
-        let user = lookup(context, pods, record, text)?;
+        let user = lookup(text)?;
         let mut oci = process.user().clone();
         oci.set_uid(user.uid);
         oci.set_gid(user.gid);
@@ -126,8 +178,8 @@ fn lookup(context: &Context, pods: &Pods, record: &Record, text: &str) -> Outcom
 struct Fifos(PathBuf);
 
 impl Fifos {
-    fn new(pods: &Pods, id: &str, exec: &str) -> io::Result<Self> {
-        let dir = pods.state_dir(id).join(format!("exec-{exec}"));
+    fn new(place: &Place, exec: &str) -> io::Result<Self> {
+        let dir = place.dir.join(format!("exec-{exec}"));
         rustix::fs::mkdirat(CWD, &dir, Mode::RWXU)?;
         let fifos = Self(dir);
         for name in ["stdin", "stdout", "stderr"] {
@@ -182,10 +234,10 @@ fn copy_on_thread(
     Ok(receiver)
 }
 
-async fn run(pods: &Pods, record: &Record, args: &ExecArgs, process: Process) -> Outcome {
-    let task = client::connect(pods, record).await?;
+async fn run(place: &Place, args: &ExecArgs, process: Process) -> Outcome {
+    let task = place.connect().await?;
     let exec_id = ids::random_hex(16);
-    let fifos = Fifos::new(pods, &record.id, &exec_id)?;
+    let fifos = Fifos::new(place, &exec_id)?;
     let attached = !args.detach;
     let name = |wanted: bool, name: &str| {
         if wanted {
@@ -195,7 +247,7 @@ async fn run(pods: &Pods, record: &Record, args: &ExecArgs, process: Process) ->
         }
     };
     let request = ExecProcessRequest {
-        id: record.id.clone(),
+        id: place.id.clone(),
         exec_id: exec_id.clone(),
         terminal: args.tty,
         stdin: name(attached && args.interactive, "stdin"),
@@ -254,7 +306,7 @@ async fn run(pods: &Pods, record: &Record, args: &ExecArgs, process: Process) ->
     let raw = (args.tty && terminal::stdin_is_terminal())
         .then(terminal::Raw::stdin)
         .transpose()?;
-    let code = match follow(&task, &record.id, &exec_id, args.tty, stdin_end).await {
+    let code = match follow(&task, &place.id, &exec_id, args.tty, stdin_end).await {
         Ok(Some(code)) => Ok(code),
         Ok(None) => {
             drop(raw);
@@ -269,7 +321,7 @@ async fn run(pods: &Pods, record: &Record, args: &ExecArgs, process: Process) ->
     }
     drop(raw);
     let delete = DeleteRequest {
-        id: record.id.clone(),
+        id: place.id.clone(),
         exec_id,
         ..Default::default()
     };
@@ -405,5 +457,20 @@ async fn follow(
             ..Default::default()
         };
         let _ = task.kill(Call::default(), &kill).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_by_number() {
+        let user = numbers("7:8").unwrap();
+        assert_eq!((user.uid, user.gid), (7, 8));
+        assert_eq!(numbers("7").map(|user| user.gid), Some(0));
+        for text in ["", "me", "7:", "7:me", "-1", "7:8:9", "4294967296"] {
+            assert_eq!(numbers(text), None, "{text}");
+        }
     }
 }

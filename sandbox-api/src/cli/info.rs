@@ -14,6 +14,10 @@ pub fn inspect(context: &Context, names: &[String]) -> Outcome {
     let mut found = Vec::new();
     let mut missing = Vec::new();
     for name in names {
+        if let Some(value) = super::pods::list::inspect(context, &pods, name)? {
+            found.push(value);
+            continue;
+        }
         match pods.find(name) {
             Ok(record) => found.push(container(&record, pods.log(&record.id).display().to_string())),
             Err(crate::pod::state::Error::NotFound(_)) => match store.find(name) {

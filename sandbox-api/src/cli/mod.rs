@@ -13,6 +13,7 @@ mod info;
 mod install;
 mod install_files;
 pub mod parse;
+mod pods;
 mod run;
 mod session;
 mod shim;
@@ -161,6 +162,9 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Wait(args) => each(&args.names, |name| containers::wait(context, name)),
         Command::Inspect(args) => info::inspect(context, &args.names),
         Command::Stats(args) => stats::stats(context, &args),
+        Command::Console(args) => pods::console::console(context, &args),
+        Command::Events(args) => pods::events::events(context, &args),
+        Command::DebugBundle(args) => pods::bundle::bundle(context, &args),
         Command::Images(args) => images::list(context, &args),
         Command::Rmi(args) => each(&args.images, |name| images::remove(context, name, args.force)),
         Command::Pull(args) => images::pull(context, &args),

@@ -2,6 +2,7 @@
 //! `start`, `restart`, `attach`.
 
 use super::args::{AttachArgs, RestartArgs, StartArgs};
+use super::pods::target::{self, Verb};
 use super::session::{self, Options};
 use super::{Context, Failure, Outcome, containers, each, print, run};
 use crate::host_check;
@@ -11,7 +12,7 @@ use crate::pod::terminal;
 /// Hosts a container again; None if it runs.
 fn revive(context: &Context, name: &str) -> Outcome<(Pods, Record, Option<Alive>)> {
     let pods = context.pods()?;
-    let record = pods.find(name)?;
+    let record = target::own(context, &pods, name, Verb::Start)?;
     if record.status == Status::Running {
         return Ok((pods, record, None));
     }
@@ -84,7 +85,7 @@ pub fn restart(context: &Context, name: &str, args: &RestartArgs) -> Outcome<()>
 
 pub fn attach(context: &Context, args: &AttachArgs) -> Outcome {
     let pods = context.pods()?;
-    let record = pods.find(&args.container)?;
+    let record = target::own(context, &pods, &args.container, Verb::Attach)?;
     if record.status != Status::Running {
         return Err(Failure::new(
             "You cannot attach to a stopped container, start it first",

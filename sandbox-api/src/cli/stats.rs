@@ -2,14 +2,44 @@
 //! `stats`: what the containers' cgroups in the VMs say.
 
 use super::args::StatsArgs;
+use super::client::Place;
+use super::pods::Known;
+use super::pods::target::{self, Target};
 use super::table::{binary_size, render};
 use super::{Context, Failure, Outcome, client, print, print_json};
-use crate::pod::state::{Pods, Record, Status};
+use crate::daemon::report::{Container, Pod};
+use crate::pod::state::{self, Pods, Record, Status};
 use cloister_protocol::protobuf::Message as _;
 use cloister_protocol::task::{Metrics, StatsRequest};
 use cloister_protocol::ttrpc::context::with_duration;
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
+
+/// A container that runs.
+struct Subject {
+    place: Place,
+    /// RAM of its VM.
+    vm_size: u64,
+    vm_bytes: Option<u64>,
+}
+
+impl Subject {
+    fn own(pods: &Pods, record: &Record) -> Self {
+        Self {
+            place: Place::own(pods, record),
+            vm_size: record.plan.memory,
+            vm_bytes: record.pid.and_then(vm_memory),
+        }
+    }
+
+    fn of_pod(pod: &Pod, container: &Container) -> Self {
+        Self {
+            place: Place::of_pod(pod, container),
+            vm_size: pod.memory,
+            vm_bytes: pod.memory_used,
+        }
+    }
+}
 
 /// One look at one container.
 struct Sample {
@@ -38,8 +68,8 @@ pub fn stats(context: &Context, args: &StatsArgs) -> Outcome {
     let runtime = client::runtime()?;
     let is_terminal = std::io::stdout().is_terminal();
     loop {
-        let records = chosen(&pods, args)?;
-        let lines = runtime.block_on(measure(&pods, &records));
+        let subjects = chosen(context, &pods, args)?;
+        let lines = runtime.block_on(measure(&subjects));
         if args.json {
             print_json(&lines)?;
             return Ok(0);
@@ -56,27 +86,44 @@ pub fn stats(context: &Context, args: &StatsArgs) -> Outcome {
     }
 }
 
-fn chosen(pods: &Pods, args: &StatsArgs) -> Outcome<Vec<Record>> {
+fn chosen(context: &Context, pods: &Pods, args: &StatsArgs) -> Outcome<Vec<Subject>> {
     if args.containers.is_empty() {
-        let mut records = pods.list()?;
-        records.retain(|record| record.status == Status::Running);
-        return Ok(records);
-    }
-    let find = |name: &String| {
-        let record = pods.find(name)?;
-        if record.status == Status::Running {
-            Ok(record)
-        } else {
-            Err(Failure::new(format!("container {name} is not running")))
+        let own = pods.list()?;
+        let running = own.iter().filter(|record| record.status == Status::Running);
+        let mut subjects: Vec<Subject> = running.map(|record| Subject::own(pods, record)).collect();
+        for pod in Known::pods(context)?.pods {
+            subjects.extend(of_pod(&pod));
         }
-    };
-    args.containers.iter().map(find).collect()
+        return Ok(subjects);
+    }
+    let mut subjects = Vec::new();
+    for name in &args.containers {
+        let of_this = match target::find(context, pods, name)? {
+            Some(Target::Own(record)) if record.status == Status::Running => {
+                vec![Subject::own(pods, &record)]
+            }
+            Some(Target::Container(pod, container)) if container.state() == "running" => {
+                vec![Subject::of_pod(&pod, &container)]
+            }
+            Some(Target::Pod(pod)) => of_pod(&pod),
+            Some(_) => return Err(Failure::new(format!("container {name} is not running"))),
+            None => return Err(state::Error::NotFound(name.clone()).into()),
+        };
+        subjects.extend(of_this);
+    }
+    Ok(subjects)
 }
 
-async fn sample(pods: &Pods, record: &Record) -> Outcome<Sample> {
-    let task = client::connect(pods, record).await?;
+/// The running containers of a pod.
+fn of_pod(pod: &Pod) -> Vec<Subject> {
+    let running = pod.containers.iter().filter(|one| one.state() == "running");
+    running.map(|container| Subject::of_pod(pod, container)).collect()
+}
+
+async fn sample(subject: &Subject) -> Outcome<Sample> {
+    let task = subject.place.connect().await?;
     let request = StatsRequest {
-        id: record.id.clone(),
+        id: subject.place.id.clone(),
         ..Default::default()
     };
     let response = task
@@ -90,8 +137,8 @@ async fn sample(pods: &Pods, record: &Record) -> Outcome<Sample> {
         cpu_usec: metrics.cpu.usage_usec,
         memory: metrics.memory.usage,
         // No limit of its own: what the VM has.
-        limit: if limit == 0 || limit > record.plan.memory {
-            record.plan.memory
+        limit: if limit == 0 || limit > subject.vm_size {
+            subject.vm_size
         } else {
             limit
         },
@@ -99,33 +146,35 @@ async fn sample(pods: &Pods, record: &Record) -> Outcome<Sample> {
     })
 }
 
-async fn measure(pods: &Pods, records: &[Record]) -> Vec<Line> {
+async fn measure(subjects: &[Subject]) -> Vec<Line> {
     let mut before = Vec::new();
-    for record in records {
-        before.push(sample(pods, record).await);
+    for subject in subjects {
+        before.push(sample(subject).await);
     }
     tokio::time::sleep(Duration::from_secs(1)).await;
     let mut lines = Vec::new();
-    for (record, before) in records.iter().zip(before) {
-        match (before, sample(pods, record).await) {
-            (Ok(before), Ok(now)) => lines.push(line(record, &before, &now)),
+    for (subject, before) in subjects.iter().zip(before) {
+        match (before, sample(subject).await) {
+            (Ok(before), Ok(now)) => lines.push(line(subject, &before, &now)),
             // Ended in between.
-            (Err(failure), _) | (_, Err(failure)) => log::info!("{}: {}", record.name, failure.message),
+            (Err(failure), _) | (_, Err(failure)) => {
+                log::info!("{}: {}", subject.place.name, failure.message);
+            }
         }
     }
     lines
 }
 
-fn line(record: &Record, before: &Sample, now: &Sample) -> Line {
+fn line(subject: &Subject, before: &Sample, now: &Sample) -> Line {
     let used = u128::from(now.cpu_usec.saturating_sub(before.cpu_usec));
     let passed = now.at.duration_since(before.at).as_micros().max(1);
     Line {
-        id: record.id.clone(),
-        name: record.name.clone(),
+        id: subject.place.id.clone(),
+        name: subject.place.name.clone(),
         cpu_hundredths: u64::try_from(used * 10_000 / passed).unwrap_or(u64::MAX),
         memory_bytes: now.memory,
         limit_bytes: now.limit,
-        vm_bytes: record.pid.and_then(vm_memory),
+        vm_bytes: subject.vm_bytes,
         pids: now.pids,
     }
 }
@@ -185,7 +234,16 @@ mod tests {
 
     #[test]
     fn shares() {
-        let record = crate::pod::state::tests::record("0123456789abcdef");
+        let subject = Subject {
+            place: Place {
+                id: "0123456789abcdef".into(),
+                name: "web".into(),
+                socket: "/s".into(),
+                dir: "/d".into(),
+            },
+            vm_size: 512 << 20,
+            vm_bytes: None,
+        };
         let at = Instant::now();
         let before = Sample {
             at,
@@ -201,7 +259,7 @@ mod tests {
             limit: 256 << 20,
             pids: 3,
         };
-        let mut line = line(&record, &before, &now);
+        let mut line = line(&subject, &before, &now);
         assert_eq!(line.vm_bytes, None);
         let status = "RssFile:\t 100 kB\nRssShmem:\t   49152 kB\nVmData: 5 kB\n";
         line.vm_bytes = shared_memory(status);

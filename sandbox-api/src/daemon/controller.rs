@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! containerd's sandbox Controller service (containerd.services.sandbox.v1) over gRPC: requests and errors in its words, the
-//! work in [`Sandbox`].
+//! work in [`Sandbox`]. What iSulad says otherwise is in [`isulad`].
 
 /// The generated server side.
 pub mod api {
@@ -12,10 +12,21 @@ pub mod api {
 }
 
 use super::config::DEFAULT_SANDBOXER;
+use super::isulad::dialect::{
+    PrepareRequest, PrepareResponse, PurgeRequest, PurgeResponse, StatusAnswer, Told, UpdateResourcesRequest,
+    UpdateResourcesResponse,
+};
+use super::isulad::{self, tasks};
 use super::node::{self, Node};
 use super::pod_plan::{PodPlan, Refusal, read_options};
 use super::sandbox::{self, Phase, Sandbox};
 use crate::clock::Millis;
+use crate::pod::task::TaskService;
+use cloister_protocol::RESOURCES_TYPE_URL;
+use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::protobuf::well_known_types::any::Any;
+use cloister_protocol::task::UpdateTaskRequest;
+use cloister_protocol::ttrpc;
 use containerd_client::services::v1::sandbox::*;
 use containerd_client::types::Platform;
 use prost_types::Timestamp;
@@ -57,6 +68,9 @@ impl From<&sandbox::Error> for Status {
     fn from(error: &sandbox::Error) -> Self {
         match error {
             sandbox::Error::Phase { .. } => Self::failed_precondition(error.to_string()),
+            sandbox::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidInput => {
+                Self::invalid_argument(error.to_string())
+            }
             sandbox::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 Self::resource_exhausted(error.to_string())
             }
@@ -65,14 +79,20 @@ impl From<&sandbox::Error> for Status {
     }
 }
 
-/// containerd's namespace, which its client puts into the metadata.
-fn namespace<T>(request: &Request<T>) -> Result<String, Status> {
-    let value = request.metadata().get("containerd-namespace");
-    let name = value
-        .and_then(|value| value.to_str().ok())
-        .filter(|name| !name.is_empty());
-    name.map(str::to_owned)
+/// containerd's namespace, which its clients put into the metadata; iSulad puts none.
+fn namespace<T>(request: &Request<T>) -> Result<&str, Status> {
+    let Some(value) = request.metadata().get("containerd-namespace") else {
+        return Ok(isulad::NAMESPACE);
+    };
+    value
+        .to_str()
+        .ok()
+        .filter(|name| !name.is_empty())
         .ok_or_else(|| Status::invalid_argument("namespace is required"))
+}
+
+fn is_isulad<T>(request: &Request<T>) -> bool {
+    namespace(request).is_ok_and(|name| name == isulad::NAMESPACE)
 }
 
 fn timestamp(time: Millis) -> Timestamp {
@@ -89,24 +109,44 @@ fn sandboxer(name: &str) -> &str {
     if name.is_empty() { DEFAULT_SANDBOXER } else { name }
 }
 
-fn address(sandbox: &Sandbox) -> String {
-    format!("ttrpc+unix://{}", sandbox.socket().display())
+fn address(sandbox: &Sandbox, is_draft: bool) -> String {
+    let scheme = if is_draft { "unix" } else { "ttrpc+unix" };
+    format!("{scheme}://{}", sandbox.socket().display())
+}
+
+/// The Task service of a pod that takes containers.
+fn service(sandbox: &Sandbox) -> Result<&Arc<TaskService>, Status> {
+    sandbox
+        .service()
+        .ok_or_else(|| Status::failed_precondition(format!("sandbox {}: not ready", sandbox.id())))
+}
+
+fn task_error(error: ttrpc::Error) -> Status {
+    match error {
+        ttrpc::Error::RpcStatus(status) => {
+            Status::new(tonic::Code::from_i32(status.code.value()), status.message)
+        }
+        other => Status::unknown(other.to_string()),
+    }
 }
 
 impl Service {
     fn find<T>(&self, request: &Request<T>, id: &str) -> Result<Arc<Sandbox>, Status> {
         let namespace = namespace(request)?;
         self.0
-            .find(&namespace, id)
+            .find(namespace, id)
             .ok_or_else(|| Status::not_found(format!("sandbox {id}: not found")))
     }
 }
 
 #[tonic::async_trait]
 impl api::controller_server::Controller for Service {
-    async fn create(&self, request: Request<ControllerCreateRequest>) -> Answer<ControllerCreateResponse> {
-        let namespace = namespace(&request)?;
-        let request = request.into_inner();
+    async fn create(
+        &self,
+        request: Request<Told<ControllerCreateRequest>>,
+    ) -> Answer<ControllerCreateResponse> {
+        let namespace = namespace(&request)?.to_owned();
+        let request = request.into_inner().message;
         let name = sandboxer(&request.sandboxer);
         let profile = self.0.sandboxer(name)?;
         let plan = PodPlan::new(read_options(request.options.as_ref())?, &profile)?;
@@ -116,7 +156,7 @@ impl api::controller_server::Controller for Service {
         Ok(Response::new(ControllerCreateResponse { sandbox_id: id }))
     }
 
-    async fn start(&self, request: Request<ControllerStartRequest>) -> Answer<ControllerStartResponse> {
+    async fn start(&self, request: Request<Told<ControllerStartRequest>>) -> Answer<ControllerStartResponse> {
         let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
         // containerd has one where it traces its calls.
         let traceparent = request
@@ -134,16 +174,18 @@ impl api::controller_server::Controller for Service {
             pid: std::process::id(),
             created_at: Some(timestamp(record.created)),
             labels: HashMap::new(),
-            address: address(&sandbox),
+            address: address(&sandbox, request.get_ref().is_draft),
             version: TASK_VERSION,
         }))
     }
 
     async fn platform(
         &self,
-        request: Request<ControllerPlatformRequest>,
+        request: Request<Told<ControllerPlatformRequest>>,
     ) -> Answer<ControllerPlatformResponse> {
-        self.find(&request, &request.get_ref().sandbox_id)?;
+        if !is_isulad(&request) {
+            self.find(&request, &request.get_ref().sandbox_id)?;
+        }
         let platform = Platform {
             os: "linux".into(),
             architecture: "amd64".into(),
@@ -154,14 +196,18 @@ impl api::controller_server::Controller for Service {
         }))
     }
 
-    async fn stop(&self, request: Request<ControllerStopRequest>) -> Answer<ControllerStopResponse> {
-        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+    async fn stop(&self, request: Request<Told<ControllerStopRequest>>) -> Answer<ControllerStopResponse> {
+        let sandbox = match self.find(&request, &request.get_ref().sandbox_id) {
+            // It stops and removes also what did not start.
+            Err(_) if is_isulad(&request) => return Ok(Response::new(ControllerStopResponse {})),
+            found => found?,
+        };
         sandbox.stop().await;
         log::info!("sandbox {}: stopped", sandbox.id());
         Ok(Response::new(ControllerStopResponse {}))
     }
 
-    async fn wait(&self, request: Request<ControllerWaitRequest>) -> Answer<ControllerWaitResponse> {
+    async fn wait(&self, request: Request<Told<ControllerWaitRequest>>) -> Answer<ControllerWaitResponse> {
         let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
         let exit = sandbox.wait().await;
         Ok(Response::new(ControllerWaitResponse {
@@ -170,8 +216,9 @@ impl api::controller_server::Controller for Service {
         }))
     }
 
-    async fn status(&self, request: Request<ControllerStatusRequest>) -> Answer<ControllerStatusResponse> {
+    async fn status(&self, request: Request<Told<ControllerStatusRequest>>) -> Answer<StatusAnswer> {
         let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        let is_draft = request.get_ref().is_draft;
         let record = sandbox.record();
         let is_ready = sandbox.phase() == Phase::Ready;
         let mut info = HashMap::new();
@@ -179,7 +226,7 @@ impl api::controller_server::Controller for Service {
             let json = serde_json::to_string(&record).map_err(|e| Status::internal(e.to_string()))?;
             info.insert("cloister".to_owned(), json);
         }
-        Ok(Response::new(ControllerStatusResponse {
+        let status = ControllerStatusResponse {
             sandbox_id: record.id,
             pid: std::process::id(),
             state: if is_ready { READY } else { NOT_READY }.to_owned(),
@@ -188,19 +235,23 @@ impl api::controller_server::Controller for Service {
             exited_at: record.exit.map(|exit| timestamp(exit.at)),
             extra: None,
             address: if is_ready {
-                address(&sandbox)
+                address(&sandbox, is_draft)
             } else {
                 String::new()
             },
             version: TASK_VERSION,
-        }))
+        };
+        Ok(Response::new(StatusAnswer::new(status, is_draft)))
     }
 
     async fn shutdown(
         &self,
-        request: Request<ControllerShutdownRequest>,
+        request: Request<Told<ControllerShutdownRequest>>,
     ) -> Answer<ControllerShutdownResponse> {
-        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        let sandbox = match self.find(&request, &request.get_ref().sandbox_id) {
+            Err(_) if is_isulad(&request) => return Ok(Response::new(ControllerShutdownResponse {})),
+            found => found?,
+        };
         sandbox.remove().await;
         self.0.forget(&sandbox);
         log::info!("sandbox {}: removed", sandbox.id());
@@ -213,7 +264,64 @@ impl api::controller_server::Controller for Service {
     }
 
     async fn update(&self, request: Request<ControllerUpdateRequest>) -> Answer<ControllerUpdateResponse> {
-        self.find(&request, &request.get_ref().sandbox_id)?;
+        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        if let Some(roots) = tasks::read(request.get_ref()) {
+            service(&sandbox)?.prepare_only(roots.map_err(Status::invalid_argument)?);
+        }
         Ok(Response::new(ControllerUpdateResponse {}))
+    }
+
+    async fn prepare(&self, request: Request<PrepareRequest>) -> Answer<PrepareResponse> {
+        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        let request = request.into_inner();
+        // An exec comes with all it needs.
+        if !request.exec_id.is_empty() {
+            return Ok(Response::new(PrepareResponse::default()));
+        }
+        let service = service(&sandbox)?;
+        let spec = request.spec.unwrap_or_default().value;
+        let bundle = sandbox
+            .make_bundle(&request.container_id, &spec)
+            .map_err(|error| Status::from(&error))?;
+        let roots = request.rootfs.iter();
+        let roots = roots.map(|root| tasks::mount(&root.r#type, &root.source, &root.options));
+        service.prepare(&request.container_id, roots.collect());
+        Ok(Response::new(PrepareResponse {
+            bundle: bundle.display().to_string(),
+        }))
+    }
+
+    async fn purge(&self, request: Request<PurgeRequest>) -> Answer<PurgeResponse> {
+        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        let request = request.get_ref();
+        if request.exec_id.is_empty() {
+            if let Some(service) = sandbox.service() {
+                service.purge(&request.container_id);
+            }
+            sandbox.remove_bundle(&request.container_id);
+        }
+        Ok(Response::new(PurgeResponse {}))
+    }
+
+    async fn update_resources(
+        &self,
+        request: Request<UpdateResourcesRequest>,
+    ) -> Answer<UpdateResourcesResponse> {
+        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        let request = request.into_inner();
+        let value = request.resources.unwrap_or_default().value;
+        serde_json::from_slice::<oci_spec::runtime::LinuxResources>(&value)
+            .map_err(|e| Status::invalid_argument(format!("resources: {e}")))?;
+        let update = UpdateTaskRequest {
+            id: request.container_id,
+            resources: MessageField::some(Any {
+                type_url: RESOURCES_TYPE_URL.to_owned(),
+                value,
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        service(&sandbox)?.update(&update).await.map_err(task_error)?;
+        Ok(Response::new(UpdateResourcesResponse {}))
     }
 }

@@ -5,8 +5,10 @@
 //! One queue and one connection for all pods. containerd may be away: an event is tried again for a while, later ones wait
 //! behind it, and those that the queue has no room for are dropped with a warning.
 
+use super::isulad;
 use super::metrics::Metrics;
-use cloister_protocol::events::{Envelope, TASK_OOM_EVENT_TOPIC};
+use cloister_protocol::events::{Envelope, TASK_OOM_EVENT_TOPIC, TaskOOM};
+use cloister_protocol::protobuf::Message as _;
 use containerd_client::services::v1::ForwardRequest;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::types;
@@ -36,14 +38,25 @@ impl Publisher {
         Self { queue }
     }
 
-    /// Passes on what comes from one pod, to containerd's `namespace`.
-    pub fn follow(&self, namespace: &str, mut events: mpsc::Receiver<Envelope>, metrics: &Metrics) {
+    /// Passes on what comes from one pod, to containerd's `namespace`. `oom` is called with the id of each container that
+    /// lost a process for want of memory, in the guest's words. For pods of iSulad there is no containerd to tell.
+    pub fn follow(
+        &self,
+        namespace: &str,
+        mut events: mpsc::Receiver<Envelope>,
+        metrics: &Metrics,
+        oom: impl Fn(&str) + Send + 'static,
+    ) {
         let queue = self.queue.clone();
         let (namespace, metrics) = (namespace.to_owned(), metrics.clone());
         tokio::spawn(async move {
             while let Some(event) = events.recv().await {
                 if event.topic == TASK_OOM_EVENT_TOPIC {
                     metrics.oom();
+                    oom(&container_of(&event));
+                }
+                if namespace == isulad::NAMESPACE {
+                    continue;
                 }
                 if queue.try_send(envelope(&namespace, event)).is_err() {
                     log::warn!("an event was dropped: containerd does not take them");
@@ -51,6 +64,16 @@ impl Publisher {
             }
         });
     }
+}
+
+/// Whom a TaskOOM is about, as far as that can be an id.
+fn container_of(event: &Envelope) -> String {
+    let oom = event
+        .event
+        .as_ref()
+        .and_then(|event| TaskOOM::parse_from_bytes(&event.value).ok());
+    let id = oom.map(|oom| oom.container_id).unwrap_or_default();
+    id.chars().filter(char::is_ascii_graphic).take(128).collect()
 }
 
 /// The guest's payload is passed on as it is, of the topics and types that are its to send.
@@ -125,10 +148,20 @@ mod tests {
         let (queue, mut queued) = mpsc::channel(4);
         let (agent, events) = mpsc::channel(4);
         let metrics = metrics();
-        Publisher { queue }.follow("k8s.io", events, &metrics);
+        let (oom, killed) = std::sync::mpsc::channel();
+        Publisher { queue }.follow("k8s.io", events, &metrics, move |container| {
+            oom.send(container.to_owned()).unwrap();
+        });
         for topic in [TASK_OOM_EVENT_TOPIC, "/tasks/exit"] {
+            let oom = TaskOOM {
+                container_id: "c1\u{1b}[2J".into(),
+                ..Default::default()
+            };
             let event = Envelope {
                 topic: topic.into(),
+                event: cloister_protocol::pack(cloister_protocol::EVENTS_PACKAGE, &oom)
+                    .ok()
+                    .into(),
                 ..Default::default()
             };
             agent.send(event).await.unwrap();
@@ -138,6 +171,7 @@ mod tests {
                 (topic, "k8s.io")
             );
         }
+        assert_eq!(killed.try_iter().collect::<Vec<_>>(), ["c1[2J"]);
         let text = metrics.encode();
         assert!(text.contains("cloister_oom_kills_total 1\n"), "{text}");
     }

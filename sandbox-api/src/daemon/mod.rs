@@ -5,16 +5,20 @@
 //! containerd ── gRPC, one socket ──▶ controller ─▶ node (table of pods) ─▶ sandbox (one pod's life) ─▶ pod::vm
 //!            ── ttrpc, a socket per pod ──────────────────────────────────▶ pod::task
 //!            ◀── events ── events
+//! cloister   ── HTTP, admin.sock ────▶ admin ──────▶ reports of all that
 //! ```
 //!
 //! The controller translates; a sandbox is walked through its life by a task of its own; everything about virtual machines
 //! is below `pod::vm`. A pod is kept as plain data in `<state_dir>/sandboxes/<id>/sandbox.json`, from which a new daemon
 //! learns which pods ended with the one before it.
 
+pub mod admin;
 pub mod args;
 pub mod config;
 pub mod controller;
+pub mod event_log;
 pub mod events;
+pub mod isulad;
 pub mod log_format;
 pub mod metrics;
 pub mod metrics_server;
@@ -22,6 +26,7 @@ pub mod node;
 pub mod pod_plan;
 pub mod process_metrics;
 pub mod quantity;
+pub mod report;
 pub mod sandbox;
 pub mod steps;
 pub mod telemetry;
@@ -35,6 +40,7 @@ use events::Publisher;
 use metrics::{Metrics, SharedThreads};
 use node::{Node, Only};
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::net::UnixStream;
@@ -105,13 +111,16 @@ fn run(config: Config) -> Result<(), Error> {
 
 async fn serve(config: Config) -> Result<(), Error> {
     let socket = config.socket.clone();
-    let in_listening = |source| Error::Listen {
-        path: socket.display().to_string(),
-        source,
+    let admin_socket = admin::socket(&config.state_dir);
+    let in_listening = |path: &Path| {
+        let path = path.display().to_string();
+        move |source| Error::Listen { path, source }
     };
     // Another daemon, with another state folder, may have it.
     if UnixStream::connect(&socket).await.is_ok() {
-        return Err(in_listening(io::Error::other("another process listens there")));
+        return Err(in_listening(&socket)(io::Error::other(
+            "another process listens there",
+        )));
     }
     let shared = cloister_vmm::CellHostConfig::default();
     let cells = cloister_vmm::CellHost::new(shared)?;
@@ -135,7 +144,9 @@ async fn serve(config: Config) -> Result<(), Error> {
         Node::new(config, cells, events, metrics).map_err(|source| Error::State { path: state, source })?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let listener = uds::listen(&socket).map_err(in_listening)?;
+    let operators = uds::listen(&admin_socket).map_err(in_listening(&admin_socket))?;
+    tokio::spawn(admin::serve(operators, std::sync::Arc::clone(&node)));
+    let listener = uds::listen(&socket).map_err(in_listening(&socket))?;
     log::info!("listening on {}", socket.display());
     notify(sd_notify::NotifyState::Ready);
 
@@ -157,7 +168,9 @@ async fn serve(config: Config) -> Result<(), Error> {
     node.stop_all().await;
     let _ = end.send(());
     let _ = tokio::time::timeout(LAST_ANSWERS, server).await;
-    let _ = std::fs::remove_file(&socket);
+    for socket in [&socket, &admin_socket] {
+        let _ = std::fs::remove_file(socket);
+    }
     Ok(())
 }
 

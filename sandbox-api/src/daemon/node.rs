@@ -3,6 +3,7 @@
 //! pods, which a new daemon reads from what the one before it left in `<state_dir>/sandboxes`.
 
 use super::config::{Config, Profile};
+use super::event_log::EventLog;
 use super::events::Publisher;
 use super::metrics::Metrics;
 use super::pod_plan::PodPlan;
@@ -24,6 +25,8 @@ pub struct Node {
     pub events: Publisher,
     /// What is counted.
     pub metrics: Metrics,
+    /// What happens to pods.
+    pub log: EventLog,
     sandboxes: Mutex<HashMap<String, Arc<Sandbox>>>,
 }
 
@@ -65,13 +68,14 @@ impl Node {
             cells,
             events,
             metrics,
+            log: EventLog::default(),
             sandboxes: Mutex::default(),
         };
         let dir = node.dir();
         std::fs::create_dir_all(&dir)?;
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();
-            match Sandbox::recover(path.clone(), |name| {
+            match Sandbox::recover(path.clone(), node.log.clone(), |name| {
                 (node.profile(name).unwrap_or_default(), node.metrics.pod(name))
             }) {
                 Ok(sandbox) => {
@@ -151,9 +155,11 @@ impl Node {
             created: clock::now(),
             started: None,
             exit: None,
+            steps: Vec::new(),
         };
         let counted = self.metrics.pod(sandboxer);
-        let sandbox = Sandbox::create(self.dir().join(id), profile, record, counted)?;
+        let log = self.log.clone();
+        let sandbox = Sandbox::create(self.dir().join(id), profile, record, counted, log)?;
         table.insert(id.to_owned(), Arc::clone(&sandbox));
         Ok(sandbox)
     }

@@ -4,6 +4,7 @@
 //! What a VM of its own cannot give is refused here by name, before anything is made.
 
 use super::config::Profile;
+use super::isulad::options;
 use crate::net::dns;
 use cloister_protocol::pod::DnsFiles;
 use k8s_cri::v1::{DnsConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
@@ -71,7 +72,8 @@ pub struct PodPlan {
     pub annotations: BTreeMap<String, String>,
 }
 
-/// Reads what came as the sandbox's options; none at all is an empty configuration.
+/// Reads what came as the sandbox's options; none at all is an empty configuration. iSulad's have no type, and are JSON or
+/// protobuf.
 ///
 /// # Errors
 /// It is something else, or not well-formed.
@@ -81,6 +83,10 @@ pub fn read_options(options: Option<&Any>) -> Result<PodSandboxConfig, Refusal> 
     };
     let url = any.type_url.rsplit('/').next().unwrap_or_default();
     match url {
+        // A protobuf message cannot begin so.
+        "" if any.value.starts_with(b"{") => {
+            options::read(&any.value).map_err(|e| Refusal::Options(e.to_string()))
+        }
         "runtime.v1.PodSandboxConfig" | "" => {
             PodSandboxConfig::decode(any.value.as_slice()).map_err(|e| Refusal::Options(e.to_string()))
         }
@@ -333,6 +339,16 @@ mod tests {
             read_options(Some(&any("runtime.v1.PodSandboxConfig"))).unwrap(),
             config
         );
+        assert_eq!(read_options(Some(&any(""))).unwrap(), config);
+        let json = |value: &str| Any {
+            type_url: String::new(),
+            value: value.into(),
+        };
+        assert_eq!(
+            read_options(Some(&json(r#"{"hostname":"h"}"#))).unwrap().hostname,
+            "h"
+        );
+        assert!(read_options(Some(&json("{"))).is_err());
         assert!(read_options(Some(&any("a.b/c.d"))).is_err());
         let garbage = Any {
             type_url: "runtime.v1.PodSandboxConfig".into(),

@@ -14,10 +14,11 @@
 //! The Task service outlives the VM: its State, Wait and Delete answer until Shutdown.
 
 use super::config::Profile;
-use super::metrics::{PodGauge, PodLabels, PodState, Process, Watch};
+use super::event_log::{Event, EventLog, Kind};
+use super::metrics::{PodGauge, PodLabels, PodState, Process, ProcessGauge, Watch};
 use super::node::Node;
 use super::pod_plan::PodPlan;
-use super::steps::{POD_START, Steps};
+use super::steps::{POD_START, StepTime, Steps};
 use super::telemetry;
 use crate::clock::{self, Millis};
 use crate::files;
@@ -25,7 +26,7 @@ use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
 use crate::pod::machine::{Machine, MachineConfig};
 use crate::pod::state::EXIT_KILLED;
-use crate::pod::task::TaskService;
+use crate::pod::task::{self, Running, TaskService};
 use crate::pod::vm::{self, PodVm};
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_protocol::protobuf::MessageField;
@@ -33,10 +34,12 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tokio::sync::watch;
 use tracing::Instrument;
 
+/// File of the last words of a VM that ended by itself.
+const CONSOLE: &str = "console.txt";
 /// Longest path of a unix socket that containerd can dial (`sun_path`, with its NUL).
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -98,6 +101,9 @@ pub struct Record {
     pub started: Option<Millis>,
     /// How it ended.
     pub exit: Option<Exit>,
+    /// How long each step of its start took.
+    #[serde(default)]
+    pub steps: Vec<StepTime>,
 }
 
 /// Why a request to a pod fails.
@@ -169,7 +175,10 @@ pub struct Sandbox {
     lives: AtomicBool,
     /// Why Start failed, for those who wait for it.
     failure: Mutex<Option<Arc<Error>>>,
+    /// Its VM, as long as it is there.
+    machine: OnceLock<Weak<Machine>>,
     counted: PodGauge,
+    log: EventLog,
 }
 
 /// Asks for the pod's end when the Start that began its life is abandoned.
@@ -199,8 +208,9 @@ impl Sandbox {
         profile: Profile,
         record: Record,
         counted: PodGauge,
+        log: EventLog,
     ) -> Result<Arc<Self>, Error> {
-        let sandbox = Self::new(dir, profile, record, counted);
+        let sandbox = Self::new(dir, profile, record, counted, log);
         let io = |what, path: &Path, source| Error::Io {
             id: sandbox.id(),
             what,
@@ -223,6 +233,7 @@ impl Sandbox {
             let _ = std::fs::remove_dir_all(&sandbox.dir);
             return Err(error);
         }
+        sandbox.tell(Kind::Created, None);
         Ok(sandbox)
     }
 
@@ -230,7 +241,11 @@ impl Sandbox {
     ///
     /// # Errors
     /// The record cannot be read.
-    pub fn recover(dir: PathBuf, of: impl FnOnce(&str) -> (Profile, PodGauge)) -> io::Result<Arc<Self>> {
+    pub fn recover(
+        dir: PathBuf,
+        log: EventLog,
+        of: impl FnOnce(&str) -> (Profile, PodGauge),
+    ) -> io::Result<Arc<Self>> {
         let mut record: Record = serde_json::from_slice(&std::fs::read(dir.join("sandbox.json"))?)?;
         if record.phase != Phase::Stopped {
             record.phase = Phase::Stopped;
@@ -245,13 +260,13 @@ impl Sandbox {
         }
         let (profile, counted) = of(&record.sandboxer);
         counted.set(PodState::Stopped);
-        let sandbox = Self::new(dir, profile, record, counted);
+        let sandbox = Self::new(dir, profile, record, counted, log);
         let _ = std::fs::remove_file(sandbox.socket());
         sandbox.save()?;
         Ok(sandbox)
     }
 
-    fn new(dir: PathBuf, profile: Profile, record: Record, counted: PodGauge) -> Arc<Self> {
+    fn new(dir: PathBuf, profile: Profile, record: Record, counted: PodGauge, log: EventLog) -> Arc<Self> {
         Arc::new(Self {
             dir,
             profile,
@@ -261,7 +276,9 @@ impl Sandbox {
             service: OnceLock::new(),
             lives: AtomicBool::new(false),
             failure: Mutex::default(),
+            machine: OnceLock::new(),
             counted,
+            log,
         })
     }
 
@@ -276,7 +293,7 @@ impl Sandbox {
     }
 
     /// What its figures and logs are labelled with.
-    fn labels(&self) -> PodLabels {
+    pub fn labels(&self) -> PodLabels {
         let record = lock(&self.record);
         PodLabels {
             id: record.id.clone(),
@@ -288,6 +305,69 @@ impl Sandbox {
     /// Its phase.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
+    }
+
+    /// Its VM, from the start until it is removed.
+    pub fn machine(&self) -> Option<Arc<Machine>> {
+        self.machine.get().and_then(Weak::upgrade)
+    }
+
+    /// What its guest's kernel has said after the first `seen` bytes of that, and how many bytes it has said in all. Of a VM
+    /// that ended by itself under a daemon before this one, what was kept.
+    pub fn console(&self, seen: u64) -> (Vec<u8>, u64) {
+        match self.machine() {
+            Some(machine) => machine.cell().console_tail().since(seen),
+            None => {
+                let kept = std::fs::read(self.dir.join(CONSOLE)).unwrap_or_default();
+                let length = kept.len() as u64;
+                let skip = usize::try_from(seen.min(length)).unwrap_or(usize::MAX);
+                (kept.get(skip..).unwrap_or_default().to_owned(), length)
+            }
+        }
+    }
+
+    /// Makes the folder of a container's configuration for a client that does not bring one, and answers it.
+    ///
+    /// # Errors
+    /// The id is no file name, or the disk.
+    pub fn make_bundle(&self, container: &str, spec: &[u8]) -> Result<PathBuf, Error> {
+        let dir = self.bundle(container);
+        let failed = |what, path: &Path, source| Error::Io {
+            id: self.id(),
+            what,
+            path: path.to_owned(),
+            source,
+        };
+        task::check_id(container)
+            .map_err(|e| failed("name", &dir, io::Error::new(io::ErrorKind::InvalidInput, e)))?;
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .recursive(true)
+            .create(&dir)
+            .map_err(|e| failed("make", &dir, e))?;
+        let config = dir.join("config.json");
+        files::replace(&config, spec).map_err(|e| failed("write", &config, e))?;
+        Ok(dir)
+    }
+
+    /// Removes it, if it is there.
+    pub fn remove_bundle(&self, container: &str) {
+        if task::check_id(container).is_ok() {
+            let _ = std::fs::remove_dir_all(self.bundle(container));
+        }
+    }
+
+    fn bundle(&self, container: &str) -> PathBuf {
+        self.dir.join("bundles").join(container)
+    }
+
+    /// Something happens to it.
+    fn tell(&self, kind: Kind, message: Option<&str>) {
+        let event = Event::now(kind, &self.labels());
+        self.log.add(match message {
+            Some(message) => event.with_message(message),
+            None => event,
+        });
     }
 
     /// Its Task service, from ready on.
@@ -407,6 +487,7 @@ impl Sandbox {
         });
         if never {
             self.enter(Phase::Stopped, |record| record.exit = Some(asked_for()));
+            self.tell(Kind::Stopped, None);
         }
         self.ask(Ask::Stop);
         self.reached(Phase::Stopped).await;
@@ -432,6 +513,7 @@ impl Sandbox {
             log::warn!("cannot remove {}: {error}", self.dir.display());
         }
         self.enter(Phase::Gone, |_| ());
+        self.tell(Kind::Removed, None);
     }
 
     /// Waits for the end of the VM, or of a pod that never had one.
@@ -453,8 +535,12 @@ impl Sandbox {
         };
         let exit = match booted {
             Ok(()) => {
-                steps.done();
-                self.enter(Phase::Ready, |record| record.started = Some(clock::now()));
+                let steps = steps.done();
+                self.tell(Kind::Started, None);
+                self.enter(Phase::Ready, |record| {
+                    record.started = Some(clock::now());
+                    record.steps = steps;
+                });
                 self.until_end(&mut made).await
             }
             Err(error) => {
@@ -462,6 +548,7 @@ impl Sandbox {
                 let stopped = matches!(error, Error::Phase { .. });
                 steps.failed(if stopped { "cancelled" } else { "internal" }, &told);
                 log::warn!("{told}");
+                self.tell(Kind::StartFailed, Some(&told));
                 *lock(&self.failure) = Some(Arc::new(error));
                 // Create or Start that fails is not followed by Stop and Shutdown.
                 if *self.ask.borrow() < Ask::Stop {
@@ -471,12 +558,25 @@ impl Sandbox {
             }
         };
         self.enter(Phase::Stopping, |_| ());
+        if exit.reason.is_some() {
+            self.keep_console();
+        }
         made.power_off().await;
+        let reason = exit.reason.clone();
         self.enter(Phase::Stopped, |record| record.exit = Some(exit));
+        self.tell(Kind::Stopped, reason.as_deref());
         self.asked(Ask::Remove).await;
         made.shut_down().await;
         node.forget(&self);
         self.forget();
+    }
+
+    /// Keeps the last words of a VM that ended by itself for a daemon after this one.
+    fn keep_console(&self) {
+        let (bytes, _) = self.console(0);
+        if let Err(error) = files::replace(&self.dir.join(CONSOLE), &bytes) {
+            log::warn!("sandbox {}: cannot keep its console: {error}", self.id());
+        }
     }
 
     /// From nothing to an agent that takes containers.
@@ -499,7 +599,7 @@ impl Sandbox {
             nics = made.net.insert(net).take_cards();
         }
         let config = MachineConfig {
-            name: format!("pod-{}", id.get(..12).unwrap_or(&id)),
+            name: cell_name(&id),
             cpus: plan.cpus,
             memory: plan.memory,
             huge_pages: self.profile.huge_pages.into(),
@@ -511,6 +611,7 @@ impl Sandbox {
         };
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
+        let _ = self.machine.set(Arc::downgrade(&vm.machine));
         let cell = Arc::clone(vm.machine.cell());
         made.watch = Some(node.metrics.watch(self.labels(), cell));
         let vm = made.vm.insert(vm);
@@ -527,18 +628,27 @@ impl Sandbox {
         steps.next("serve");
         let patience = self.profile.answer_timeout;
         let service = vm.serve(&self.socket(), patience).await.map_err(vm_error)?;
-        let metrics = node.metrics.clone();
+        let (metrics, log, pod) = (node.metrics.clone(), self.log.clone(), self.labels());
         // Nobody knows the socket yet.
-        service.count_processes(move |is_exec| {
-            Box::new(metrics.process(if is_exec {
-                Process::Exec
-            } else {
-                Process::Container
-            }))
+        service.follow_processes(move |container, exec| {
+            if !exec.is_empty() {
+                return Box::new(metrics.process(Process::Exec));
+            }
+            log.add(Event::now(Kind::ContainerStarted, &pod).of_container(container));
+            Box::new(Followed {
+                _counted: metrics.process(Process::Container),
+                log: log.clone(),
+                pod: pod.clone(),
+                id: container.to_owned(),
+            })
         });
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {
-            node.events.follow(&record.namespace, events, &node.metrics);
+            let (log, pod) = (self.log.clone(), self.labels());
+            node.events
+                .follow(&record.namespace, events, &node.metrics, move |container| {
+                    log.add(Event::now(Kind::Oom, &pod).of_container(container));
+                });
         }
         Ok(())
     }
@@ -574,6 +684,31 @@ impl Sandbox {
             }
         }
     }
+}
+
+/// Name of a pod's cell, of which its threads' names are made.
+pub fn cell_name(id: &str) -> String {
+    format!("pod-{}", id.get(..12).unwrap_or(id))
+}
+
+/// A container's process that runs.
+struct Followed {
+    _counted: ProcessGauge,
+    log: EventLog,
+    pod: PodLabels,
+    id: String,
+}
+
+impl Running for Followed {
+    fn ended(self: Box<Self>, exit: &task::Exit) {
+        let event = Event::now(Kind::ContainerExited, &self.pod);
+        self.log
+            .add(event.of_container(&self.id).with_status(exit.status));
+    }
+}
+
+impl Running for ProcessGauge {
+    fn ended(self: Box<Self>, _: &task::Exit) {}
 }
 
 fn asked_for() -> Exit {

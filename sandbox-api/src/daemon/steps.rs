@@ -9,7 +9,7 @@
 
 use super::metrics::{Metrics, PodLabels};
 use super::telemetry::remote_parent;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -22,6 +22,15 @@ pub const POD_START_ERRORS: [&str; 2] = ["internal", CANCELLED];
 /// The code of an operation that its caller gave up.
 const CANCELLED: &str = "cancelled";
 
+/// How long a step took, as it is kept with the pod.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct StepTime {
+    /// Its name.
+    pub step: String,
+    /// Microseconds.
+    pub micros: u64,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Steps {
@@ -30,6 +39,7 @@ pub struct Steps {
     begun: Instant,
     span: Span,
     step: Option<(&'static str, Instant, Span)>,
+    ended: Vec<StepTime>,
     /// A code and a message, if it failed.
     outcome: Option<(&'static str, String)>,
 }
@@ -59,6 +69,7 @@ impl Steps {
             begun: Instant::now(),
             span,
             step: None,
+            ended: Vec::new(),
             outcome: Some((CANCELLED, "given up by the caller".to_owned())),
         }
     }
@@ -70,9 +81,11 @@ impl Steps {
         self.step = Some((name, Instant::now(), span));
     }
 
-    /// All went well.
-    pub fn done(mut self) {
+    /// All went well. Answers how long each step took.
+    pub fn done(mut self) -> Vec<StepTime> {
         self.outcome = None;
+        self.end_step();
+        std::mem::take(&mut self.ended)
     }
 
     /// It failed: with a gRPC code's name, and why.
@@ -82,10 +95,19 @@ impl Steps {
 
     fn end_step(&mut self) {
         if let Some((name, begun, span)) = self.step.take() {
-            self.metrics.phase(self.operation, name, begun.elapsed());
+            let took = begun.elapsed();
+            self.metrics.phase(self.operation, name, took);
+            self.ended.push(StepTime {
+                step: name.to_owned(),
+                micros: micros(took),
+            });
             drop(span);
         }
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Drop for Steps {
@@ -114,7 +136,9 @@ mod tests {
             steps.next("boot");
             steps
         };
-        steps().done();
+        let times = steps().done();
+        let names: Vec<&str> = times.iter().map(|time| time.step.as_str()).collect();
+        assert_eq!(names, ["network", "boot"]);
         steps().failed("internal", "why");
         drop(steps());
         let text = metrics.encode();

@@ -266,8 +266,16 @@ mod tests {
         }
     }
 
+    /// Keeps a subscriber beside the tests' own. While there is one in all, tracing asks the thread that comes by a place
+    /// first whether anybody wants its spans: a test in another thread, without a subscriber, would say no for all.
+    fn several_subscribers() {
+        static SECOND: std::sync::OnceLock<tracing::Dispatch> = std::sync::OnceLock::new();
+        SECOND.get_or_init(|| tracing::Dispatch::new(Registry::default()));
+    }
+
     /// What is written when `act` runs with these logs.
     fn written(format: LogFormat, level: Level, act: impl FnOnce()) -> String {
+        several_subscribers();
         let _ = tracing_log::LogTracer::init();
         let out = Sink::default();
         let log = Log { level, format };
@@ -371,6 +379,7 @@ mod tests {
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn a_collector_receives_the_steps_of_a_start() {
+        several_subscribers();
         let (address, mut received) = collector().await;
         let traces = Tracing {
             otlp_endpoint: Some(address),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The container's log, in the form of docker's json-file: one object per line, `{"log":…,"stream":…,"time":…}`.
+//! The container's log, in the form of docker's json-file: one object per line, `{"log":…,"stream":…,"time":…}`. Logs that
+//! containerd writes are shown, too: `TIME STREAM F TEXT` per line, with P for F where the line of output goes on.
 //!
 //! A line of output is one entry; one longer than 16 KiB is cut into several, of which only the last ends in a newline.
 //! Bytes that are not UTF-8 are replaced in the log only, never on the terminal. Files: `container.log`, and
@@ -110,9 +111,45 @@ fn old_path(path: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// How a log is written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    /// docker's json-file, ours.
+    #[default]
+    Json,
+    /// Of Kubernetes' runtimes.
+    Cri,
+}
+
+impl Format {
+    /// An entry; None for a line that a full disk or a crash has cut off.
+    fn read(self, line: &str) -> Option<Entry<'_>> {
+        match self {
+            Self::Json => serde_json::from_str(line).ok(),
+            Self::Cri => {
+                let mut words = line.splitn(4, ' ');
+                let (time, stream, tags) = (words.next()?, words.next()?, words.next()?);
+                let text = words.next().unwrap_or_default();
+                let log = match tags.split(':').next() {
+                    Some("F") => format!("{text}\n").into(),
+                    Some("P") => text.into(),
+                    _ => return None,
+                };
+                Some(Entry {
+                    log,
+                    stream: stream.into(),
+                    time: time.to_owned(),
+                })
+            }
+        }
+    }
+}
+
 /// Which part of a log to show, and how.
 #[derive(Clone, Debug, Default)]
 pub struct Show {
+    /// How it is written.
+    pub format: Format,
     /// Only the last so many entries.
     pub tail: Option<usize>,
     /// Only those from this time on, ms since 1970.
@@ -135,8 +172,7 @@ pub fn show(
     running: &dyn Fn() -> bool,
 ) -> io::Result<()> {
     let mut print = |line: &str| -> io::Result<()> {
-        // A line cut off by a full disk or a crash.
-        let Ok(entry) = serde_json::from_str::<Entry<'_>>(line) else {
+        let Some(entry) = show.format.read(line) else {
             return Ok(());
         };
         if let Some(since) = show.since
@@ -371,6 +407,31 @@ mod tests {
         assert!(
             shown.starts_with("start\n") && shown.ends_with("line 19\n"),
             "{shown}"
+        );
+    }
+
+    #[test]
+    fn logs_of_containerd() {
+        let bed = Bed::new();
+        fs::write(
+            bed.log(),
+            "2024-01-01T00:00:00.5Z stdout P half \n2024-01-01T00:00:01Z stdout F a  line\n2024-01-01T00:00:02Z stderr F oops\n\
+             2024-01-01T00:00:03Z stdout F \n2024-01-01T00:00:04Z stdout F:x end\nbroken\n2024-01-01T00:00:05Z stdout",
+        )
+        .unwrap();
+        let all = Show {
+            format: Format::Cri,
+            ..Show::default()
+        };
+        assert_eq!(bed.show(&all), ("half a  line\n\nend\n".into(), "oops\n".into()));
+        let late = Show {
+            since: clock::parse_since("2024-01-01T00:00:03Z", 0),
+            timestamps: true,
+            ..all
+        };
+        assert_eq!(
+            bed.show(&late).0,
+            "2024-01-01T00:00:03Z \n2024-01-01T00:00:04Z end\n"
         );
     }
 

@@ -174,8 +174,15 @@ pub enum Error {
     #[error("No such container: {0}")]
     NotFound(String),
     /// Several ids start so.
-    #[error("multiple containers match {0:?}: give more digits of the id")]
-    Ambiguous(String),
+    #[error("{wanted:?} means containers {first} and {second}: give more digits of the id")]
+    Ambiguous {
+        /// What was wanted.
+        wanted: String,
+        /// One of them.
+        first: String,
+        /// Another.
+        second: String,
+    },
     /// docker's words.
     #[error(
         "Conflict. The container name \"/{name}\" is already in use by container \"{id}\". You have to remove (or rename) that container to be able to reuse that name."
@@ -367,7 +374,11 @@ impl Pods {
             .filter(|record| !name.is_empty() && record.id.starts_with(name));
         match (matching.next(), matching.next()) {
             (Some(record), None) => Ok(record),
-            (Some(_), Some(_)) => Err(Error::Ambiguous(wanted.to_owned())),
+            (Some(first), Some(second)) => Err(Error::Ambiguous {
+                wanted: wanted.to_owned(),
+                first: first.short_id().to_owned(),
+                second: second.short_id().to_owned(),
+            }),
             (None, _) => Err(Error::NotFound(wanted.to_owned())),
         }
     }
@@ -584,7 +595,7 @@ pub(crate) mod tests {
         assert_eq!(pods.find("web").unwrap(), first);
         assert_eq!(pods.find("ab").unwrap(), second);
         assert_eq!(pods.find(&second.name).unwrap(), second);
-        assert!(matches!(pods.find("a"), Err(Error::Ambiguous(_))));
+        assert!(matches!(pods.find("a"), Err(Error::Ambiguous { .. })));
         assert!(matches!(pods.find("zz"), Err(Error::NotFound(_))));
         assert!(matches!(pods.find(""), Err(Error::NotFound(_))));
         pods.remove(&a).unwrap();

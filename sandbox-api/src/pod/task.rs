@@ -20,6 +20,7 @@ use super::rewrite::{self, Share};
 use super::state::EXIT_KILLED;
 use super::streams::{Hub, Pumps, Stdio};
 use super::vigil::Vigil;
+use crate::clock::{self, Millis};
 use crate::runtime::overlay;
 use async_trait::async_trait;
 use cloister_protocol::protobuf::well_known_types::any::Any;
@@ -77,8 +78,37 @@ pub struct New {
     pub terminal: bool,
 }
 
-/// Counts a process that has started, an exec if true, until the answer is dropped.
-type Count = Box<dyn Fn(bool) -> Box<dyn Send + Sync> + Send + Sync>;
+/// A process that runs, as whoever follows the pod's processes keeps it. It is dropped without a word where the service is.
+pub trait Running: Send + Sync {
+    /// It has ended, its output is through.
+    fn ended(self: Box<Self>, exit: &Exit);
+}
+
+/// Hears of a process that has started, by the ids of its container and, if it is not that itself, of the exec.
+type Started = Box<dyn Fn(&str, &str) -> Box<dyn Running> + Send + Sync>;
+
+/// A container, as it is told to operators.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Listed {
+    /// containerd's id of it.
+    pub id: String,
+    /// Kubernetes' name of it; empty if it has none.
+    pub name: String,
+    /// Its image, by name; empty if nobody said.
+    pub image: String,
+    /// The folder of its configuration on the host.
+    pub bundle: String,
+    /// Its process in the guest.
+    pub pid: u32,
+    /// Whether it has a terminal.
+    pub terminal: bool,
+    /// When its process was started, ms since 1970.
+    pub started: Option<Millis>,
+    /// How it ended.
+    pub exit: Option<Exit>,
+    /// Further processes in it.
+    pub execs: usize,
+}
 
 /// See the module.
 pub struct TaskService {
@@ -89,10 +119,14 @@ pub struct TaskService {
     dead: watch::Receiver<Option<String>>,
     vigil: Vigil,
     containers: Mutex<HashMap<String, Arc<Container>>>,
-    count: OnceLock<Count>,
+    /// Root file systems of containers whose Create brings none, by id.
+    prepared: Mutex<HashMap<String, Vec<api::Mount>>>,
+    started: OnceLock<Started>,
 }
 
 struct Container {
+    name: String,
+    image: String,
     bundle: String,
     shared: Mutex<Vec<String>>,
     /// By exec id; the container's own has the empty one.
@@ -104,9 +138,28 @@ struct Process {
     names: [String; 3],
     terminal: bool,
     pumps: Mutex<Option<Pumps>>,
+    started: OnceLock<Millis>,
     exit: watch::Sender<Option<Exit>>,
     /// Held from its start to its end; its lock is held while it ends.
-    counted: Mutex<Option<Box<dyn Send + Sync>>>,
+    running: Mutex<Option<Box<dyn Running>>>,
+}
+
+impl Container {
+    fn listed(&self, id: String) -> Listed {
+        let processes = lock(&self.processes);
+        let own = processes.get("");
+        Listed {
+            id,
+            name: self.name.clone(),
+            image: self.image.clone(),
+            bundle: self.bundle.clone(),
+            pid: own.map_or(0, |own| own.pid.load(Ordering::Relaxed)),
+            terminal: own.is_some_and(|own| own.terminal),
+            started: own.and_then(|own| own.started.get().copied()),
+            exit: own.and_then(|own| own.exit.borrow().clone()),
+            execs: processes.keys().filter(|exec| !exec.is_empty()).count(),
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -155,14 +208,49 @@ impl TaskService {
             hub,
             dead,
             containers: Mutex::default(),
-            count: OnceLock::new(),
+            prepared: Mutex::default(),
+            started: OnceLock::new(),
         })
     }
 
-    /// Has `count` called for each process that starts from now on, true for an exec; what it answers is dropped when the
-    /// process has ended. Only the first call counts.
-    pub fn count_processes(&self, count: impl Fn(bool) -> Box<dyn Send + Sync> + Send + Sync + 'static) {
-        let _ = self.count.set(Box::new(count));
+    /// Has `started` called for each process that starts from now on, with the ids of its container and, if it is not that
+    /// itself, of the exec; what it answers hears of the process's end. Only the first call counts.
+    pub fn follow_processes(&self, started: impl Fn(&str, &str) -> Box<dyn Running> + Send + Sync + 'static) {
+        let _ = self.started.set(Box::new(started));
+    }
+
+    /// Has a container that is created without a root file system get this one.
+    pub fn prepare(&self, id: &str, root: Vec<api::Mount>) {
+        lock(&self.prepared).insert(id.to_owned(), root);
+    }
+
+    /// Forgets it.
+    pub fn purge(&self, id: &str) {
+        lock(&self.prepared).remove(id);
+    }
+
+    /// The same for all containers at once; others than these are forgotten.
+    pub fn prepare_only(&self, roots: HashMap<String, Vec<api::Mount>>) {
+        *lock(&self.prepared) = roots;
+    }
+
+    /// Changes the limits of a container.
+    ///
+    /// # Errors
+    /// What the agent says.
+    pub async fn update(&self, request: &api::UpdateTaskRequest) -> Result<()> {
+        self.agent.task.update(no_deadline(), request).await.map(|_| ())
+    }
+
+    /// All containers, by id.
+    pub fn list(&self) -> Vec<Listed> {
+        let containers = lock(&self.containers).clone();
+        let mut listed: Vec<Listed> = containers
+            .into_iter()
+            .map(|(id, container)| container.listed(id))
+            .collect();
+        listed.sort_by(|a, b| a.id.cmp(&b.id));
+        listed
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
@@ -193,7 +281,16 @@ impl TaskService {
     /// AlreadyExists, InvalidArgument, or what the agent says; nothing is then left.
     pub async fn create_container(self: &Arc<Self>, new: New) -> Result<u32> {
         check_id(&new.id)?;
+        let annotation = |key| {
+            let annotations = new.spec.annotations().as_ref();
+            annotations
+                .and_then(|all| all.get(key))
+                .cloned()
+                .unwrap_or_default()
+        };
         let container = Arc::new(Container {
+            name: annotation("io.kubernetes.cri.container-name"),
+            image: annotation("io.kubernetes.cri.image-name"),
             bundle: new.bundle.clone(),
             shared: Mutex::default(),
             processes: Mutex::default(),
@@ -311,8 +408,9 @@ impl TaskService {
             names,
             terminal,
             pumps: Mutex::new(Some(pumps)),
+            started: OnceLock::new(),
             exit,
-            counted: Mutex::default(),
+            running: Mutex::default(),
         });
         lock(&container.processes).insert(exec.to_owned(), Arc::clone(&process));
         let watched = Arc::clone(&process);
@@ -357,8 +455,10 @@ impl TaskService {
             if let Some(pumps) = pumps {
                 pumps.finish(patience).await;
             }
-            let mut counted = lock(&process.counted);
-            *counted = None;
+            let mut running = lock(&process.running);
+            if let Some(running) = running.take() {
+                running.ended(&exit);
+            }
             process.exit.send_replace(Some(exit));
         });
         watched
@@ -381,12 +481,15 @@ impl TaskService {
             .await?
             .pid;
         process.pid.store(pid, Ordering::Relaxed);
-        if let Some(count) = self.count.get() {
-            let mut counted = lock(&process.counted);
-            let running = count(!exec.is_empty());
+        let _ = process.started.set(clock::now());
+        if let Some(started) = self.started.get() {
+            let mut kept = lock(&process.running);
+            let running = started(id, exec);
             // It may have ended already.
-            if process.exit.borrow().is_none() {
-                *counted = Some(running);
+            let exit = process.exit.borrow().clone();
+            match exit {
+                Some(exit) => running.ended(&exit),
+                None => *kept = Some(running),
             }
         }
         Ok(pid)
@@ -515,7 +618,10 @@ impl TaskService {
 }
 
 /// Ids become names in the shared directory and file names in the guest.
-fn check_id(id: &str) -> Result<()> {
+///
+/// # Errors
+/// This one cannot.
+pub fn check_id(id: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b'+');
     let sound = (1..=128).contains(&id.len())
         && id.bytes().all(good)
@@ -685,9 +791,15 @@ impl api::Task for Served {
     async fn create(
         &self,
         _: &TtrpcContext,
-        request: api::CreateTaskRequest,
+        mut request: api::CreateTaskRequest,
     ) -> Result<api::CreateTaskResponse> {
         let service = Arc::clone(&self.0);
+        if request.rootfs.is_empty() {
+            request.rootfs = lock(&service.prepared)
+                .get(&request.id)
+                .cloned()
+                .unwrap_or_default();
+        }
         let work = async move {
             if !request.checkpoint.is_empty() {
                 return Err(status(

@@ -97,7 +97,7 @@ answer_timeout = "60s"
 pub(super) const BRIDGE: &str = "cri-e2e0";
 
 /// Of the pods' network: a bridge with addresses of both kinds, and the node's ports mapped to pods.
-pub(super) fn cni(dir: &Path) -> String {
+pub fn cni(dir: &Path) -> String {
     format!(
         r#"{{
   "cniVersion": "1.0.0", "name": "cri-e2e", "plugins": [

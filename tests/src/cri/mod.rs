@@ -21,10 +21,11 @@ mod pod;
 mod runtime;
 mod stream;
 
+pub use config::cni;
 pub use container::{Container, Output, Security, args, script, security};
 pub use k8s_cri::v1 as api;
 pub use log::Line;
-pub use node::{End, Node};
+pub use node::{End, Node, containerd_bin};
 pub use pod::Pod;
 pub use runtime::{Runtime, code};
 pub use stream::{PortForward, Stream, Streamed};

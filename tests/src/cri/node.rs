@@ -8,7 +8,7 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Instant;
 
 /// containerd, cloisterd if it is wanted, and the folder they live in.
@@ -41,6 +41,11 @@ pub enum End {
 impl Node {
     /// Starts the daemons that these handlers need.
     pub fn start(handlers: &[&'static str]) -> Self {
+        Self::start_with(handlers, |config| config)
+    }
+
+    /// Starts them, cloisterd with its configuration changed.
+    pub fn start_with(handlers: &[&'static str], cloisterd: impl FnOnce(String) -> String) -> Self {
         // Sockets of pods lie in it, and their paths may not be long.
         let dir = Path::new("/run").join(format!("cri-{}", std::process::id()));
         fs::create_dir(&dir).unwrap();
@@ -71,15 +76,43 @@ impl Node {
         fs::write(node.path("cni/10-cri-e2e.conflist"), config::cni(&node.dir)).unwrap();
 
         if handlers.contains(&"cloister") {
-            let file = node.path("cloister/config.toml");
-            fs::write(&file, config::cloisterd(&node.dir)).unwrap();
-            node.spawn("cloisterd", file, "cloister/sandboxer.sock");
+            let config = cloisterd(config::cloisterd(&node.dir));
+            fs::write(node.path("cloister/config.toml"), config).unwrap();
+            node.spawn(
+                "cloisterd",
+                node.path("cloister/config.toml"),
+                "cloister/sandboxer.sock",
+            );
         }
         let file = node.path("containerd.toml");
         fs::write(&file, config::containerd(&node.dir)).unwrap();
         node.spawn("containerd", file, "containerd.sock");
         node.load_images();
         node
+    }
+
+    /// Runs `cloister` with the daemon's folders.
+    pub fn cloister(&self, args: &[&str]) -> Output {
+        self.cloister_command(args).output().unwrap()
+    }
+
+    /// The command for that.
+    pub fn cloister_command(&self, args: &[&str]) -> Command {
+        let mut command = self.command("cloister");
+        command
+            .arg("--state")
+            .arg(self.path("r"))
+            .arg("--root")
+            .arg(self.path("lib"))
+            .args(args)
+            .current_dir(&self.dir)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// The folder of all that.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -140,16 +173,14 @@ impl Node {
         daemons.find(|daemon| daemon.name == name).unwrap()
     }
 
-    /// Ends a daemon, for [`Node::start_again`].
-    pub fn end(&mut self, name: &str, how: End) {
+    /// Ends a daemon, for [`Node::start_again`], and answers how it ended.
+    pub fn end(&mut self, name: &str, how: End) -> ExitStatus {
         let daemon = self.daemon(name);
         match how {
             End::Asked => daemon.stop(),
-            End::Killed => {
-                daemon.process.kill().unwrap();
-                daemon.process.wait().unwrap();
-            }
+            End::Killed => daemon.process.kill().unwrap(),
         }
+        daemon.process.wait().unwrap()
     }
 
     /// Starts a daemon that was ended.
@@ -164,11 +195,6 @@ impl Node {
     /// The process of a daemon.
     pub fn pid(&mut self, name: &str) -> u32 {
         self.daemon(name).process.id()
-    }
-
-    /// A file or folder of the node.
-    pub fn file(&self, name: &str) -> PathBuf {
-        self.path(name)
     }
 
     /// What pods of Cloister could leave on the host, and in cloisterd.
@@ -236,7 +262,8 @@ impl Node {
     }
 }
 
-fn containerd_bin() -> PathBuf {
+/// Where containerd and its tools are.
+pub fn containerd_bin() -> PathBuf {
     let cache = std::env::var_os("CLOISTER_CACHE").map_or_else(
         || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache/cloister"),
         PathBuf::from,

@@ -33,7 +33,8 @@ pub fn code<T>(answer: Result<T, tonic::Status>) -> String {
 }
 
 impl Runtime {
-    pub(super) fn new(dir: &Path, handler: &'static str, handlers: &[&'static str]) -> Self {
+    /// Of the containerd whose socket and pods' logs are in this folder; to be called in a runtime.
+    pub fn new(dir: &Path, handler: &'static str, handlers: &[&'static str]) -> Self {
         let socket = dir.join("containerd.sock");
         let connector = tower::service_fn(move |_: Uri| {
             let socket = socket.clone();

@@ -28,10 +28,8 @@ pub fn no_such_memory(bed: &mut Bed) -> Outcome {
 
 /// The second plugin of a chain fails: what the first one made is gone, and kubelet's next try succeeds.
 pub fn cni_fails_midway(bed: &mut Bed) -> Outcome {
-    let list = bed.node.file("cni/10-cri-e2e.conflist");
+    let list = bed.node.dir().join("cni/10-cri-e2e.conflist");
     let good = fs::read_to_string(&list)?;
-    let plugins = bed.node.file("cni-bin");
-    fs::create_dir_all(&plugins)?;
     // Among the plugins that containerd knows, for it has one folder of them.
     let failing = "/usr/lib/cni/cloister-e2e-fails";
     fs::write(
@@ -70,7 +68,7 @@ pub fn cni_fails_midway(bed: &mut Bed) -> Outcome {
 
 /// No space for what is kept of a pod.
 pub fn disk_is_full(bed: &mut Bed) -> Outcome {
-    let state = bed.node.file("r/sandboxes");
+    let state = bed.node.dir().join("r/sandboxes");
     let mount = |arguments: &[&str]| -> Outcome {
         let status = Command::new("mount").args(arguments).arg(&state).status()?;
         ensure(status.success(), format_args!("mount {arguments:?}"))

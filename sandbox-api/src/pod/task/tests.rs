@@ -406,24 +406,43 @@ fn mount_points_stay_in_the_root() {
     assert!(!Path::new("/").join(&name).exists());
 }
 
+/// Who runs, and how those who ran ended.
+#[derive(Clone, Default)]
+struct Followed {
+    running: Arc<Mutex<Vec<String>>>,
+    ended: Arc<Mutex<Vec<(String, u32)>>>,
+}
+
+struct One(Followed, String);
+
+impl Running for One {
+    fn ended(self: Box<Self>, exit: &Exit) {
+        lock(&self.0.running).retain(|name| *name != self.1);
+        lock(&self.0.ended).push((self.1, exit.status));
+    }
+}
+
 #[tokio::test]
-async fn processes_are_counted_while_they_run() {
+async fn processes_are_followed_while_they_run() {
     let bed = bed().await;
     let root = Root::new();
-    let (all, execs) = (Arc::new(()), Arc::new(()));
-    let (of_all, of_execs) = (Arc::clone(&all), Arc::clone(&execs));
-    bed.service.count_processes(move |is_exec| {
-        Box::new((Arc::clone(&of_all), is_exec.then(|| Arc::clone(&of_execs))))
+    let followed = Followed::default();
+    let of_service = followed.clone();
+    bed.service.follow_processes(move |container, exec| {
+        let name = format!("{container}/{exec}");
+        lock(&of_service.running).push(name.clone());
+        Box::new(One(of_service.clone(), name))
     });
-    // Beside the two here and the two in the closure.
-    let running = || (Arc::strong_count(&all) - 2, Arc::strong_count(&execs) - 2);
+    let running = || lock(&followed.running).clone();
     bed.service
         .create_container(new("c1", &root, Output::Null))
         .await
         .unwrap();
-    assert_eq!(running(), (0, 0));
+    assert_eq!(running(), [""; 0]);
+    let listed = bed.service.list();
+    assert_eq!((listed[0].id.as_str(), listed[0].started), ("c1", None));
     bed.service.start_process("c1", "").await.unwrap();
-    assert_eq!(running(), (1, 0));
+    assert_eq!(running(), ["c1/"]);
     let exec = api::ExecProcessRequest {
         id: "c1".into(),
         exec_id: "e1".into(),
@@ -431,15 +450,22 @@ async fn processes_are_counted_while_they_run() {
     };
     bed.service.exec_process(exec).await.unwrap();
     bed.service.start_process("c1", "e1").await.unwrap();
-    assert_eq!(running(), (2, 1));
+    assert_eq!(running(), ["c1/", "c1/e1"]);
+    let listed = bed.service.list();
+    assert_eq!((listed.len(), listed[0].execs, &listed[0].exit), (1, 1, &None));
+    assert!(listed[0].started.is_some());
     bed.service.kill_process("c1", "", 9, false).await.unwrap();
     for exec in ["", "e1"] {
         bed.service.wait_process("c1", exec).await.unwrap();
     }
-    assert_eq!(running(), (0, 0));
+    assert_eq!(running(), [""; 0]);
+    let mut ended = lock(&followed.ended).clone();
+    ended.sort();
+    assert_eq!(ended, [("c1/".to_owned(), 137), ("c1/e1".to_owned(), 137)]);
+    assert_eq!(bed.service.list()[0].exit.as_ref().unwrap().status, 137);
     // The answer to a start can come after the end.
     bed.service.start_process("c1", "").await.unwrap();
-    assert_eq!(running(), (0, 0));
+    assert_eq!(running(), [""; 0]);
 }
 
 fn state_request(id: &str) -> api::StateRequest {

@@ -4,13 +4,16 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod isulad;
+mod operators;
+
 use cloister_sandbox_api::daemon::config::Config;
 use cloister_sandbox_api::daemon::controller::Service;
 use cloister_sandbox_api::daemon::controller::api::controller_server::ControllerServer;
 use cloister_sandbox_api::daemon::events::Publisher;
 use cloister_sandbox_api::daemon::metrics::{Metrics, SharedThreads};
 use cloister_sandbox_api::daemon::node::{Node, Only};
-use cloister_sandbox_api::daemon::uds;
+use cloister_sandbox_api::daemon::{admin, uds};
 use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
 use containerd_client::services::v1::sandbox::*;
 use k8s_cri::v1::{
@@ -25,13 +28,16 @@ use tonic::{Code, Request, Status};
 
 struct Bed {
     dir: PathBuf,
+    channel: Channel,
     client: ControllerClient<Channel>,
     server: tokio::task::JoinHandle<()>,
+    operators: tokio::task::JoinHandle<()>,
 }
 
 impl Drop for Bed {
     fn drop(&mut self) {
         self.server.abort();
+        self.operators.abort();
         std::fs::remove_dir_all(&self.dir).unwrap();
     }
 }
@@ -70,7 +76,10 @@ async fn serve(dir: PathBuf) -> Bed {
         workers: 1,
     };
     let metrics = Metrics::new(threads, []);
+    let admin_socket = admin::socket(&config.state_dir);
     let node = Node::new(config, cells, events, metrics).unwrap();
+    let admin_listener = uds::listen(&admin_socket).unwrap();
+    let operators = tokio::spawn(admin::serve(admin_listener, std::sync::Arc::clone(&node)));
     let server = tokio::spawn(async move {
         tonic::transport::Server::builder()
             .add_service(ControllerServer::new(Service(node)))
@@ -78,8 +87,14 @@ async fn serve(dir: PathBuf) -> Bed {
             .await
             .unwrap();
     });
-    let client = ControllerClient::new(uds::channel(&socket).await.unwrap());
-    Bed { dir, client, server }
+    let channel = uds::channel(&socket).await.unwrap();
+    Bed {
+        dir,
+        client: ControllerClient::new(channel.clone()),
+        channel,
+        server,
+        operators,
+    }
 }
 
 fn in_namespace<T>(message: T, namespace: &str) -> Request<T> {
@@ -185,7 +200,7 @@ impl Bed {
 async fn bad_requests_are_told_apart_and_make_nothing() {
     let mut bed = bed("bad").await;
     let pod = config(NamespaceMode::Pod);
-    let unnamed = bed.client.create(Request::new(creation("a", &pod))).await;
+    let unnamed = bed.client.create(in_namespace(creation("a", &pod), "")).await;
     assert_eq!(code(unnamed).0, Code::InvalidArgument);
     let long = "x".repeat(129);
     for id in ["", "../a", "a/b", ".", long.as_str()] {

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+//! What operators ask the daemon (`cloister ps`, `exec`, `console`, ...): HTTP/1.1 on `<state_dir>/admin.sock`, which admits
+//! root alone. Nothing is changed by it.
+//!
+//! | `GET` | answers |
+//! | --- | --- |
+//! | `/daemon` | [`report::Daemon`] |
+//! | `/pods` | an array of [`report::Pod`], oldest first |
+//! | `/pods/ID` | [`report::Details`] |
+//! | `/pods/ID/console` | what the guest's kernel has said lately; with `?follow`, and what it says until the VM ends |
+//! | `/events` | one [`Event`] a line; with `?follow`, without an end |
+//! | `/config` | the configuration that holds, without secrets |
+//! | `/metrics` | as on `metrics.listen` |
+//!
+//! JSON but for the last two and the console. To look by hand:
+//! `curl --unix-socket /run/cloister/admin.sock http://localhost/pods`.
+
+use super::config::Config;
+use super::event_log::Event;
+use super::metrics::CONTENT_TYPE;
+use super::node::Node;
+use super::report;
+use super::sandbox::{Phase, Sandbox};
+use futures_util::stream;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Bytes, Frame, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+use tokio::sync::broadcast::error::RecvError;
+
+/// Connections at once.
+const MAX_CONNECTIONS: usize = 64;
+/// Time for a request's header.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a console that is followed is looked at.
+const CONSOLE_PACE: Duration = Duration::from_millis(100);
+
+type Body = UnsyncBoxBody<Bytes, Infallible>;
+
+/// Where a daemon with this state folder listens.
+pub fn socket(state_dir: &Path) -> PathBuf {
+    state_dir.join("admin.sock")
+}
+
+/// Answers until it is dropped.
+pub async fn serve(listener: UnixListener, node: Arc<Node>) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        // Nobody closes the semaphore.
+        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let node = Arc::clone(&node);
+                tokio::spawn(async move {
+                    connection(stream, node).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                log::warn!("admin: cannot accept a connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: UnixStream, node: Arc<Node>) {
+    let answer = service_fn(move |request| {
+        let node = Arc::clone(&node);
+        async move { Ok::<_, Infallible>(answer(&request, node).await) }
+    });
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(16 << 10)
+        .serve_connection(TokioIo::new(stream), answer)
+        .await;
+    if let Err(error) = served {
+        log::debug!("admin: {error}");
+    }
+}
+
+async fn answer(request: &Request<Incoming>, node: Arc<Node>) -> Response<Body> {
+    if request.method() != Method::GET {
+        return refusal(StatusCode::METHOD_NOT_ALLOWED, "only GET");
+    }
+    let path: Vec<&str> = request.uri().path().trim_matches('/').split('/').collect();
+    let follow = request.uri().query() == Some("follow");
+    match path.as_slice() {
+        ["daemon"] => json(&report::Daemon::new(&node)),
+        ["pods"] => told(move || json(&pods(&node))).await,
+        ["pods", id, rest @ ..] => match (found(&node, id), rest) {
+            (Some(sandbox), []) => told(move || json(&report::Details::new(&sandbox))).await,
+            (Some(sandbox), ["console"]) => console(sandbox, follow),
+            _ => refusal(StatusCode::NOT_FOUND, "there is no such pod"),
+        },
+        ["events"] => events(&node, follow),
+        ["config"] => text("application/toml", without_secrets(&node.config).to_toml()),
+        ["metrics"] => told(move || text(CONTENT_TYPE, node.metrics.encode())).await,
+        _ => refusal(
+            StatusCode::NOT_FOUND,
+            "there are /daemon, /pods, /events, /config, /metrics",
+        ),
+    }
+}
+
+/// Off the event loops: it asks VMs, which may have to wait for a lock.
+async fn told(ask: impl FnOnce() -> Response<Body> + Send + 'static) -> Response<Body> {
+    tokio::task::spawn_blocking(ask)
+        .await
+        .unwrap_or_else(|e| refusal(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))
+}
+
+fn pods(node: &Node) -> Vec<report::Pod> {
+    let mut pods: Vec<report::Pod> = node.all().iter().map(|pod| report::Pod::new(pod)).collect();
+    pods.sort_by(|a, b| a.created.cmp(&b.created).then_with(|| a.id.cmp(&b.id)));
+    pods
+}
+
+fn found(node: &Node, id: &str) -> Option<Arc<Sandbox>> {
+    node.all().into_iter().find(|sandbox| sandbox.id() == id)
+}
+
+fn respond(kind: &'static str, body: Body) -> Response<Body> {
+    let mut response = Response::new(body);
+    let kind = HeaderValue::from_static(kind);
+    response.headers_mut().insert(header::CONTENT_TYPE, kind);
+    response
+}
+
+fn text(kind: &'static str, text: impl Into<Bytes>) -> Response<Body> {
+    respond(kind, Full::new(text.into()).boxed_unsync())
+}
+
+fn json(value: &impl serde::Serialize) -> Response<Body> {
+    match serde_json::to_vec(value) {
+        Ok(json) => text("application/json", json),
+        Err(error) => refusal(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
+}
+
+fn refusal(status: StatusCode, why: &str) -> Response<Body> {
+    let mut response = text("text/plain", format!("{why}\n"));
+    *response.status_mut() = status;
+    response
+}
+
+fn frame(bytes: impl Into<Bytes>) -> Result<Frame<Bytes>, Infallible> {
+    Ok(Frame::data(bytes.into()))
+}
+
+fn console(sandbox: Arc<Sandbox>, follow: bool) -> Response<Body> {
+    const KIND: &str = "application/octet-stream";
+    let (bytes, seen) = sandbox.console(0);
+    if !follow {
+        return text(KIND, bytes);
+    }
+    let pieces = stream::unfold(
+        (sandbox, seen, Some(bytes)),
+        |(sandbox, mut seen, first)| async move {
+            if let Some(first) = first.filter(|first| !first.is_empty()) {
+                return Some((frame(first), (sandbox, seen, None)));
+            }
+            loop {
+                // Before the look: what came up to the end is told below.
+                let over = sandbox.phase() >= Phase::Stopped;
+                let bytes;
+                (bytes, seen) = sandbox.console(seen);
+                if !bytes.is_empty() {
+                    return Some((frame(bytes), (sandbox, seen, None)));
+                }
+                if over {
+                    return None;
+                }
+                tokio::time::sleep(CONSOLE_PACE).await;
+            }
+        },
+    );
+    respond(KIND, StreamBody::new(pieces).boxed_unsync())
+}
+
+fn events(node: &Node, follow: bool) -> Response<Body> {
+    const KIND: &str = "application/x-ndjson";
+    let (kept, live) = node.log.listen();
+    let line = |event: &Event| {
+        let mut line = serde_json::to_vec(event).unwrap_or_default();
+        line.push(b'\n');
+        line
+    };
+    if !follow {
+        return text(KIND, kept.iter().flat_map(line).collect::<Vec<u8>>());
+    }
+    let lines = stream::unfold(
+        (VecDeque::from(kept), live),
+        move |(mut kept, mut live)| async move {
+            if let Some(event) = kept.pop_front() {
+                return Some((frame(line(&event)), (kept, live)));
+            }
+            loop {
+                match live.recv().await {
+                    Ok(event) => return Some((frame(line(&event)), (kept, live))),
+                    // A reader that is too slow for so many goes on with the next.
+                    Err(RecvError::Lagged(_)) => {}
+                    Err(RecvError::Closed) => return None,
+                }
+            }
+        },
+    );
+    respond(KIND, StreamBody::new(lines).boxed_unsync())
+}
+
+/// A collector's address can have a user's name and password in it.
+fn without_secrets(config: &Config) -> Config {
+    let mut config = config.clone();
+    if let Some(endpoint) = &mut config.tracing.otlp_endpoint
+        && let Some((scheme, rest)) = endpoint.split_once("://")
+    {
+        let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+        if let Some((_, host)) = authority.rsplit_once('@') {
+            *endpoint = format!("{scheme}://{host}{path}");
+        }
+    }
+    config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passwords_are_not_told() {
+        let public = |endpoint: &str| {
+            let mut config = Config::default();
+            config.tracing.otlp_endpoint = Some(endpoint.to_owned());
+            without_secrets(&config).tracing.otlp_endpoint.unwrap()
+        };
+        assert_eq!(
+            public("http://me:secret@c:4318/v1/traces"),
+            "http://c:4318/v1/traces"
+        );
+        assert_eq!(public("http://me:se@cret@c"), "http://c");
+        assert_eq!(public("http://c:4318/a@b"), "http://c:4318/a@b");
+    }
+}
