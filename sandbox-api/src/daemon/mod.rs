@@ -26,6 +26,7 @@ pub mod sandbox;
 pub mod steps;
 pub mod telemetry;
 pub mod uds;
+pub mod usage;
 pub mod vm_metrics;
 
 use config::Config;

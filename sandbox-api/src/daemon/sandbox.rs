@@ -19,21 +19,26 @@ use super::node::Node;
 use super::pod_plan::PodPlan;
 use super::steps::{POD_START, Steps};
 use super::telemetry;
+use super::usage;
 use crate::clock::{self, Millis};
 use crate::files;
 use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
-use crate::pod::machine::{Machine, MachineConfig};
+use crate::pod::machine::{Machine, MachineConfig, Room};
+use crate::pod::resize;
+use crate::pod::size::{Limits, Size};
 use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::TaskService;
 use crate::pod::vm::{self, PodVm};
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::task::Metrics;
+use cloister_vmm::Cell;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tokio::sync::watch;
 use tracing::Instrument;
 
@@ -131,6 +136,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// Its size.
+    #[error("sandbox {id}: {}", crate::error::chain(source))]
+    Resize {
+        /// The pod.
+        id: String,
+        /// Why.
+        source: resize::Error,
+    },
     /// The request does not go with the pod's phase.
     #[error("sandbox {id} is {phase}: it cannot be {verb}")]
     Phase {
@@ -165,6 +178,8 @@ pub struct Sandbox {
     phase: watch::Sender<Phase>,
     ask: watch::Sender<Ask>,
     service: OnceLock<Arc<TaskService>>,
+    /// Its VM, once there is one and as long as there is.
+    cell: OnceLock<Weak<Cell>>,
     /// A task walks it through its life.
     lives: AtomicBool,
     /// Why Start failed, for those who wait for it.
@@ -259,6 +274,7 @@ impl Sandbox {
             ask: watch::channel(Ask::Live).0,
             record: Mutex::new(record),
             service: OnceLock::new(),
+            cell: OnceLock::new(),
             lives: AtomicBool::new(false),
             failure: Mutex::default(),
             counted,
@@ -434,6 +450,37 @@ impl Sandbox {
         self.enter(Phase::Gone, |_| ());
     }
 
+    /// The pod as a whole may use something else from now on, with `overhead` bytes beside its containers.
+    ///
+    /// # Errors
+    /// It has no VM, or that cannot be had; nothing is changed then.
+    pub async fn resize(&self, limits: Limits, overhead: Option<u64>) -> Result<(), Arc<Error>> {
+        let service = self.service.get().filter(|_| self.phase() == Phase::Ready);
+        let Some(resizer) = service.and_then(|service| service.resizer()) else {
+            return Err(self.wrong_phase("resized"));
+        };
+        let resized = resizer.change_pod(limits, overhead).await;
+        resized.map_err(|source| {
+            Arc::new(Error::Resize {
+                id: self.id(),
+                source,
+            })
+        })
+    }
+
+    /// What it uses, as the host and its guest count it.
+    ///
+    /// # Errors
+    /// It has no VM.
+    pub async fn usage(&self) -> Result<Metrics, Arc<Error>> {
+        let cell = self.cell.get().and_then(Weak::upgrade);
+        let service = self.service.get().filter(|_| self.phase() == Phase::Ready);
+        match cell.zip(service) {
+            Some((cell, service)) => Ok(usage::of(&cell, service).await),
+            None => Err(self.wrong_phase("measured")),
+        }
+    }
+
     /// Waits for the end of the VM, or of a pod that never had one.
     pub async fn wait(&self) -> Exit {
         self.reached(Phase::Stopped).await;
@@ -498,6 +545,7 @@ impl Sandbox {
             let net = cni::connect(netns, plan.cpus.into()).await.map_err(net_error)?;
             nics = made.net.insert(net).take_cards();
         }
+        let room = self.room();
         let config = MachineConfig {
             name: format!("pod-{}", id.get(..12).unwrap_or(&id)),
             cpus: plan.cpus,
@@ -508,10 +556,12 @@ impl Sandbox {
             initrd: &self.profile.initrd,
             kernel_args: &self.profile.kernel_args,
             nics,
+            room,
         };
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
         let cell = Arc::clone(vm.machine.cell());
+        let _ = self.cell.set(Arc::downgrade(&cell));
         made.watch = Some(node.metrics.watch(self.labels(), cell));
         let vm = made.vm.insert(vm);
         steps.next("boot");
@@ -535,11 +585,27 @@ impl Sandbox {
                 Process::Container
             }))
         });
+        let booted = Size {
+            cpus: plan.cpus,
+            memory: plan.memory,
+        };
+        service.follow_limits(booted, room.cpus, self.profile.sizing(plan.overhead));
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {
             node.events.follow(&record.namespace, events, &node.metrics);
         }
         Ok(())
+    }
+
+    /// What its VM can be given while it runs.
+    fn room(&self) -> Room {
+        let host = std::thread::available_parallelism().map_or(1, usize::from);
+        let cpus = self.profile.resize_vcpus.min(self.profile.max_vcpus);
+        Room {
+            cpus: cpus.min(u8::try_from(host).unwrap_or(u8::MAX)),
+            memory: self.profile.max_memory.map_or_else(host_memory, |most| most.0),
+            disks: self.profile.block_volumes,
+        }
     }
 
     fn configuration(&self, plan: &PodPlan, net: Option<&PodNet>) -> ConfigureRequest {
@@ -573,6 +639,11 @@ impl Sandbox {
             }
         }
     }
+}
+
+fn host_memory() -> u64 {
+    let host = rustix::system::sysinfo();
+    host.totalram.saturating_mul(host.mem_unit.into())
 }
 
 fn asked_for() -> Exit {
