@@ -248,6 +248,12 @@ impl Default for Overhead {
     }
 }
 
+/// Bytes of RAM.
+fn host_memory() -> u64 {
+    let host = rustix::system::sysinfo();
+    host.totalram.saturating_mul(host.mem_unit.into())
+}
+
 /// A file of the guest: beside the program where it was built, or installed.
 fn guest_file(name: &str) -> PathBuf {
     let program = std::env::current_exe().ok();
@@ -422,7 +428,7 @@ impl Profile {
             },
             most: Size {
                 cpus: self.max_vcpus,
-                memory: self.max_memory.map_or(u64::MAX, |most| most.0),
+                memory: self.max_memory.map_or_else(host_memory, |most| most.0),
             },
             overhead: overhead.unwrap_or(self.overhead.memory.0),
         }

@@ -26,7 +26,7 @@ use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
 use crate::pod::machine::{Machine, MachineConfig, Room};
 use crate::pod::resize;
-use crate::pod::size::{Limits, Size};
+use crate::pod::size::{Limits, Size, Sizing};
 use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::TaskService;
 use crate::pod::vm::{self, PodVm};
@@ -545,7 +545,8 @@ impl Sandbox {
             let net = cni::connect(netns, plan.cpus.into()).await.map_err(net_error)?;
             nics = made.net.insert(net).take_cards();
         }
-        let room = self.room();
+        let sizing = self.profile.sizing(plan.overhead);
+        let room = self.room(&sizing);
         let config = MachineConfig {
             name: format!("pod-{}", id.get(..12).unwrap_or(&id)),
             cpus: plan.cpus,
@@ -589,7 +590,7 @@ impl Sandbox {
             cpus: plan.cpus,
             memory: plan.memory,
         };
-        service.follow_limits(booted, room.cpus, self.profile.sizing(plan.overhead));
+        service.follow_limits(booted, room.cpus, sizing);
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {
             node.events.follow(&record.namespace, events, &node.metrics);
@@ -598,12 +599,12 @@ impl Sandbox {
     }
 
     /// What its VM can be given while it runs.
-    fn room(&self) -> Room {
+    fn room(&self, sizing: &Sizing) -> Room {
         let host = std::thread::available_parallelism().map_or(1, usize::from);
-        let cpus = self.profile.resize_vcpus.min(self.profile.max_vcpus);
+        let cpus = self.profile.resize_vcpus.min(sizing.most.cpus);
         Room {
             cpus: cpus.min(u8::try_from(host).unwrap_or(u8::MAX)),
-            memory: self.profile.max_memory.map_or_else(host_memory, |most| most.0),
+            memory: sizing.most.memory,
             disks: self.profile.block_volumes,
         }
     }
@@ -639,11 +640,6 @@ impl Sandbox {
             }
         }
     }
-}
-
-fn host_memory() -> u64 {
-    let host = rustix::system::sysinfo();
-    host.totalram.saturating_mul(host.mem_unit.into())
 }
 
 fn asked_for() -> Exit {
