@@ -9,6 +9,7 @@
 
 use super::quantity::{Bytes, Listen, MilliCpus, check_absolute};
 use crate::cli::parse;
+use crate::pod::size::{Size, Sizing};
 use serde::de::{self, Deserializer};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -28,6 +29,8 @@ const MAX_FILE: u64 = 1 << 20;
 /// Most vCPUs of a VM.
 const MAX_VCPUS: u8 = 32;
 const HUGE_PAGE: u64 = 2 << 20;
+/// Leaves a VM places for a dozen network cards.
+const MAX_BLOCK_VOLUMES: u8 = 12;
 
 /// What the daemon is told.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -140,6 +143,8 @@ pub struct Profile {
     pub default_vcpus: u8,
     /// vCPUs a pod can have.
     pub max_vcpus: u8,
+    /// vCPUs a running pod can be brought to, if the host and `max_vcpus` have as many.
+    pub resize_vcpus: u8,
     /// RAM of a pod without a memory limit.
     pub default_memory: Bytes,
     /// RAM a pod can have; the host's without it.
@@ -149,6 +154,8 @@ pub struct Profile {
     pub overhead: Overhead,
     /// Pages that back the RAM.
     pub huge_pages: HugePages,
+    /// Raw block volumes that a pod can have at once.
+    pub block_volumes: u8,
     /// Window through which guests map files of their containers' roots; 0 for none.
     pub dax_window: Bytes,
     /// Longest time a VM may take until its agent is ready.
@@ -223,10 +230,12 @@ impl Default for Profile {
             kernel_args: Vec::new(),
             default_vcpus: 1,
             max_vcpus: MAX_VCPUS,
+            resize_vcpus: 8,
             default_memory: Bytes(256 << 20),
             max_memory: None,
             overhead: Overhead::default(),
             huge_pages: HugePages::default(),
+            block_volumes: 4,
             dax_window: Bytes(0),
             init_timeout: Duration::from_secs(60),
             answer_timeout: crate::pod::vigil::PATIENCE,
@@ -241,6 +250,12 @@ impl Default for Overhead {
             cpu: MilliCpus(100),
         }
     }
+}
+
+/// Bytes of RAM.
+fn host_memory() -> u64 {
+    let host = rustix::system::sysinfo();
+    host.totalram.saturating_mul(host.mem_unit.into())
 }
 
 /// A file of the guest: beside the program where it was built, or installed.
@@ -408,6 +423,21 @@ impl Config {
 }
 
 impl Profile {
+    /// What pods are sized by, with the overhead that their RuntimeClass declares.
+    pub fn sizing(&self, overhead: Option<u64>) -> Sizing {
+        Sizing {
+            default: Size {
+                cpus: self.default_vcpus,
+                memory: self.default_memory.0,
+            },
+            most: Size {
+                cpus: self.max_vcpus,
+                memory: self.max_memory.map_or_else(host_memory, |most| most.0),
+            },
+            overhead: overhead.unwrap_or(self.overhead.memory.0),
+        }
+    }
+
     fn check(&self) -> Result<(), (&'static str, String)> {
         let memory = self.default_memory;
         if !(1..=MAX_VCPUS).contains(&self.max_vcpus) {
@@ -423,6 +453,18 @@ impl Profile {
                     "{} is not between 1 and max_vcpus, which is {}",
                     self.default_vcpus, self.max_vcpus
                 ),
+            ));
+        }
+        if !(1..=MAX_VCPUS).contains(&self.resize_vcpus) {
+            return Err((
+                "resize_vcpus",
+                format!("{} is not between 1 and {MAX_VCPUS}", self.resize_vcpus),
+            ));
+        }
+        if self.block_volumes > MAX_BLOCK_VOLUMES {
+            return Err((
+                "block_volumes",
+                format!("{} is more than {MAX_BLOCK_VOLUMES}", self.block_volumes),
             ));
         }
         if memory.0 < parse::MIN_MEMORY {

@@ -18,17 +18,19 @@ use super::isulad::dialect::{
 };
 use super::isulad::{self, tasks};
 use super::node::{self, Node};
-use super::pod_plan::{PodPlan, Refusal, read_options};
+use super::pod_plan::{PodPlan, Refusal, UPDATED_RESOURCES, read_options, read_update};
 use super::sandbox::{self, Phase, Sandbox};
-use crate::clock::Millis;
+use crate::clock::{self, Millis};
+use crate::pod::resize;
 use crate::pod::task::TaskService;
 use cloister_protocol::RESOURCES_TYPE_URL;
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::task::UpdateTaskRequest;
 use cloister_protocol::ttrpc;
+use cloister_protocol::{METRICS_PACKAGE, pack};
 use containerd_client::services::v1::sandbox::*;
-use containerd_client::types::Platform;
+use containerd_client::types::{Metric, Platform};
 use prost_types::Timestamp;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -49,7 +51,7 @@ impl From<Refusal> for Status {
         match refusal {
             Refusal::Unsupported(_) => Self::unimplemented(refusal.to_string()),
             Refusal::Options(_) => Self::invalid_argument(refusal.to_string()),
-            Refusal::TooMuch { .. } => Self::out_of_range(refusal.to_string()),
+            Refusal::TooMuch(_) => Self::out_of_range(refusal.to_string()),
         }
     }
 }
@@ -71,6 +73,10 @@ impl From<&sandbox::Error> for Status {
             sandbox::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::InvalidInput => {
                 Self::invalid_argument(error.to_string())
             }
+            sandbox::Error::Resize { source, .. } => match source {
+                resize::Error::TooMuch(_) => Self::out_of_range(error.to_string()),
+                _ => Self::unavailable(error.to_string()),
+            },
             sandbox::Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {
                 Self::resource_exhausted(error.to_string())
             }
@@ -259,14 +265,35 @@ impl api::controller_server::Controller for Service {
     }
 
     async fn metrics(&self, request: Request<ControllerMetricsRequest>) -> Answer<ControllerMetricsResponse> {
-        self.find(&request, &request.get_ref().sandbox_id)?;
-        Err(Status::unimplemented("metrics of a sandbox"))
+        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        let usage = sandbox.usage().await.map_err(|error| Status::from(&*error))?;
+        let data = pack(METRICS_PACKAGE, &usage).map_err(|e| Status::internal(e.to_string()))?;
+        Ok(Response::new(ControllerMetricsResponse {
+            metrics: Some(Metric {
+                timestamp: Some(timestamp(clock::now())),
+                id: sandbox.id(),
+                data: Some(prost_types::Any {
+                    type_url: data.type_url,
+                    value: data.value,
+                }),
+            }),
+        }))
     }
 
     async fn update(&self, request: Request<ControllerUpdateRequest>) -> Answer<ControllerUpdateResponse> {
         let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
         if let Some(roots) = tasks::read(request.get_ref()) {
             service(&sandbox)?.prepare_only(roots.map_err(Status::invalid_argument)?);
+        }
+        let extensions = request.into_inner().sandbox.unwrap_or_default().extensions;
+        if let Some(extension) = extensions.get(UPDATED_RESOURCES)
+            && let Some((limits, overhead)) = read_update(extension)?
+        {
+            sandbox
+                .resize(limits, overhead)
+                .await
+                .map_err(|error| Status::from(&*error))?;
+            log::info!("sandbox {}: resized", sandbox.id());
         }
         Ok(Response::new(ControllerUpdateResponse {}))
     }
@@ -321,7 +348,10 @@ impl api::controller_server::Controller for Service {
             }),
             ..Default::default()
         };
-        service(&sandbox)?.update(&update).await.map_err(task_error)?;
+        service(&sandbox)?
+            .update_container(update)
+            .await
+            .map_err(task_error)?;
         Ok(Response::new(UpdateResourcesResponse {}))
     }
 }

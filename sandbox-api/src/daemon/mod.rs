@@ -31,6 +31,7 @@ pub mod sandbox;
 pub mod steps;
 pub mod telemetry;
 pub mod uds;
+pub mod usage;
 pub mod vm_metrics;
 
 use config::Config;

@@ -6,17 +6,13 @@
 use super::config::Profile;
 use super::isulad::options;
 use crate::net::dns;
+use crate::pod::size::{Limits, Size, TooMuch};
 use cloister_protocol::pod::DnsFiles;
 use k8s_cri::v1::{DnsConfig, LinuxContainerResources, NamespaceMode, PodSandboxConfig};
 use prost::Message;
 use prost_types::Any;
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
-
-/// RAM comes in steps of a huge page.
-const STEP: u64 = 2 << 20;
-/// Least RAM of a VM: guest kernel and agent, and a little for a container.
-const LEAST: u64 = 64 << 20;
 
 /// Why a pod cannot be had, as the client's mistake or ours to name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -30,17 +26,8 @@ pub enum Refusal {
     #[error("the sandbox's options cannot be read: {0}")]
     Options(String),
     /// More than the profile allows.
-    #[error("{what} of {asked} is more than the sandboxer's {key} of {most}")]
-    TooMuch {
-        /// "a memory limit", ...
-        what: &'static str,
-        /// What was asked for.
-        asked: u64,
-        /// The key of the configuration.
-        key: &'static str,
-        /// Its value.
-        most: u64,
-    },
+    #[error(transparent)]
+    TooMuch(#[from] TooMuch),
 }
 
 /// See the module. Plain data, kept in the pod's record.
@@ -64,6 +51,9 @@ pub struct PodPlan {
     pub cpus: u8,
     /// Bytes of RAM.
     pub memory: u64,
+    /// Bytes of RAM that are not the containers', as declared in the RuntimeClass; none: the sandboxer's.
+    #[serde(default)]
+    pub overhead: Option<u64>,
     /// The pod's cgroup on the host.
     pub cgroup_parent: String,
     /// Labels.
@@ -123,8 +113,10 @@ impl PodPlan {
                 return Err(Refusal::Unsupported("hostUsers: false"));
             }
         }
-        let resources = linux.resources.unwrap_or_default();
-        let overhead = linux.overhead.unwrap_or_default();
+        let overhead = declared(linux.overhead.as_ref());
+        let sizing = profile.sizing(overhead);
+        let limits = limits(&linux.resources.unwrap_or_default());
+        let Size { cpus, memory } = sizing.check(sizing.demand([limits]))?;
         let metadata = config.metadata.unwrap_or_default();
         Ok(Self {
             name: metadata.name,
@@ -138,8 +130,9 @@ impl PodPlan {
             },
             resolv_conf: resolv_conf(&config.dns_config.unwrap_or_default()),
             sysctls: sorted(linux.sysctls),
-            cpus: cpus(&resources, profile)?,
-            memory: memory(&resources, &overhead, profile)?,
+            cpus,
+            memory,
+            overhead,
             cgroup_parent: linux.cgroup_parent,
             labels: sorted(config.labels),
             annotations: sorted(config.annotations),
@@ -185,51 +178,62 @@ fn resolv_conf(dns: &DnsConfig) -> String {
     text
 }
 
-fn cpus(resources: &LinuxContainerResources, profile: &Profile) -> Result<u8, Refusal> {
-    let (quota, period) = (resources.cpu_quota, resources.cpu_period);
-    if quota <= 0 || period <= 0 {
-        return Ok(profile.default_vcpus);
-    }
-    let asked = u64::try_from(quota)
-        .unwrap_or(0)
-        .div_ceil(u64::try_from(period).unwrap_or(1))
-        .max(1);
-    u8::try_from(asked)
-        .ok()
-        .filter(|cpus| *cpus <= profile.max_vcpus)
-        .ok_or(Refusal::TooMuch {
-            what: "a CPU limit",
-            asked,
-            key: "max_vcpus",
-            most: profile.max_vcpus.into(),
-        })
+/// What containerd has put into an Update's extensions, JSON under this name, when a pod is resized in place.
+pub const UPDATED_RESOURCES: &str = "updated-resources";
+
+/// Go's names; of CRI's `LinuxContainerResources`, what a VM is sized by.
+#[derive(Default, serde::Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct UpdatedResources {
+    overhead: Option<UpdatedLimits>,
+    resources: Option<UpdatedLimits>,
 }
 
-fn memory(
-    resources: &LinuxContainerResources,
-    overhead: &LinuxContainerResources,
-    profile: &Profile,
-) -> Result<u64, Refusal> {
-    let positive = |bytes: i64| u64::try_from(bytes).ok().filter(|bytes| *bytes > 0);
-    let Some(limit) = positive(resources.memory_limit_in_bytes) else {
-        return Ok(profile.default_memory.0);
-    };
-    // The kernel and the agent are not the containers' to pay.
-    let beside = positive(overhead.memory_limit_in_bytes).unwrap_or(profile.overhead.memory.0);
-    let asked = limit
-        .saturating_add(beside)
-        .checked_next_multiple_of(STEP)
-        .unwrap_or(u64::MAX)
-        .max(LEAST);
-    match profile.max_memory {
-        Some(most) if asked > most.0 => Err(Refusal::TooMuch {
-            what: "a memory limit",
-            asked: limit,
-            key: "max_memory",
-            most: most.0,
-        }),
-        _ => Ok(asked),
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+struct UpdatedLimits {
+    cpu_period: i64,
+    cpu_quota: i64,
+    memory_limit_in_bytes: i64,
+}
+
+impl From<UpdatedLimits> for LinuxContainerResources {
+    fn from(limits: UpdatedLimits) -> Self {
+        Self {
+            cpu_period: limits.cpu_period,
+            cpu_quota: limits.cpu_quota,
+            memory_limit_in_bytes: limits.memory_limit_in_bytes,
+            ..Default::default()
+        }
     }
+}
+
+/// Reads what a pod as a whole may use from now on, and its overhead; none if that is not said.
+///
+/// # Errors
+/// It is not what containerd writes.
+pub fn read_update(extension: &Any) -> Result<Option<(Limits, Option<u64>)>, Refusal> {
+    let failed = |e: serde_json::Error| Refusal::Options(format!("{UPDATED_RESOURCES}: {e}"));
+    let updated: UpdatedResources = serde_json::from_slice(&extension.value).map_err(failed)?;
+    let overhead = updated.overhead.map(LinuxContainerResources::from);
+    Ok(updated
+        .resources
+        .map(|resources| (limits(&resources.into()), declared(overhead.as_ref()))))
+}
+
+/// Of all containers together.
+pub fn limits(resources: &LinuxContainerResources) -> Limits {
+    Limits::new(
+        resources.cpu_quota,
+        resources.cpu_period,
+        resources.memory_limit_in_bytes,
+    )
+}
+
+/// The RuntimeClass's overhead, if it has one.
+pub fn declared(overhead: Option<&LinuxContainerResources>) -> Option<u64> {
+    let bytes = overhead?.memory_limit_in_bytes;
+    u64::try_from(bytes).ok().filter(|bytes| *bytes > 0)
 }
 
 #[cfg(test)]
@@ -272,20 +276,40 @@ mod tests {
         assert_eq!(plan(50_000, 0).cpus, 1);
         assert_eq!(plan(250_000, 0).cpus, 3);
         let memory = plan(0, 100_000_000).memory;
-        assert!(memory >= 100_000_000 + profile.overhead.memory.0 && memory.is_multiple_of(STEP));
+        assert!(memory >= 100_000_000 + profile.overhead.memory.0);
         let error = PodPlan::new(resources(100_000_000, 0), &profile).unwrap_err();
         assert!(
             matches!(
                 error,
-                Refusal::TooMuch {
+                Refusal::TooMuch(TooMuch {
                     key: "max_vcpus",
                     asked: 1000,
                     ..
-                }
+                })
             ),
             "{error}"
         );
-        assert_eq!(plan(0, 1).memory.max(LEAST), plan(0, 1).memory);
+        assert!(plan(0, 1).memory >= profile.overhead.memory.0);
+    }
+
+    #[test]
+    fn an_update_says_what_the_pod_may_use() {
+        let read = |json: &str| {
+            read_update(&Any {
+                type_url: "io.containerd.cri.v1/UpdatedResources".into(),
+                value: json.into(),
+            })
+        };
+        let json = r#"{"Overhead":{"memory_limit_in_bytes":9},"Resources":{"cpu_period":100000,"cpu_quota":50000,
+            "cpu_shares":2,"memory_limit_in_bytes":1234,"unified":{"a":"b"}}}"#;
+        let expected = (Limits::new(50_000, 100_000, 1234), Some(9));
+        assert_eq!(read(json).unwrap(), Some(expected));
+        assert_eq!(read(r#"{"Overhead":null,"Resources":null}"#).unwrap(), None);
+        assert_eq!(
+            read(r#"{"Resources":{}}"#).unwrap(),
+            Some((Limits::default(), None))
+        );
+        assert!(matches!(read("protobuf"), Err(Refusal::Options(_))));
     }
 
     #[test]

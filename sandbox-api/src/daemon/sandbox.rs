@@ -20,16 +20,21 @@ use super::node::Node;
 use super::pod_plan::PodPlan;
 use super::steps::{POD_START, StepTime, Steps};
 use super::telemetry;
+use super::usage;
 use crate::clock::{self, Millis};
 use crate::files;
 use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
-use crate::pod::machine::{Machine, MachineConfig};
+use crate::pod::machine::{Machine, MachineConfig, Room};
+use crate::pod::resize;
+use crate::pod::size::{Limits, Size, Sizing};
 use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::{self, Running, TaskService};
 use crate::pod::vm::{self, PodVm};
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::task::Metrics;
+use cloister_vmm::Cell;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -137,6 +142,14 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+    /// Its size.
+    #[error("sandbox {id}: {}", crate::error::chain(source))]
+    Resize {
+        /// The pod.
+        id: String,
+        /// Why.
+        source: resize::Error,
+    },
     /// The request does not go with the pod's phase.
     #[error("sandbox {id} is {phase}: it cannot be {verb}")]
     Phase {
@@ -171,6 +184,8 @@ pub struct Sandbox {
     phase: watch::Sender<Phase>,
     ask: watch::Sender<Ask>,
     service: OnceLock<Arc<TaskService>>,
+    /// Its VM, once there is one and as long as there is.
+    cell: OnceLock<Weak<Cell>>,
     /// A task walks it through its life.
     lives: AtomicBool,
     /// Why Start failed, for those who wait for it.
@@ -274,6 +289,7 @@ impl Sandbox {
             ask: watch::channel(Ask::Live).0,
             record: Mutex::new(record),
             service: OnceLock::new(),
+            cell: OnceLock::new(),
             lives: AtomicBool::new(false),
             failure: Mutex::default(),
             machine: OnceLock::new(),
@@ -516,6 +532,37 @@ impl Sandbox {
         self.tell(Kind::Removed, None);
     }
 
+    /// The pod as a whole may use something else from now on, with `overhead` bytes beside its containers.
+    ///
+    /// # Errors
+    /// It has no VM, or that cannot be had; nothing is changed then.
+    pub async fn resize(&self, limits: Limits, overhead: Option<u64>) -> Result<(), Arc<Error>> {
+        let service = self.service.get().filter(|_| self.phase() == Phase::Ready);
+        let Some(resizer) = service.and_then(|service| service.resizer()) else {
+            return Err(self.wrong_phase("resized"));
+        };
+        let resized = resizer.change_pod(limits, overhead).await;
+        resized.map_err(|source| {
+            Arc::new(Error::Resize {
+                id: self.id(),
+                source,
+            })
+        })
+    }
+
+    /// What it uses, as the host and its guest count it.
+    ///
+    /// # Errors
+    /// It has no VM.
+    pub async fn usage(&self) -> Result<Metrics, Arc<Error>> {
+        let cell = self.cell.get().and_then(Weak::upgrade);
+        let service = self.service.get().filter(|_| self.phase() == Phase::Ready);
+        match cell.zip(service) {
+            Some((cell, service)) => Ok(usage::of(&cell, service).await),
+            None => Err(self.wrong_phase("measured")),
+        }
+    }
+
     /// Waits for the end of the VM, or of a pod that never had one.
     pub async fn wait(&self) -> Exit {
         self.reached(Phase::Stopped).await;
@@ -598,6 +645,8 @@ impl Sandbox {
             let net = cni::connect(netns, plan.cpus.into()).await.map_err(net_error)?;
             nics = made.net.insert(net).take_cards();
         }
+        let sizing = self.profile.sizing(plan.overhead);
+        let room = self.room(&sizing);
         let config = MachineConfig {
             name: cell_name(&id),
             cpus: plan.cpus,
@@ -608,11 +657,13 @@ impl Sandbox {
             initrd: &self.profile.initrd,
             kernel_args: &self.profile.kernel_args,
             nics,
+            room,
         };
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
         let _ = self.machine.set(Arc::downgrade(&vm.machine));
         let cell = Arc::clone(vm.machine.cell());
+        let _ = self.cell.set(Arc::downgrade(&cell));
         made.watch = Some(node.metrics.watch(self.labels(), cell));
         let vm = made.vm.insert(vm);
         steps.next("boot");
@@ -642,6 +693,11 @@ impl Sandbox {
                 id: container.to_owned(),
             })
         });
+        let booted = Size {
+            cpus: plan.cpus,
+            memory: plan.memory,
+        };
+        service.follow_limits(booted, room.cpus, sizing);
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {
             let (log, pod) = (self.log.clone(), self.labels());
@@ -651,6 +707,17 @@ impl Sandbox {
                 });
         }
         Ok(())
+    }
+
+    /// What its VM can be given while it runs.
+    fn room(&self, sizing: &Sizing) -> Room {
+        let host = std::thread::available_parallelism().map_or(1, usize::from);
+        let cpus = self.profile.resize_vcpus.min(sizing.most.cpus);
+        Room {
+            cpus: cpus.min(u8::try_from(host).unwrap_or(u8::MAX)),
+            memory: sizing.most.memory,
+            disks: self.profile.block_volumes,
+        }
     }
 
     fn configuration(&self, plan: &PodPlan, net: Option<&PodNet>) -> ConfigureRequest {

@@ -2,6 +2,7 @@
 //! What a cell and its devices count.
 
 use super::metrics::{Source, Totals};
+use cloister_devices::mem::BLOCK_SIZE;
 use cloister_vmm::{Cell, DeviceHandle};
 
 impl Source for Cell {
@@ -117,6 +118,22 @@ pub fn count(handle: &DeviceHandle, totals: &mut Totals) {
                 ],
                 &[
                     ("kept_pages", m.kept_pages.get()),
+                    ("bad_requests", m.bad_requests.get()),
+                ],
+            );
+        }
+        DeviceHandle::Mem(mem) => {
+            let m = mem.metrics();
+            let bytes = |blocks: u64| blocks.saturating_mul(BLOCK_SIZE);
+            add(
+                "mem",
+                &[
+                    ("plugged", bytes(m.plugged_blocks.get())),
+                    ("unplugged", bytes(m.unplugged_blocks.get())),
+                ],
+                &[
+                    ("refused_requests", m.refused_requests.get()),
+                    ("busy_requests", m.busy_requests.get()),
                     ("bad_requests", m.bad_requests.get()),
                 ],
             );

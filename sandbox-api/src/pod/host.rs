@@ -4,7 +4,7 @@
 
 use super::attach;
 use super::log::Writer;
-use super::machine::MachineConfig;
+use super::machine::{MachineConfig, Room};
 use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
 use super::task::{New, TaskService};
@@ -389,6 +389,7 @@ async fn start(
         initrd: &plan.initrd,
         kernel_args: &plan.kernel_args,
         nics: network.nics,
+        room: Room::default(),
     };
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
     tokio::select! {

@@ -2,9 +2,11 @@
 //! A pod's VM: a cell with the devices a pod needs, and its ways in and out for asynchronous code.
 
 use super::guest::{Guest, ShareOptions};
+use cloister_devices::block::{BlockConfig, CacheMode, DiskKind};
 use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, FsHandle};
-use cloister_devices::net::{Net, NetConfig};
-use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
+use cloister_devices::mem::MemHandle;
+use cloister_devices::net::NetConfig;
+use cloister_devices::vsock::{VsockConfig, VsockHandle};
 use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::{
@@ -49,6 +51,19 @@ pub struct MachineConfig<'a> {
     pub kernel_args: &'a [String],
     /// Network cards.
     pub nics: Vec<NetConfig>,
+    /// What it can be given while it runs.
+    pub room: Room,
+}
+
+/// What a VM can be given while it runs, beyond what it starts with. Without any it costs nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// vCPUs in all. Each costs the guest some 200 KiB of its RAM; no more than it starts with if this is less.
+    pub cpus: u8,
+    /// Bytes of RAM in all; no more than it starts with if this is less. Not with reserved huge pages.
+    pub memory: u64,
+    /// Disks.
+    pub disks: u8,
 }
 
 /// A VM that could not be made.
@@ -70,9 +85,9 @@ pub enum Error {
     /// The VMM refused.
     #[error("cannot create the virtual machine")]
     Create(#[from] cloister_vmm::CreateError),
-    /// A device refused.
-    #[error("cannot make the {0} device of the virtual machine")]
-    Device(&'static str, #[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A device is not there.
+    #[error("the virtual machine has no {0} device")]
+    Device(&'static str),
     /// It did not start.
     #[error("cannot start the virtual machine")]
     Start(#[from] cloister_vmm::LifecycleError),
@@ -86,6 +101,7 @@ pub struct Machine {
     cell: Arc<Cell>,
     fs: FsHandle,
     vsock: VsockHandle,
+    mem: Option<MemHandle>,
     /// What is attached, kept open: a mount that exists only as a descriptor goes with its last one.
     attached: Mutex<HashMap<String, OwnedFd>>,
     dead: watch::Receiver<Option<StopReason>>,
@@ -114,9 +130,6 @@ impl Machine {
             request_queues: config.cpus.into(),
             ..FsConfig::default()
         };
-        let (vsock, vsock_handle) =
-            Vsock::new(VsockConfig::new(GUEST_CID)).map_err(|e| Error::Device("vsock", e.into()))?;
-
         let mut command_line = BASE_COMMAND_LINE.to_owned();
         // The serial port needs no driver to be probed: the fastest for few words.
         if !config.kernel_args.iter().any(|word| word.starts_with("console=")) {
@@ -134,19 +147,17 @@ impl Machine {
         });
         let mut cell = CellConfig::new(config.name, boot);
         cell.vcpus = config.cpus;
+        cell.max_vcpus = config.room.cpus;
         cell.memory_mib = config.memory.div_ceil(1 << 20);
         cell.huge_pages = config.huge_pages;
         cell.devices.push(DeviceConfig::Fs {
             config: fs,
             dax_window: config.dax,
         });
-        cell.devices.push(DeviceConfig::Custom {
-            name: "vsock".into(),
-            device: Box::new(vsock),
-        });
-        for nic in config.nics {
-            cell.devices.push(net_device(nic)?);
-        }
+        cell.devices
+            .push(DeviceConfig::Vsock(VsockConfig::new(GUEST_CID)));
+        cell.devices
+            .extend(config.nics.into_iter().map(DeviceConfig::Net));
         cell.devices.push(DeviceConfig::Rng);
         cell.devices.push(DeviceConfig::Balloon { deflate_on_oom: true });
         if config
@@ -161,18 +172,31 @@ impl Machine {
                 size: None,
             });
         }
+        let more = config.room.memory.saturating_sub(config.memory) >> 20;
+        if more > 0 && config.huge_pages != HugePages::Reserved {
+            cell.devices.push(DeviceConfig::Mem { max_mib: more });
+        }
+        cell.devices
+            .extend((0..config.room.disks).map(|_| DeviceConfig::Slot));
         let cell = Arc::new(Cell::create(cell, host)?);
-        let fs = cell.devices().iter().find_map(|device| match device {
-            DeviceHandle::Fs(fs) => Some(fs.clone()),
-            _ => None,
-        });
-        let fs = fs.ok_or_else(|| Error::Device("file system", "it is not there".into()))?;
+        let (mut fs, mut vsock, mut mem) = (None, None, None);
+        for device in cell.devices() {
+            match device {
+                DeviceHandle::Fs(handle) => fs = Some(handle.clone()),
+                DeviceHandle::Vsock(handle) => vsock = Some(handle.clone()),
+                DeviceHandle::Mem(handle) => mem = Some(handle.clone()),
+                _ => {}
+            }
+        }
+        let fs = fs.ok_or(Error::Device("file system"))?;
+        let vsock = vsock.ok_or(Error::Device("vsock"))?;
         let dead = watch_end(&cell)?;
         cell.start()?;
         Ok(Arc::new(Self {
             cell,
             fs,
-            vsock: vsock_handle,
+            vsock,
+            mem,
             attached: Mutex::default(),
             dead,
         }))
@@ -302,6 +326,49 @@ impl Guest for Machine {
     fn give_up(&self, why: String) {
         self.cell.give_up(why);
     }
+
+    fn provide_vcpus(&self, count: u8) -> io::Result<u8> {
+        self.cell
+            .provide_vcpus(count)
+            .map_err(|e| io::Error::other(crate::error::chain(&e)))
+    }
+
+    fn request_memory(&self, bytes: u64) -> u64 {
+        self.mem.as_ref().map_or(0, |mem| mem.set_requested(bytes))
+    }
+
+    fn wait_memory(&self, patience: Duration) -> u64 {
+        self.mem.as_ref().map_or(0, |mem| {
+            let plugged = mem.plugged();
+            // It may still be letting go of what it has too much.
+            if plugged >= mem.requested() {
+                plugged
+            } else {
+                mem.wait(patience)
+            }
+        })
+    }
+
+    fn attach_disk(&self, disk: OwnedFd, read_only: bool) -> io::Result<u32> {
+        let config = BlockConfig {
+            fd: disk,
+            kind: DiskKind::BlockDevice,
+            read_only,
+            cache: CacheMode::default(),
+            serial: String::new(),
+            queues: 1,
+        };
+        let attached = self.cell.attach_block(config);
+        let (slot, _) = attached.map_err(|e| io::Error::other(crate::error::chain(&e)))?;
+        u32::try_from(slot).map_err(io::Error::other)
+    }
+
+    fn detach_disk(&self, slot: u32) -> io::Result<()> {
+        let slot = usize::try_from(slot).map_err(io::Error::other)?;
+        self.cell
+            .detach_block(slot)
+            .map_err(|e| io::Error::other(crate::error::chain(&e)))
+    }
 }
 
 /// Distribution kernels (bzImage) find their devices by ACPI, ours by its command line.
@@ -331,12 +398,4 @@ fn watch_end(cell: &Arc<Cell>) -> io::Result<watch::Receiver<Option<StopReason>>
         }
     });
     Ok(receiver)
-}
-
-fn net_device(config: NetConfig) -> Result<DeviceConfig, Error> {
-    let net = Net::new(config).map_err(|e| Error::Device("network", e.into()))?;
-    Ok(DeviceConfig::Custom {
-        name: "net".into(),
-        device: Box::new(net),
-    })
 }

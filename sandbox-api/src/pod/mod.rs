@@ -4,11 +4,15 @@
 pub mod agent;
 pub mod attach;
 pub mod detach_keys;
+pub mod devices;
+pub mod disks;
 pub mod guest;
 pub mod host;
 pub mod log;
 pub mod machine;
+pub mod resize;
 pub mod rewrite;
+pub mod size;
 pub mod state;
 pub mod streams;
 pub mod task;

@@ -15,27 +15,32 @@
 //! ttrpc drops a call whose connection breaks: what changes state runs in a task of its own.
 
 use super::agent::Agent;
+use super::devices::{self, Number};
+use super::disks::{self, Disks};
 use super::guest::{Guest, ShareOptions};
+use super::resize::{self, Resizer};
 use super::rewrite::{self, Share};
+use super::size::{Limits, Size, Sizing};
 use super::state::EXIT_KILLED;
 use super::streams::{Hub, Pumps, Stdio};
 use super::vigil::Vigil;
+use super::vm::QUICK;
 use crate::clock::{self, Millis};
-use crate::runtime::overlay;
+use crate::runtime::{image_mount, overlay};
 use async_trait::async_trait;
 use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::protobuf::well_known_types::empty::Empty;
 use cloister_protocol::protobuf::well_known_types::timestamp::Timestamp;
-use cloister_protocol::protobuf::{EnumOrUnknown, MessageField};
+use cloister_protocol::protobuf::{EnumOrUnknown, Message as _, MessageField};
 use cloister_protocol::task as api;
 use cloister_protocol::ttrpc::asynchronous::TtrpcContext;
-use cloister_protocol::ttrpc::context::Context;
+use cloister_protocol::ttrpc::context::{Context, with_duration};
 use cloister_protocol::ttrpc::{self, Code, Error};
 use cloister_protocol::{ETC_DIR, SHARED_DIR, SPEC_TYPE_URL};
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -122,6 +127,9 @@ pub struct TaskService {
     /// Root file systems of containers whose Create brings none, by id.
     prepared: Mutex<HashMap<String, Vec<api::Mount>>>,
     started: OnceLock<Started>,
+    disks: Disks,
+    /// Of a VM whose size follows its containers' limits.
+    resizer: OnceLock<Resizer>,
 }
 
 struct Container {
@@ -129,6 +137,8 @@ struct Container {
     image: String,
     bundle: String,
     shared: Mutex<Vec<String>>,
+    /// Block devices of the host that it uses.
+    disks: Mutex<Vec<Number>>,
     /// By exec id; the container's own has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
 }
@@ -201,6 +211,7 @@ impl TaskService {
         dead: watch::Receiver<Option<String>>,
         patience: Duration,
     ) -> Arc<Self> {
+        let disks = Disks::new(Arc::clone(&guest), agent.pod.clone(), disks::open);
         Arc::new(Self {
             vigil: Vigil::new(Arc::clone(&guest), agent.pod.clone(), dead.clone(), patience),
             guest,
@@ -210,6 +221,8 @@ impl TaskService {
             containers: Mutex::default(),
             prepared: Mutex::default(),
             started: OnceLock::new(),
+            disks,
+            resizer: OnceLock::new(),
         })
     }
 
@@ -234,14 +247,6 @@ impl TaskService {
         *lock(&self.prepared) = roots;
     }
 
-    /// Changes the limits of a container.
-    ///
-    /// # Errors
-    /// What the agent says.
-    pub async fn update(&self, request: &api::UpdateTaskRequest) -> Result<()> {
-        self.agent.task.update(no_deadline(), request).await.map(|_| ())
-    }
-
     /// All containers, by id.
     pub fn list(&self) -> Vec<Listed> {
         let containers = lock(&self.containers).clone();
@@ -251,6 +256,20 @@ impl TaskService {
             .collect();
         listed.sort_by(|a, b| a.id.cmp(&b.id));
         listed
+    }
+
+    /// Has the VM, which has booted with `booted` and can have `possible` vCPUs, follow the limits of its containers from now
+    /// on. Only the first call counts.
+    pub fn follow_limits(&self, booted: Size, possible: u8, sizing: Sizing) {
+        let (guest, pod) = (Arc::clone(&self.guest), self.agent.pod.clone());
+        let _ = self
+            .resizer
+            .set(Resizer::new(guest, pod, booted, possible, sizing));
+    }
+
+    /// What the VM's size follows, if it follows anything.
+    pub fn resizer(&self) -> Option<&Resizer> {
+        self.resizer.get()
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>> {
@@ -293,6 +312,7 @@ impl TaskService {
             image: annotation("io.kubernetes.cri.image-name"),
             bundle: new.bundle.clone(),
             shared: Mutex::default(),
+            disks: Mutex::default(),
             processes: Mutex::default(),
         });
         {
@@ -309,7 +329,7 @@ impl TaskService {
         let result = self.create_in(&container, new).await;
         if result.is_err() {
             lock(&self.containers).remove(&id);
-            self.unshare(&container);
+            self.part_with(&id, &container).await;
         }
         result
     }
@@ -324,6 +344,10 @@ impl TaskService {
             terminal,
         } = new;
         let shares = rewrite::for_guest(&mut spec, &id).map_err(|e| status(Code::INVALID_ARGUMENT, e))?;
+        if let Some(resizer) = self.resizer.get() {
+            resizer.enter(&id, Limits::of_spec(&spec)).await;
+        }
+        self.attach_disks(container, &mut spec).await?;
         prepare_root(root.as_fd(), &spec, &shares);
         let read_only = spec
             .root()
@@ -384,12 +408,75 @@ impl TaskService {
         Ok(())
     }
 
-    fn unshare(&self, container: &Container) {
+    /// Brings the block devices of the host that a specification names into the VM, and gives them their numbers there.
+    async fn attach_disks(&self, container: &Container, spec: &mut Spec) -> Result<()> {
+        let mut found = BTreeMap::new();
+        for (number, writable) in devices::wanted(spec, disks::path) {
+            let attached = self.disks.attach(number, writable).await;
+            let guests = attached.map_err(|e| status(Code::UNKNOWN, crate::error::chain(&e)))?;
+            lock(&container.disks).push(number);
+            found.insert(number, guests);
+        }
+        devices::rewrite(spec, &found);
+        Ok(())
+    }
+
+    /// Takes from the VM what a container had that is gone.
+    async fn part_with(&self, id: &str, container: &Container) {
         for name in std::mem::take(&mut *lock(&container.shared)) {
             if let Err(error) = self.guest.detach(&name) {
                 log::warn!("cannot take {name} from the VM: {error}");
             }
         }
+        let disks = std::mem::take(&mut *lock(&container.disks));
+        for number in disks {
+            self.disks.release(number, !self.is_dead()).await;
+        }
+        if let Some(resizer) = self.resizer.get() {
+            resizer.leave(id);
+            if !self.is_dead() {
+                resizer.settle().await;
+            }
+        }
+    }
+
+    /// Gives a container other limits, and the VM the size for them.
+    /// Changes the limits of a container, and with them the VM's size.
+    ///
+    /// # Errors
+    /// The VM cannot have so much, or what the agent says.
+    pub async fn update_container(&self, request: api::UpdateTaskRequest) -> Result<Empty> {
+        self.container(&request.id)?;
+        let Some(resizer) = self.resizer.get() else {
+            return self
+                .vigil
+                .over(self.agent.task.update(no_deadline(), &request))
+                .await;
+        };
+        let resources: LinuxResources = serde_json::from_slice(&request.resources.get_or_default().value)
+            .map_err(|e| status(Code::INVALID_ARGUMENT, format!("the resources: {e}")))?;
+        let before = resizer
+            .change(&request.id, |limits| limits.updated(&resources))
+            .await
+            .map_err(|e| {
+                let code = match e {
+                    resize::Error::TooMuch(_) => Code::OUT_OF_RANGE,
+                    _ => Code::UNAVAILABLE,
+                };
+                status(
+                    code,
+                    format!("container {}: {}", request.id, crate::error::chain(&e)),
+                )
+            })?;
+        let answer = self
+            .vigil
+            .over(self.agent.task.update(no_deadline(), &request))
+            .await;
+        match answer {
+            Ok(_) => resizer.settle().await,
+            Err(_) => resizer.restore(&request.id, before).await,
+        }
+        answer
     }
 
     /// Keeps a process and follows it to its end.
@@ -576,6 +663,21 @@ impl TaskService {
         Ok(response)
     }
 
+    /// What each container's cgroup in the guest counts. One that is gone meanwhile is left out.
+    pub async fn container_metrics(&self) -> Vec<api::Metrics> {
+        let ids: Vec<String> = lock(&self.containers).keys().cloned().collect();
+        let asked = ids.into_iter().map(async |id| {
+            let request = api::StatsRequest {
+                id,
+                ..Default::default()
+            };
+            let answer = self.agent.task.stats(with_duration(QUICK), &request).await.ok()?;
+            api::Metrics::parse_from_bytes(&answer.stats.get_or_default().value).ok()
+        });
+        let answers = futures_util::future::join_all(asked).await;
+        answers.into_iter().flatten().collect()
+    }
+
     /// Deletes the container, for its host.
     ///
     /// # Errors
@@ -608,7 +710,7 @@ impl TaskService {
                 .await?
         };
         if request.exec_id.is_empty() {
-            self.unshare(&container);
+            self.part_with(&request.id, &container).await;
             lock(&self.containers).remove(&request.id);
         } else {
             lock(&container.processes).remove(&request.exec_id);
@@ -735,6 +837,14 @@ fn mount_root(request: &api::CreateTaskRequest) -> Result<OwnedFd> {
         [mount] if mount.type_ == "overlay" => overlay::mount_options(&mount.options)
             .map_err(|e| unknown("root file system", crate::error::chain(&e))),
         [mount] if mount.type_ == "bind" => open(Path::new(&mount.source)),
+        [mount] if image_mount::TYPES.contains(&mount.type_.as_str()) => {
+            image_mount::mount(&mount.type_, Path::new(&mount.source), &mount.options).map_err(|e| {
+                unknown(
+                    &format!("root file system {} on {}", mount.type_, mount.source),
+                    e,
+                )
+            })
+        }
         [mount] => Err(status(
             Code::UNIMPLEMENTED,
             format!("a root file system of type {:?} is not supported", mount.type_),
@@ -958,10 +1068,8 @@ impl api::Task for Served {
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> Result<Empty> {
-        self.0
-            .vigil
-            .over(self.0.agent.task.update(no_deadline(), &request))
-            .await
+        let service = Arc::clone(&self.0);
+        through(async move { service.update_container(request).await }).await
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {

@@ -82,6 +82,11 @@ impl Runtime {
         Ok(path)
     }
 
+    /// Where cloisterd listens for containerd.
+    pub fn sandboxer(&self) -> PathBuf {
+        self.0.dir.join("cloister/sandboxer.sock")
+    }
+
     /// Where pods keep their logs.
     pub(super) fn pods(&self) -> PathBuf {
         self.0.dir.join("pods")

@@ -9,6 +9,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod block_volumes;
 mod containers;
 mod differences;
 mod exec;
@@ -20,6 +21,7 @@ mod network;
 mod pods;
 mod resources;
 mod security;
+mod size;
 mod stats;
 mod streams;
 
@@ -60,6 +62,8 @@ const CASES: &[Case] = cases! {
     namespaces { processes shared_processes in_common of_the_node }
     network { addresses reach between_pods host_port }
     resources { given changed out_of_memory processes }
+    size { follows_containers follows_the_pod }
+    block_volumes { written_and_read read_only not_there }
     stats { of_a_container of_a_pod }
 };
 

@@ -75,7 +75,7 @@ pub fn disk_is_full(bed: &mut Bed) -> Outcome {
     };
     // Smaller than a page: nothing can be made there.
     mount(&["-t", "tmpfs", "-o", "size=4k,nr_inodes=2,mode=700", "full"])?;
-    let outcome = bed.node.block_on(async {
+    let outcome: Outcome<api::PodSandboxConfig> = bed.node.block_on(async {
         let config = Pod::config(&bed.runtime);
         let refused = Pod::run(&bed.runtime, config.clone()).await;
         let text = refused.err().map_or_else(String::new, |error| error.to_string());

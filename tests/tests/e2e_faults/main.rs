@@ -45,7 +45,7 @@ const BYSTANDER: &str = "trap 'exit 0' TERM; sleep infinity & wait";
 
 impl Bed {
     fn start() -> Self {
-        let mut node = Node::start(&["cloister"]);
+        let node = Node::start(&["cloister"]);
         let runtime = node.runtime("cloister");
         let bystander = node.block_on(async {
             // The first pod leaves what is made once: the bridge, the files of its addresses.

@@ -217,6 +217,68 @@ fn disks_come_and_go() {
     bare.assert_unchanged();
 }
 
+/// What snapshotters of block devices and images hand over: mounted on the host, and gone with its last descriptor.
+#[test]
+fn disks_and_images_are_mounted_as_descriptors() {
+    use cloister_sandbox_api::runtime::image_mount;
+    use std::process::Command;
+    let dir = std::env::temp_dir().join(format!("e2e-images-{}", std::process::id()));
+    let tree = dir.join("tree");
+    std::fs::create_dir_all(&tree).unwrap();
+    std::fs::write(tree.join("file"), "from an image").unwrap();
+    let run = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin").args(args);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{program}: {output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    let path = |name: &str| dir.join(name).display().to_string();
+    let file = File::create(path("ext4")).unwrap();
+    file.set_len(32 * MIB).unwrap();
+    run("mkfs.ext4", &["-q", "-d", &path("tree"), &path("ext4")]);
+    run("mkfs.erofs", &["--quiet", &path("erofs"), &path("tree")]);
+    let loops = || run("losetup", &["--all"]);
+    let before = loops();
+    let options = |options: &[&str]| {
+        options
+            .iter()
+            .map(|&option| option.to_owned())
+            .collect::<Vec<_>>()
+    };
+    let mount = |kind: &str, source: &str, given: &[&str]| {
+        image_mount::mount(kind, std::path::Path::new(source), &options(given))
+    };
+    let at = |root: &std::os::fd::OwnedFd, name: &str| {
+        use std::os::fd::AsRawFd;
+        format!("/proc/self/fd/{}/{name}", root.as_raw_fd())
+    };
+    let root = mount("ext4", &path("ext4"), &["loop", "rw", "noatime"]).unwrap();
+    assert_eq!(
+        std::fs::read_to_string(at(&root, "file")).unwrap(),
+        "from an image"
+    );
+    std::fs::write(at(&root, "new"), "written").unwrap();
+    drop(root);
+    // On a device, this time, and not to be changed.
+    let device = run("losetup", &["--find", "--show", &path("ext4")]);
+    let root = mount("ext4", &device, &["ro"]).unwrap();
+    assert_eq!(std::fs::read_to_string(at(&root, "new")).unwrap(), "written");
+    assert!(std::fs::write(at(&root, "more"), "").is_err());
+    drop(root);
+    run("losetup", &["--detach", &device]);
+    let root = mount("erofs", &path("erofs"), &["loop"]).unwrap();
+    assert_eq!(
+        std::fs::read_to_string(at(&root, "file")).unwrap(),
+        "from an image"
+    );
+    drop(root);
+    assert!(mount("ext4", &path("erofs"), &["loop"]).is_err());
+    assert!(mount("ext4", &path("ext4"), &["loop", "no-such-option"]).is_err());
+    eventually("loop devices gone", || (loops() == before).then_some(()));
+    std::fs::remove_dir_all(dir).unwrap();
+}
+
 fn metrics(pod: &Pod, id: &str) -> Metrics {
     let request = StatsRequest {
         id: id.into(),

@@ -3,7 +3,10 @@
 
 use super::*;
 use crate::pod::streams::{Input, Output};
-use cloister_protocol::pod::{PingRequest, PingResponse, Pod, create_pod};
+use cloister_protocol::RESOURCES_TYPE_URL;
+use cloister_protocol::pod::{
+    BlockRequest, BlockResponse, OnlineRequest, OnlineResponse, PingRequest, PingResponse, Pod, create_pod,
+};
 use cloister_protocol::stream::StreamId;
 use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use std::io::Write;
@@ -16,6 +19,11 @@ struct FakeGuest {
     dial: mpsc::Sender<UnixStream>,
     attached: Mutex<HashMap<String, bool>>,
     given_up: Mutex<Option<String>>,
+    vcpus: Mutex<u8>,
+    pluggable: u64,
+    plugged: Mutex<u64>,
+    /// Whether they are read-only, by slot.
+    disks: Mutex<HashMap<u32, bool>>,
 }
 
 impl Guest for FakeGuest {
@@ -38,6 +46,32 @@ impl Guest for FakeGuest {
     fn give_up(&self, why: String) {
         lock(&self.given_up).get_or_insert(why);
     }
+    fn provide_vcpus(&self, count: u8) -> std::io::Result<u8> {
+        let mut vcpus = lock(&self.vcpus);
+        *vcpus = count.max(*vcpus);
+        Ok(*vcpus)
+    }
+    fn request_memory(&self, bytes: u64) -> u64 {
+        let bytes = bytes.min(self.pluggable);
+        *lock(&self.plugged) = bytes;
+        bytes
+    }
+    fn wait_memory(&self, _: Duration) -> u64 {
+        *lock(&self.plugged)
+    }
+    fn attach_disk(&self, _: OwnedFd, read_only: bool) -> std::io::Result<u32> {
+        let mut disks = lock(&self.disks);
+        let slot = (5..7).find(|slot| !disks.contains_key(slot));
+        let slot = slot.ok_or_else(|| std::io::Error::other("no slot"))?;
+        disks.insert(slot, read_only);
+        Ok(slot)
+    }
+    fn detach_disk(&self, slot: u32) -> std::io::Result<()> {
+        let taken = lock(&self.disks).remove(&slot);
+        taken
+            .map(|_| ())
+            .ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
 }
 
 /// Plays the agent: notes what it is asked, and ends processes when told.
@@ -49,6 +83,9 @@ struct FakeAgent {
     /// Answers nothing but Wait any more; not even a ping if so.
     silent: AtomicBool,
     deaf: AtomicBool,
+    updated: Mutex<Vec<api::UpdateTaskRequest>>,
+    /// What the Pod service was asked for, in words.
+    asked: Mutex<Vec<String>>,
 }
 
 impl FakeAgent {
@@ -56,6 +93,38 @@ impl FakeAgent {
         while silent.load(Ordering::Relaxed) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+}
+
+struct FakePod(Arc<FakeAgent>);
+
+#[async_trait]
+impl Pod for FakePod {
+    async fn ping(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
+        self.0.unless(&self.0.deaf).await;
+        Ok(PingResponse {
+            payload: request.payload,
+            ..Default::default()
+        })
+    }
+    async fn online(&self, _: &TtrpcContext, request: OnlineRequest) -> Result<OnlineResponse> {
+        lock(&self.0.asked).push(format!("online {}", request.cpus));
+        Ok(OnlineResponse {
+            cpus: request.cpus,
+            ..Default::default()
+        })
+    }
+    async fn attach_block(&self, _: &TtrpcContext, request: BlockRequest) -> Result<BlockResponse> {
+        lock(&self.0.asked).push(format!("attach {}", request.slot));
+        Ok(BlockResponse {
+            major: 254,
+            minor: request.slot * 16,
+            ..Default::default()
+        })
+    }
+    async fn detach_block(&self, _: &TtrpcContext, request: BlockRequest) -> Result<BlockResponse> {
+        lock(&self.0.asked).push(format!("detach {}", request.slot));
+        Err(status(Code::UNKNOWN, "it is in use"))
     }
 }
 
@@ -79,6 +148,14 @@ impl api::Task for FakeServed {
     }
     async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> Result<Empty> {
         lock(&self.0.execs).push(request);
+        Ok(Empty::new())
+    }
+    async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> Result<Empty> {
+        lock(&self.0.asked).push("update".into());
+        if request.annotations.contains_key("refuse") {
+            return Err(status(Code::UNKNOWN, "no"));
+        }
+        lock(&self.0.updated).push(request);
         Ok(Empty::new())
     }
     async fn start(&self, _: &TtrpcContext, _: api::StartRequest) -> Result<api::StartResponse> {
@@ -118,17 +195,6 @@ impl api::Task for FakeServed {
     }
 }
 
-#[async_trait]
-impl Pod for FakeServed {
-    async fn ping(&self, _: &TtrpcContext, request: PingRequest) -> Result<PingResponse> {
-        self.0.unless(&self.0.deaf).await;
-        Ok(PingResponse {
-            payload: request.payload,
-            ..Default::default()
-        })
-    }
-}
-
 struct Bed {
     service: Arc<TaskService>,
     agent: Arc<FakeAgent>,
@@ -148,6 +214,10 @@ async fn patient_bed(patience: Duration) -> Bed {
         dial,
         attached: Mutex::default(),
         given_up: Mutex::default(),
+        vcpus: Mutex::new(1),
+        pluggable: 1 << 30,
+        plugged: Mutex::default(),
+        disks: Mutex::default(),
     });
     let agent = Arc::new(FakeAgent::default());
     let connections =
@@ -161,7 +231,7 @@ async fn patient_bed(patience: Duration) -> Bed {
         .register_service(cloister_protocol::create_task(Arc::new(FakeServed(Arc::clone(
             &agent,
         )))))
-        .register_service(create_pod(Arc::new(FakeServed(Arc::clone(&agent)))));
+        .register_service(create_pod(Arc::new(FakePod(Arc::clone(&agent)))));
     server.start().await.unwrap();
     let hub = Hub::new();
     let (die, dead) = watch::channel(None);
@@ -525,4 +595,212 @@ async fn a_broken_connection_to_the_agent_loses_its_vm() {
     assert_eq!(exit.status, EXIT_KILLED);
     let why = lock(&bed.guest.given_up).clone().unwrap();
     assert!(why.contains("broke"), "{why}");
+}
+
+const MIB: u64 = 1 << 20;
+
+fn limited(id: &str, root: &Root, mib: i64, quota: i64) -> New {
+    let mut new = new(id, root, Output::Null);
+    let resources =
+        serde_json::json!({"memory": {"limit": mib << 20}, "cpu": {"quota": quota, "period": 100_000}});
+    let mut linux = new.spec.linux().clone().unwrap();
+    linux.set_resources(Some(serde_json::from_value(resources).unwrap()));
+    new.spec.set_linux(Some(linux));
+    new
+}
+
+fn update(id: &str, json: &serde_json::Value) -> api::UpdateTaskRequest {
+    api::UpdateTaskRequest {
+        id: id.into(),
+        resources: MessageField::some(Any {
+            type_url: RESOURCES_TYPE_URL.into(),
+            value: serde_json::to_vec(json).unwrap(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// A bed whose VM has booted with a processor and 256 MiB, and can have four and 1 GiB more.
+async fn resizable() -> Bed {
+    let bed = bed().await;
+    let booted = Size {
+        cpus: 1,
+        memory: 256 * MIB,
+    };
+    let sizing = Sizing {
+        default: booted,
+        most: Size {
+            cpus: 8,
+            memory: 2048 * MIB,
+        },
+        overhead: 64 * MIB,
+    };
+    bed.service.follow_limits(booted, 4, sizing);
+    bed
+}
+
+impl Bed {
+    /// vCPUs that were made, MiB that were plugged, and what the guest was asked since the last time.
+    fn seen(&self) -> (u8, u64, Vec<String>) {
+        let asked = std::mem::take(&mut *lock(&self.agent.asked));
+        (*lock(&self.guest.vcpus), *lock(&self.guest.plugged) / MIB, asked)
+    }
+}
+
+#[tokio::test]
+async fn a_vm_follows_the_limits_of_its_containers() {
+    let bed = resizable().await;
+    let root = Root::new();
+    let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
+    // It has room for one that is small, and for one without limits.
+    bed.service
+        .create_container(limited("a", &root, 64, 50_000))
+        .await
+        .unwrap();
+    assert_eq!(bed.seen(), (1, 0, words(&[])));
+    bed.service
+        .create_container(limited("b", &root, 256, 100_000))
+        .await
+        .unwrap();
+    // 64 + 256 + 64 of overhead.
+    assert_eq!(bed.seen(), (2, 128, words(&["online 2"])));
+    // Larger: first the VM, then the cgroup.
+    let json =
+        serde_json::json!({"memory": {"limit": 512 * MIB}, "cpu": {"quota": 250_000, "period": 100_000}});
+    bed.service.update_container(update("b", &json)).await.unwrap();
+    assert_eq!(bed.seen(), (3, 384, words(&["online 3", "update"])));
+    assert_eq!(lock(&bed.agent.updated).len(), 1);
+    // Smaller: the other way round.
+    let json = serde_json::json!({"memory": {"limit": 128 * MIB}, "cpu": {"quota": 150_000}});
+    bed.service.update_container(update("b", &json)).await.unwrap();
+    assert_eq!(bed.seen(), (3, 0, words(&["update", "online 2"])));
+    // The guest refuses: as it was.
+    let json = serde_json::json!({"memory": {"limit": 512 * MIB}, "cpu": {"quota": 400_000}});
+    let mut refused = update("b", &json);
+    refused.annotations.insert("refuse".into(), String::new());
+    bed.service.update_container(refused).await.unwrap_err();
+    // More processors than it can have are not asked for.
+    assert_eq!(bed.seen(), (4, 0, words(&["online 4", "update", "online 2"])));
+    // With the last one that needs it, what it needed goes.
+    let delete = api::DeleteRequest {
+        id: "b".into(),
+        ..Default::default()
+    };
+    bed.service.delete_container(delete).await.unwrap();
+    assert_eq!(bed.seen(), (4, 0, words(&["online 1"])));
+    assert_eq!(bed.service.resizer().unwrap().size().await.memory, 256 * MIB);
+}
+
+#[tokio::test]
+async fn what_a_vm_cannot_become_is_refused_and_changes_nothing() {
+    let bed = resizable().await;
+    let root = Root::new();
+    // It starts all the same, in what there is.
+    bed.service
+        .create_container(limited("huge", &root, 100_000, 900_000))
+        .await
+        .unwrap();
+    bed.seen();
+    let more = serde_json::json!({"memory": {"limit": 100_001 * MIB}});
+    let error = bed
+        .service
+        .update_container(update("huge", &more))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("max_memory"), "{error}");
+    // Something else about it can be changed.
+    let other = serde_json::json!({"memory": {"limit": 100_000 * MIB}, "cpu": {"shares": 512}});
+    bed.service
+        .update_container(update("huge", &other))
+        .await
+        .unwrap_err();
+    assert!(lock(&bed.agent.updated).is_empty());
+    let less = serde_json::json!({"memory": {"limit": 512 * MIB}});
+    bed.service.update_container(update("huge", &less)).await.unwrap();
+    assert_eq!(bed.seen().1, 320);
+    // More than can be plugged, though the sandboxer would allow it.
+    let json = serde_json::json!({"memory": {"limit": 1500 * MIB}});
+    let error = bed
+        .service
+        .update_container(update("huge", &json))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("not 1375731712"), "{error}");
+    assert_eq!(bed.seen().1, 320, "what it had it keeps");
+    for bad in ["", "[]", r#"{"memory":{"limit":"x"}}"#] {
+        let mut request = update("huge", &json);
+        request.resources.mut_or_insert_default().value = bad.into();
+        let error = bed.service.update_container(request).await.unwrap_err();
+        assert!(error.to_string().contains("the resources"), "{error}");
+    }
+    let error = bed
+        .service
+        .update_container(update("none", &json))
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("not found"), "{error}");
+}
+
+#[tokio::test]
+async fn a_pod_as_a_whole_is_resized() {
+    let bed = resizable().await;
+    let resizer = bed.service.resizer().unwrap();
+    let size = |cpus, mib| Size {
+        cpus,
+        memory: mib * MIB,
+    };
+    let limits = |quota, mib: i64| Limits::new(quota, 100_000, mib << 20);
+    resizer.change_pod(limits(200_000, 512), None).await.unwrap();
+    assert_eq!(resizer.size().await, size(2, 576));
+    // Its RuntimeClass has another overhead.
+    resizer.change_pod(limits(200_000, 512), Some(MIB)).await.unwrap();
+    assert_eq!(resizer.size().await, size(2, 514));
+    resizer.change_pod(limits(900_000, 512), None).await.unwrap_err();
+    assert_eq!(resizer.size().await, size(2, 514));
+    resizer.change_pod(limits(10, 1), None).await.unwrap();
+    assert_eq!(resizer.size().await, size(1, 256), "no less than it booted with");
+}
+
+#[tokio::test]
+async fn a_disk_comes_with_its_first_container_and_goes_with_its_last() {
+    let bed = bed().await;
+    let guest: Arc<dyn Guest> = Arc::<FakeGuest>::clone(&bed.guest);
+    let disks = Disks::new(guest, bed.service.agent.pod.clone(), |number, _| match number {
+        (7, 9) => Err(std::io::ErrorKind::NotFound.into()),
+        _ => Ok(std::fs::File::open("/dev/null")?.into()),
+    });
+    assert_eq!(disks.attach((7, 0), false).await.unwrap(), (254, 80));
+    assert_eq!(disks.attach((7, 0), false).await.unwrap(), (254, 80));
+    let error = disks.attach((7, 0), true).await.unwrap_err();
+    assert!(error.to_string().contains("read-only"), "{error}");
+    assert_eq!(disks.attach((7, 1), true).await.unwrap(), (254, 96));
+    assert_eq!(*lock(&bed.guest.disks), HashMap::from([(5, true), (6, false)]));
+    let error = disks.attach((7, 2), true).await.unwrap_err();
+    assert!(crate::error::chain(&error).contains("no slot"), "{error}");
+    let error = disks.attach((7, 9), true).await.unwrap_err();
+    assert!(error.to_string().contains("7:9"), "{error}");
+    disks.release((7, 0), true).await;
+    assert_eq!(lock(&bed.guest.disks).len(), 2);
+    // A guest that holds on to it loses it all the same.
+    disks.release((7, 0), true).await;
+    disks.release((7, 0), true).await;
+    assert_eq!(*lock(&bed.guest.disks), HashMap::from([(6, false)]));
+    // A VM that is dead is not asked.
+    disks.release((7, 1), false).await;
+    assert!(lock(&bed.guest.disks).is_empty());
+    assert_eq!(bed.seen().2, ["attach 5", "attach 6", "detach 5"]);
+}
+
+#[tokio::test]
+async fn a_device_that_the_host_does_not_have_is_named() {
+    let bed = bed().await;
+    let root = Root::new();
+    let mut new = new("c1", &root, Output::Null);
+    let linux = serde_json::json!({"devices": [{"path": "/dev/volume", "type": "b", "major": 5000, "minor": 1}],
+        "resources": {"devices": [{"allow": true, "type": "b", "major": 5000, "minor": 1, "access": "rwm"}]}});
+    new.spec.set_linux(Some(serde_json::from_value(linux).unwrap()));
+    let error = bed.service.create_container(new).await.unwrap_err();
+    assert!(error.to_string().contains("block device 5000:1"), "{error}");
+    assert!(lock(&bed.service.containers).is_empty() && lock(&bed.agent.created).is_empty());
 }

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Block devices of a specification: which of the host's a container asks for, and their numbers in the guest.
+//!
+//! A raw block volume is an entry of `linux.devices` with the host's number, and a rule of `linux.resources.devices` that
+//! allows it. A privileged container's specification lists every device of the host, under the host's names, and has one
+//! rule that allows all; those nobody asked for, and they stay the host's.
+
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+/// Number of a block device: major and minor.
+pub type Number = (u32, u32);
+
+/// Whether a container may write to each block device of the host that it asks for.
+///
+/// `host_name` is the path that the host has for a device.
+pub fn wanted(spec: &Spec, host_name: impl Fn(Number) -> Option<PathBuf>) -> BTreeMap<Number, bool> {
+    let Some(linux) = spec.linux() else {
+        return BTreeMap::new();
+    };
+    let rules = linux
+        .resources()
+        .as_ref()
+        .and_then(|resources| resources.devices().as_deref())
+        .unwrap_or_default();
+    let mut wanted = BTreeMap::new();
+    for device in linux.devices().iter().flatten() {
+        let Some(number) = number(device.major(), device.minor()) else {
+            continue;
+        };
+        if device.typ() != LinuxDeviceType::B {
+            continue;
+        }
+        let named = rules
+            .iter()
+            .any(|rule| rule.allow() && is_block(rule) && rule_number(rule) == Some(number));
+        if named || host_name(number).as_ref() != Some(device.path()) {
+            wanted.insert(number, may_write(rules, number));
+        }
+    }
+    wanted
+}
+
+/// Gives the devices their numbers in the guest; those that are not in `found` are left out, with the rules that allow them.
+pub fn rewrite(spec: &mut Spec, found: &BTreeMap<Number, Number>) {
+    let Some(mut linux) = spec.linux().clone() else {
+        return;
+    };
+    if let Some(mut devices) = linux.devices().clone() {
+        devices.retain_mut(|device| {
+            if device.typ() != LinuxDeviceType::B {
+                return true;
+            }
+            let guest = number(device.major(), device.minor()).and_then(|host| found.get(&host));
+            if let Some((major, minor)) = guest {
+                device.set_major((*major).into());
+                device.set_minor((*minor).into());
+            }
+            guest.is_some()
+        });
+        linux.set_devices(Some(devices));
+    }
+    if let Some(mut resources) = linux.resources().clone()
+        && let Some(mut rules) = resources.devices().clone()
+    {
+        rules.retain_mut(|rule| {
+            if !is_block(rule) || rule.major().is_none_or(|major| major < 0) {
+                return true;
+            }
+            let guest = rule_number(rule).and_then(|host| found.get(&host));
+            if let Some((major, minor)) = guest {
+                rule.set_major(Some((*major).into()));
+                rule.set_minor(Some((*minor).into()));
+            }
+            guest.is_some() || !rule.allow()
+        });
+        resources.set_devices(Some(rules));
+        linux.set_resources(Some(resources));
+    }
+    spec.set_linux(Some(linux));
+}
+
+fn number(major: i64, minor: i64) -> Option<Number> {
+    Some((u32::try_from(major).ok()?, u32::try_from(minor).ok()?))
+}
+
+fn is_block(rule: &LinuxDeviceCgroup) -> bool {
+    rule.typ() == Some(LinuxDeviceType::B)
+}
+
+/// The one device that a rule is about, if it is about one.
+fn rule_number(rule: &LinuxDeviceCgroup) -> Option<Number> {
+    number(rule.major()?, rule.minor()?)
+}
+
+/// The last rule that says something about writing counts; without any, nothing is allowed.
+fn may_write(rules: &[LinuxDeviceCgroup], (major, minor): Number) -> bool {
+    // A number that is left out, or negative, is any.
+    let is = |rule: Option<i64>, number: u32| rule.is_none_or(|rule| rule < 0 || rule == i64::from(number));
+    rules
+        .iter()
+        .rev()
+        .find(|rule| {
+            matches!(rule.typ(), None | Some(LinuxDeviceType::A | LinuxDeviceType::B))
+                && is(rule.major(), major)
+                && is(rule.minor(), minor)
+                && rule
+                    .access()
+                    .as_deref()
+                    .is_none_or(|access| access.is_empty() || access.contains('w'))
+        })
+        .is_some_and(LinuxDeviceCgroup::allow)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn spec(devices: Value, rules: Value) -> Spec {
+        let spec =
+            json!({"ociVersion": "1.2.0", "linux": {"devices": devices, "resources": {"devices": rules}}});
+        serde_json::from_value(spec).unwrap()
+    }
+
+    fn block(path: &str, major: i64, minor: i64) -> Value {
+        json!({"path": path, "type": "b", "major": major, "minor": minor, "fileMode": 0o660})
+    }
+
+    fn rule(allow: bool, major: i64, minor: i64, access: &str) -> Value {
+        json!({"allow": allow, "type": "b", "major": major, "minor": minor, "access": access})
+    }
+
+    fn host(number: Number) -> Option<PathBuf> {
+        (number == (8, 0)).then(|| "/dev/sda".into())
+    }
+
+    const NONE: fn(Number) -> Option<PathBuf> = |_| None;
+
+    #[test]
+    fn volumes_are_found_and_may_be_read_only() {
+        let deny = json!({"allow": false, "access": "rwm"});
+        let devices = json!([
+            block("/dev/a", 7, 0),
+            block("/dev/b", 7, 1),
+            block("/dev/c", 7, 2),
+            {"path": "/dev/other", "type": "c", "major": 1, "minor": 5},
+            block("/dev/d", -1, 2),
+        ]);
+        let rules = json!([deny, rule(true, 7, 0, "rwm"), rule(true, 7, 1, "r")]);
+        let expected = BTreeMap::from([((7, 0), true), ((7, 1), false), ((7, 2), false)]);
+        assert_eq!(wanted(&spec(devices, rules), NONE), expected);
+    }
+
+    #[test]
+    fn the_last_rule_counts() {
+        let may = |rules: Value| {
+            let spec = spec(json!([block("/dev/a", 7, 3)]), rules);
+            wanted(&spec, NONE)[&(7, 3)]
+        };
+        assert!(!may(json!([])));
+        assert!(may(json!([{"allow": true, "access": "rwm"}])));
+        assert!(may(json!([{"allow": true, "type": "a"}])));
+        assert!(may(json!([rule(true, 7, -1, "rw"), rule(false, 7, 4, "rwm")])));
+        assert!(!may(json!([rule(true, 7, 3, "rw"), rule(false, 7, 3, "w")])));
+        assert!(!may(json!([{"allow": true, "type": "c", "access": "rwm"}])));
+    }
+
+    #[test]
+    fn a_privileged_container_does_not_get_the_hosts_disks() {
+        let all = json!([{"allow": true, "access": "rwm"}]);
+        let devices = json!([block("/dev/sda", 8, 0), block("/dev/volume", 8, 0)]);
+        assert!(wanted(&spec(json!([block("/dev/sda", 8, 0)]), all.clone()), host).is_empty());
+        assert_eq!(
+            wanted(&spec(devices, all), host),
+            BTreeMap::from([((8, 0), true)])
+        );
+        // Asked for by the host's own name.
+        let named = spec(json!([block("/dev/sda", 8, 0)]), json!([rule(true, 8, 0, "r")]));
+        assert_eq!(wanted(&named, host), BTreeMap::from([((8, 0), false)]));
+    }
+
+    #[test]
+    fn numbers_become_the_guests() {
+        let mut spec = spec(
+            json!([
+                block("/dev/a", 7, 0),
+                block("/dev/sda", 8, 0),
+                {"path": "/dev/null", "type": "c", "major": 1, "minor": 3},
+            ]),
+            json!([
+                {"allow": false, "access": "rwm"},
+                rule(true, 7, 0, "rwm"),
+                rule(true, 8, 0, "rwm"),
+                rule(true, 8, -1, "rwm"),
+                rule(false, 8, 1, "rwm"),
+                rule(true, -1, -1, "m"),
+                {"allow": true, "type": "c", "major": 8, "minor": 0, "access": "r"},
+            ]),
+        );
+        rewrite(&mut spec, &BTreeMap::from([((7, 0), (254, 16))]));
+        let linux = serde_json::to_value(spec.linux()).unwrap();
+        let numbers = |list: &Value| -> Vec<(Value, Value)> {
+            let items = list.as_array().unwrap().iter();
+            items
+                .map(|item| (item["major"].clone(), item["minor"].clone()))
+                .collect()
+        };
+        let pair = |major: i64, minor: i64| (json!(major), json!(minor));
+        assert_eq!(numbers(&linux["devices"]), [pair(254, 16), pair(1, 3)]);
+        assert_eq!(linux["devices"][0]["fileMode"], 0o660);
+        assert_eq!(
+            numbers(&linux["resources"]["devices"]),
+            [
+                (Value::Null, Value::Null),
+                pair(254, 16),
+                pair(8, 1),
+                pair(-1, -1),
+                pair(8, 0)
+            ]
+        );
+    }
+}
