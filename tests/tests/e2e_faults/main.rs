@@ -41,7 +41,19 @@ const CASES: &[Case] = &[
     ("cloisterd_is_killed", daemons::cloisterd_is_killed),
 ];
 
-const BYSTANDER: &str = "trap 'exit 0' TERM; sleep infinity & wait";
+async fn bystander(runtime: &Runtime) -> Outcome<Container> {
+    let pod = Pod::run(runtime, Pod::config(runtime)).await?;
+    let container = pod
+        .start(script("trap 'exit 0' TERM; sleep infinity & wait"))
+        .await?;
+    is_well(&container).await?;
+    Ok(container)
+}
+
+async fn is_well(bystander: &Container) -> Outcome {
+    let said = bystander.exec(&["echo", "still here"]).await?;
+    ensure(said.stdout == "still here\n", format_args!("{said:?}"))
+}
 
 impl Bed {
     fn start() -> Self {
@@ -52,8 +64,7 @@ impl Bed {
             let first = Pod::run(&runtime, Pod::config(&runtime)).await?;
             first.output(script("true")).await?.good()?;
             first.remove().await?;
-            let pod = Pod::run(&runtime, Pod::config(&runtime)).await?;
-            pod.start(script(BYSTANDER)).await
+            bystander(&runtime).await
         });
         let bystander = bystander.unwrap_or_else(|error| panic!("{error}\n{}", node.said()));
         Self {
@@ -70,8 +81,7 @@ impl Bed {
         let begin = Instant::now();
         case(self)?;
         eprintln!("{name}: {:.1?}", begin.elapsed());
-        let said = self.node.block_on(self.bystander.exec(&["echo", "still here"]))?;
-        ensure(said.stdout == "still here\n", format_args!("{said:?}"))?;
+        self.node.block_on(is_well(&self.bystander))?;
         if self.node.pid("cloisterd") == pid {
             host.assert_unchanged();
             daemon.assert_no_more();
@@ -81,10 +91,7 @@ impl Bed {
 
     /// Instead of the one that was removed.
     fn new_bystander(&mut self) -> Outcome {
-        self.bystander = self.node.block_on(async {
-            let pod = Pod::run(&self.runtime, Pod::config(&self.runtime)).await?;
-            pod.start(script(BYSTANDER)).await
-        })?;
+        self.bystander = self.node.block_on(bystander(&self.runtime))?;
         Ok(())
     }
 }
