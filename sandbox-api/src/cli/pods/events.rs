@@ -111,8 +111,10 @@ mod tests {
         }
         let unnamed = Event {
             name: String::new(),
+            namespace: String::new(),
             ..Event::now(Kind::Oom, &pod).of_container("c0ffee")
         };
-        assert!(text(&unnamed).ends_with(" oom pod=0123456789ab container=c0ffee"));
+        let line = text(&unnamed);
+        assert!(line.ends_with(" oom pod=0123456789ab container=c0ffee"), "{line}");
     }
 }

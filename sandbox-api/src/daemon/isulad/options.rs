@@ -226,7 +226,6 @@ mod tests {
         assert_eq!(read(b"{}").unwrap().hostname, "");
         for json in [
             &b"{"[..],
-            b"[]",
             br#"{"hostname":5}"#,
             br#"{"linux":{"securityContext":{"namespaceOptions":{"network":"MOON"}}}}"#,
             br#"{"linux":{"resources":{"cpuQuota":"many"}}}"#,
