@@ -151,28 +151,36 @@ impl Resizer {
     /// A container is about to get other limits; the VM becomes large enough for them. Answers those that it had.
     ///
     /// # Errors
-    /// It cannot; nothing is changed then.
+    /// They need more than before, and it cannot be had; nothing is changed then.
     pub async fn change(
         &self,
         container: &str,
         change: impl FnOnce(Limits) -> Limits,
     ) -> Result<Limits, Error> {
-        let before = {
+        let (before, rises) = {
             let mut wanted = self.wanted();
             let before = wanted.containers.get(container).copied().unwrap_or_default();
             let old = self.demand(&wanted);
             wanted.containers.insert(container.to_owned(), change(before));
-            if let Err(error) = self.check_rise(old, self.demand(&wanted)) {
+            let new = self.demand(&wanted);
+            if let Err(error) = self.check_rise(old, new) {
                 wanted.containers.insert(container.to_owned(), before);
                 return Err(error);
             }
-            before
+            (before, new.max(old) != old)
         };
-        if let Err(error) = self.grow().await {
-            self.restore(container, before).await;
-            return Err(error);
+        match self.grow().await {
+            Err(error) if rises => {
+                self.restore(container, before).await;
+                Err(error)
+            }
+            Err(error) => {
+                let why = crate::error::chain(&error);
+                log::warn!("container {container}: the VM is too small as before: {why}");
+                Ok(before)
+            }
+            Ok(()) => Ok(before),
         }
-        Ok(before)
     }
 
     /// Undoes a [`change`](Self::change).

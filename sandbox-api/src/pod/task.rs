@@ -666,12 +666,13 @@ impl TaskService {
     /// What each container's cgroup in the guest counts. One that is gone meanwhile is left out.
     pub async fn container_metrics(&self) -> Vec<api::Metrics> {
         let ids: Vec<String> = lock(&self.containers).keys().cloned().collect();
-        let asked = ids.into_iter().map(async |id| {
+        let asked = ids.into_iter().map(|id| async move {
             let request = api::StatsRequest {
                 id,
                 ..Default::default()
             };
-            let answer = self.agent.task.stats(with_duration(QUICK), &request).await.ok()?;
+            let answer = self.agent.task.stats(with_duration(QUICK), &request).await;
+            let answer = answer.ok()?;
             api::Metrics::parse_from_bytes(&answer.stats.get_or_default().value).ok()
         });
         let answers = futures_util::future::join_all(asked).await;

@@ -2,6 +2,7 @@
 //! In-place resize: what a container can use follows its limits, up and down. With Cloister that takes a VM which grows and
 //! shrinks; with runc the node is always large enough.
 
+use cloister_protocol::protobuf::Message as _;
 use cloister_sandbox_api::daemon::uds;
 use cloister_tests::cri::{Container, Outcome, Pod, Runtime, api, args, ensure, eventually};
 use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
@@ -28,10 +29,10 @@ async fn machine(container: &Container) -> Outcome<(u32, u64)> {
     Ok((next().parse()?, next().parse()?))
 }
 
-/// Whether it can fill so much memory.
-async fn fills(container: &Container, mib: i64) -> Outcome<i32> {
+/// So many MiB, kept in memory; how many bytes come out of it.
+async fn fills(container: &Container, mib: i64) -> Outcome<String> {
     let text = format!("head -c {mib}M /dev/zero | tail -c {mib}M | wc -c");
-    Ok(container.exec_script(&text).await?.code)
+    Ok(container.exec_script(&text).await?.stdout)
 }
 
 /// Waits until the VM is as small as it was, but for what the guest cannot let go of at once.
@@ -79,7 +80,7 @@ pub async fn follows_containers(runtime: &Runtime) -> Outcome<Value> {
     update(400, 150_000).await?;
     let again = machine(&container).await?;
     ensure(
-        again.0 == large.0 && again.1 > small.1 + 180,
+        !is_vm || (again.0 == large.0 && again.1 > small.1 + 180),
         format_args!("{again:?}"),
     )?;
     seen.push(json!([cgroup().await?, fills(&container, 300).await?]));
@@ -152,7 +153,6 @@ pub async fn follows_the_pod(runtime: &Runtime) -> Outcome<Value> {
             data.type_url == "io.containerd.cgroups.v2.Metrics",
             &data.type_url,
         )?;
-        use cloister_protocol::protobuf::Message as _;
         let usage = cloister_protocol::task::Metrics::parse_from_bytes(&data.value)?;
         let memory = &usage.memory;
         let sound = usage.pids.current == 1

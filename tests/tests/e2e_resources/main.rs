@@ -18,7 +18,7 @@ use cloister_protocol::protobuf::Message as _;
 use cloister_protocol::task::{Metrics, StatsRequest, UpdateTaskRequest};
 use cloister_protocol::{RESOURCES_TYPE_URL, protobuf};
 use cloister_tests::e2e::{PATIENCE, ProcessFootprint, eventually};
-use cloister_vmm::{AttachError, CellHost, CellHostConfig, DeviceConfig, DeviceHandle};
+use cloister_vmm::{AttachError, CellConfig, CellHost, CellHostConfig, DeviceConfig, DeviceHandle};
 use pod::{Pod, ctx};
 use serde_json::json;
 
@@ -215,6 +215,42 @@ fn disks_come_and_go() {
     pod.stop();
     drop((first, second));
     bare.assert_unchanged();
+}
+
+/// What a VM may be given later costs its boot little: exits, and memory that the guest takes.
+#[test]
+fn room_costs_little() {
+    let host = host();
+    let boot = |name: &str, adapt: fn(&mut CellConfig)| {
+        let pod = Pod::start(&host, name, adapt);
+        let exits = pod.cell.stats();
+        let memory = memory_total(&pod);
+        pod.stop();
+        (
+            exits.mmio_read + exits.mmio_write + exits.io_in + exits.io_out,
+            memory,
+        )
+    };
+    let plain = boot("plain", |_| {});
+    let cost = |name: &str, adapt| {
+        let (exits, memory) = boot(name, adapt);
+        let cost = (
+            exits.saturating_sub(plain.0),
+            plain.1.saturating_sub(memory) >> 10,
+        );
+        eprintln!("{name}: {} exits, {} KiB", cost.0, cost.1);
+        cost
+    };
+    let slots = cost("4 slots", |config| {
+        config.devices.extend((0..4).map(|_| DeviceConfig::Slot));
+    });
+    let mem = cost("memory device", |config| {
+        config.devices.push(DeviceConfig::Mem { max_mib: 16 << 10 });
+    });
+    let vcpus = cost("7 more vCPUs", |config| config.max_vcpus = 8);
+    assert!(slots.0 < 60 && slots.1 < 256, "{slots:?}");
+    assert!(mem.0 < 100 && mem.1 < 256, "{mem:?}");
+    assert!(vcpus.0 < 60 && vcpus.1 < 7 * 300, "{vcpus:?}");
 }
 
 /// What snapshotters of block devices and images hand over: mounted on the host, and gone with its last descriptor.
