@@ -49,11 +49,13 @@ use crate::device_set::{self, Connect as _, DeviceHandle, OnFailure, Placed, Reg
 use crate::error::{CreateError, LifecycleError};
 use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
+use crate::image::{self, Image, Shape, Whole, Written};
 use crate::memory::{Memory, SlotRange};
 use crate::spare::{Kind, Spare};
 use crate::stats::{self, CellStats, KvmStat};
 use crate::stop::{StopReason, classify_halt};
 use crate::vcpu::{Access, VcpuControl, VcpuThread, lock_fd};
+use crate::x86_64::cpu_check;
 use crate::x86_64::interrupt_chip::Chip;
 use crate::x86_64::ioapic::{Asserted, REGISTERS_SIZE};
 use crate::x86_64::ports::{
@@ -95,6 +97,10 @@ impl std::fmt::Display for CellState {
 /// A saved cell without its RAM: versioned states of all parts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedCell {
+    /// What it consists of.
+    pub(crate) shape: Shape,
+    /// What its guest has seen in CPUID.
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     vcpus: Vec<SavedState>,
     chip: SavedState,
     devices: Vec<SavedState>,
@@ -335,7 +341,8 @@ pub(crate) struct Machine {
     chip: Chip,
     vm: Arc<VmFd>,
     windows: Vec<DaxPlacement>,
-    memory: Memory,
+    memory: Arc<Memory>,
+    shape: Shape,
     /// Which spares fit it.
     kind: Option<Kind>,
     /// Where the initial RAM disk was put.
@@ -358,6 +365,7 @@ impl Machine {
             vm,
             windows,
             memory,
+            shape: _,
             kind: _,
             initrd: _,
         } = self;
@@ -459,13 +467,13 @@ impl Cell {
         self.ram.upgrade()
     }
 
-    /// Another descriptor of the memory file, while the cell has it.
+    /// Another descriptor of the memory file, while the cell has it. A clone has none.
     pub fn memory_file(&self) -> Option<OwnedFd> {
         let inner = self.shared.lock();
         inner
             .machine
             .as_ref()
-            .and_then(|machine| machine.memory.file().try_clone_to_owned().ok())
+            .and_then(|machine| machine.memory.file()?.try_clone_to_owned().ok())
     }
 
     /// Bytes of the host's memory that the guest's RAM takes now: what the guest has touched and a balloon has not given
@@ -752,20 +760,35 @@ impl Cell {
     /// The state of vCPUs, interrupt chip and devices. The RAM is in [`Cell::memory_file`].
     pub fn save(&self) -> Result<SavedCell, LifecycleError> {
         let _one = self.lifecycle();
+        Ok(self.save_locked()?.0)
+    }
+
+    /// Writes an image of the cell into `file`, which must be empty. Needs a cell that is created or paused, and leaves it
+    /// so. The header is written last: what is there when this fails is no image.
+    pub fn write_image(&self, file: &std::fs::File) -> Result<Written, LifecycleError> {
+        let _one = self.lifecycle();
+        let (saved, memory) = self.save_locked()?;
+        let memory = &memory;
+        Ok(image::write(file, Whole { saved, memory })?)
+    }
+
+    fn save_locked(&self) -> Result<(SavedCell, Arc<Memory>), LifecycleError> {
         // Not under the lock: a device that fails meanwhile needs it to say so.
-        let (vcpus, pages, serial, chip, vm) = {
+        let (vcpus, pages, serial, chip, vm, shape, cpuid, memory) = {
             let inner = self.shared.lock();
             let savable = matches!(inner.state, CellState::Created | CellState::Paused);
             match inner.machine.as_ref() {
                 Some(machine) if savable && inner.stopping.is_none() => {
                     let pages = machine.devices.iter().map(|device| Arc::clone(&device.transport));
-                    let (chip, vm) = (machine.chip.clone(), Arc::clone(&machine.vm));
                     (
                         machine.vcpus.clone(),
                         pages.collect::<Vec<_>>(),
                         machine.serial.clone(),
-                        chip,
-                        vm,
+                        machine.chip.clone(),
+                        Arc::clone(&machine.vm),
+                        machine.shape.clone(),
+                        machine.cpuid.to_vec(),
+                        Arc::clone(&machine.memory),
                     )
                 }
                 _ => return Err(Self::wrong_state("save", &inner.state)),
@@ -781,12 +804,15 @@ impl Cell {
             .map(|fd| vcpu_state::save(&lock_fd(fd), &self.host.msr_indices))
             .collect::<Result<_, _>>()?;
         let serial = serial.and_then(|serial| serial.with(|s| s.save())).transpose()?;
-        Ok(SavedCell {
+        let saved = SavedCell {
+            shape,
+            cpuid,
             vcpus,
             chip: chip.save(&vm)?,
             devices,
             serial,
-        })
+        };
+        Ok((saved, memory))
     }
 }
 
@@ -833,10 +859,15 @@ fn build(
     shared: &Arc<Shared>,
 ) -> Result<Machine, CreateError> {
     let pluggable_mib = config.pluggable_mib();
+    let shape = config.shape();
     let (memory_file, boot) = match config.boot {
         Boot::Restore { saved, memory } => (Some(memory), Source::Saved(saved)),
         Boot::Kernel(kernel) => (None, Source::Kernel(kernel)),
+        Boot::Clone { image } => (None, Source::Image(image)),
     };
+    if let Some(saved) = boot.saved() {
+        check_shape(&saved.shape, &shape)?;
+    }
     let kind = match &boot {
         Source::Kernel(kernel) => Kind::of(
             &kernel.kernel,
@@ -845,13 +876,17 @@ fn build(
             pluggable_mib.unwrap_or(0),
             config.huge_pages,
         ),
-        Source::Saved(_) => None,
+        Source::Saved(_) | Source::Image(_) => None,
     };
     let (memory, vm, images) = match kind.and_then(|kind| host.spares.take(&kind)) {
         Some(Spare { vm, memory, images }) => (memory, Some(vm), Some(images)),
         None => {
             let mount = host.mount_for(config.huge_pages);
-            let memory = Memory::new(layout, config.huge_pages, config.overcommit, memory_file, mount)?;
+            let (pages, overcommit) = (config.huge_pages, config.overcommit);
+            let memory = match &boot {
+                Source::Image(image) => Memory::of_image(layout, pages, overcommit, image, mount)?,
+                _ => Memory::new(layout, pages, overcommit, memory_file, mount)?,
+            };
             (memory, None, None)
         }
     };
@@ -898,15 +933,16 @@ fn build(
     }
 
     let possible = u8::try_from(shared.possible_vcpus()).unwrap_or(u8::MAX);
-    let count = match &boot {
-        Source::Kernel(_) => config.vcpus,
+    let count = match boot.saved() {
+        None => config.vcpus,
         // Some may have been added since it started.
-        Source::Saved(saved) => u8::try_from(saved.vcpus.len())
+        Some(saved) => u8::try_from(saved.vcpus.len())
             .ok()
             .filter(|count| (config.vcpus..=possible).contains(count))
             .ok_or_else(|| mismatch("vCPUs", saved.vcpus.len(), config.vcpus.into()))?,
     };
-    let (vcpus, cpuid) = create_vcpus(&vm, host, count, possible)?;
+    let seen = boot.saved().map(|saved| saved.cpuid.as_slice());
+    let (vcpus, cpuid) = create_vcpus(&vm, host, count, possible, seen)?;
     shared.made.store(count, Ordering::Release);
     let mut initrd = None;
     match boot {
@@ -943,6 +979,7 @@ fn build(
             }
         }
         Source::Saved(saved) => restore(&saved, &vm, &chip, &vcpus, &devices)?,
+        Source::Image(image) => restore(image.saved(), &vm, &chip, &vcpus, &devices)?,
     }
     Ok(Machine {
         threads: Vec::new(),
@@ -956,7 +993,8 @@ fn build(
         chip,
         vm,
         windows,
-        memory,
+        memory: Arc::new(memory),
+        shape,
         kind,
         initrd,
     })
@@ -975,6 +1013,48 @@ fn on_failure(shared: &Arc<Shared>) -> OnFailure {
 enum Source {
     Kernel(crate::config::KernelBoot),
     Saved(Box<SavedCell>),
+    Image(Arc<Image>),
+}
+
+impl Source {
+    fn saved(&self) -> Option<&SavedCell> {
+        match self {
+            Self::Kernel(_) => None,
+            Self::Saved(saved) => Some(saved),
+            Self::Image(image) => Some(image.saved()),
+        }
+    }
+}
+
+/// The name of an empty place for a device.
+const SLOT: &str = "slot";
+
+fn check_shape(saved: &Shape, configured: &Shape) -> Result<(), CreateError> {
+    let differ = |saved: String, configured: String| Err(CreateError::Shape { saved, configured });
+    if saved.devices.len() != configured.devices.len() {
+        let list = |shape: &Shape| format!("the devices {}", shape.devices.join(", "));
+        return differ(list(saved), list(configured));
+    }
+    let mut devices = saved.devices.iter().zip(&configured.devices).enumerate();
+    if let Some((at, (was, is))) = devices.find(|(_, (was, is))| was != is && *was != SLOT) {
+        let device = |name| format!("a device {name} in place {at}");
+        return differ(device(was), device(is));
+    }
+    for (was, is, what) in [
+        (saved.memory_mib, configured.memory_mib, "MiB of RAM"),
+        (saved.pluggable_mib, configured.pluggable_mib, "MiB to plug"),
+        (
+            saved.max_vcpus.into(),
+            configured.max_vcpus.into(),
+            "vCPUs at most",
+        ),
+        (saved.serial.into(), configured.serial.into(), "serial ports"),
+    ] {
+        if was != is {
+            return differ(format!("{was} {what}"), format!("{is} {what}"));
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn create_vm(host: &HostInner) -> Result<VmFd, CreateError> {
@@ -1029,7 +1109,7 @@ fn make_serial(
         what: "cannot create the serial port",
         source,
     })?;
-    if let Source::Saved(saved) = source
+    if let Some(saved) = source.saved()
         && let Some(state) = &saved.serial
     {
         serial = serial.restore(state)?;
@@ -1091,14 +1171,29 @@ fn make_buses(
     Ok((Arc::new(ports), Arc::new(registers)))
 }
 
-fn create_vcpus(vm: &VmFd, host: &HostInner, count: u8, possible: u8) -> Result<(Vcpus, Cpuid), CreateError> {
+/// Makes the vCPUs. `seen` is what a saved guest knows of CPUID.
+fn create_vcpus(
+    vm: &VmFd,
+    host: &HostInner,
+    count: u8,
+    possible: u8,
+    seen: Option<&[kvm_cpuid_entry2]>,
+) -> Result<(Vcpus, Cpuid), CreateError> {
     let first = create_vcpu(vm, 0)?;
     let config = CpuidConfig {
         vcpus: possible,
         tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
         tsc_khz: first.get_tsc_khz().ok(),
     };
-    let leaves = cpuid::filter(&host.cpuid, &config)?;
+    let mut leaves = cpuid::filter(&host.cpuid, &config)?;
+    if let Some(seen) = seen {
+        cpu_check::check(seen, &leaves).map_err(|why| CreateError::Processor {
+            saved: cpu_check::name(seen),
+            here: cpu_check::name(&leaves),
+            why,
+        })?;
+        leaves = seen.to_vec();
+    }
     let mut fds = vec![first];
     for index in 1..count {
         fds.push(create_vcpu(vm, index)?);
@@ -1143,7 +1238,11 @@ fn restore(
     }
     chip.restore(vm, &saved.chip)?;
     // Last: a restored device may interrupt at once, by the routes that are there now.
-    for (device, state) in devices.iter().zip(&saved.devices) {
+    for ((device, state), was) in devices.iter().zip(&saved.devices).zip(&saved.shape.devices) {
+        if was == SLOT && !device.is_slot {
+            // New to the guest.
+            continue;
+        }
         let restored = device.transport.lock().restore(state);
         restored.map_err(|source| CreateError::RestoreDevice {
             device: device.name.clone(),

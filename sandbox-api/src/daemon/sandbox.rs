@@ -25,7 +25,7 @@ use crate::clock::{self, Millis};
 use crate::files;
 use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
-use crate::pod::machine::{Machine, MachineConfig, Room};
+use crate::pod::machine::{Machine, MachineConfig, Origin, Room};
 use crate::pod::resize;
 use crate::pod::size::{Limits, Size, Sizing};
 use crate::pod::state::EXIT_KILLED;
@@ -658,6 +658,7 @@ impl Sandbox {
             kernel_args: &self.profile.kernel_args,
             nics,
             room,
+            origin: Origin::Boot,
         };
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;

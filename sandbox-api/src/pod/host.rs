@@ -4,7 +4,7 @@
 
 use super::attach;
 use super::log::Writer;
-use super::machine::{MachineConfig, Room};
+use super::machine::{MachineConfig, Origin, Room};
 use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
 use super::task::{New, TaskService};
@@ -390,6 +390,7 @@ async fn start(
         kernel_args: &plan.kernel_args,
         nics: network.nics,
         room: Room::default(),
+        origin: Origin::Boot,
     };
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
     tokio::select! {

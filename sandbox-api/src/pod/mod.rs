@@ -16,6 +16,7 @@ pub mod size;
 pub mod state;
 pub mod streams;
 pub mod task;
+pub mod template;
 pub mod terminal;
 pub mod vigil;
 pub mod vm;

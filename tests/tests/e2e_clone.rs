@@ -1,0 +1,289 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Pods cloned from a template, with a real kernel and agent: each comes to life without a boot, with an identity and
+//! randomness of its own; containers run in them; nothing of them is left.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use cloister_protocol::SPEC_TYPE_URL;
+use cloister_protocol::pod::{ConfigureRequest, InfoRequest, PingRequest};
+use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::protobuf::well_known_types::any::Any;
+use cloister_protocol::task::{CreateTaskRequest, Mount, StartRequest, WaitRequest};
+use cloister_protocol::ttrpc::context::with_duration;
+use cloister_sandbox_api::pod::agent::Agent;
+use cloister_sandbox_api::pod::guest::{Guest as _, ShareOptions};
+use cloister_sandbox_api::pod::machine::{MachineConfig, Origin};
+use cloister_sandbox_api::pod::template::{self, Kind};
+use cloister_sandbox_api::pod::vm::PodVm;
+use cloister_tests::e2e::{OwnFootprint, PATIENCE, archive, guest_file};
+use cloister_vmm::image::Image;
+use cloister_vmm::{CellHost, CellHostConfig, HugePages};
+use serde_json::json;
+
+/// The agent's initramfs with a root file system for a container: /pod.
+fn initramfs() -> File {
+    let busybox = fs::read("/bin/busybox").expect("busybox-static is missing: run ci/setup");
+    let mut image = fs::read(guest_file("initramfs.cpio")).unwrap();
+    image.resize(image.len().next_multiple_of(4), 0);
+    let mut entries: Vec<(String, &[u8])> = vec![("pod/bin/busybox".into(), &busybox)];
+    let script = b"#!/bin/busybox sh\nexec /bin/busybox \"${0##*/}\" \"$@\"\n";
+    for file in ["sh", "cat", "head", "date", "hostname", "sync"] {
+        entries.push((format!("pod/bin/{file}"), script));
+    }
+    for folder in ["proc", "dev", "out"] {
+        entries.push((format!("pod/{folder}/.keep"), b""));
+    }
+    let entries: Vec<(&str, &[u8])> = entries
+        .iter()
+        .map(|(name, data)| (name.as_str(), *data))
+        .collect();
+    image.extend(archive(&entries));
+    let file = rustix::fs::memfd_create("initramfs", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let mut file = File::from(file);
+    file.write_all(&image).unwrap();
+    file
+}
+
+struct Bed {
+    host: CellHost,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    _file: File,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let file = initramfs();
+        Self {
+            host: CellHost::new(CellHostConfig::default()).unwrap(),
+            kernel: guest_file("vmlinux"),
+            initrd: PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())),
+            _file: file,
+        }
+    }
+
+    fn config(&self, name: &str, cpus: u8, origin: Origin) -> MachineConfig<'_> {
+        MachineConfig {
+            name: name.into(),
+            cpus,
+            memory: 256 << 20,
+            huge_pages: HugePages::No,
+            dax: None,
+            kernel: &self.kernel,
+            initrd: &self.initrd,
+            kernel_args: &[],
+            nics: Vec::new(),
+            origin,
+        }
+    }
+
+    async fn template(&self, cpus: u8) -> Arc<Image> {
+        let kind = Kind::of(&self.config("kind", cpus, Origin::Boot), "node").unwrap();
+        template::build(&kind, &self.host, PATIENCE).await.unwrap()
+    }
+
+    async fn clone_of(&self, image: &Arc<Image>, cpus: u8, name: &str) -> (PodVm, Agent) {
+        let config = self.config(name, cpus, Origin::Clone(Arc::clone(image)));
+        let mut vm = PodVm::start(config, &self.host).await.unwrap();
+        let agent = vm.ready(PATIENCE).await.unwrap();
+        let request = ConfigureRequest {
+            hostname: name.into(),
+            ..Default::default()
+        };
+        vm.configure(&request).await.unwrap();
+        (vm, agent)
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// Runs a script in a container of the pod, with a folder of the host's at /out, to its end.
+async fn run_script(vm: &PodVm, agent: &Agent, out: &Path, script: &str) {
+    let tree = OwnedFd::from(File::open(out).unwrap());
+    vm.machine.attach("out", tree, ShareOptions::default()).unwrap();
+    let spec = json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "user": {"uid": 0, "gid": 0},
+            "args": ["/bin/sh", "-c", script],
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+        },
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+            {"destination": "/out", "type": "bind", "source": "/run/cloister/shared/out", "options": ["rbind", "rw"]},
+        ],
+        "linux": {"cgroupsPath": "/pod/script", "namespaces": [{"type": "pid"}, {"type": "mount"}]},
+    });
+    let request = CreateTaskRequest {
+        id: "script".into(),
+        bundle: "/ignored".into(),
+        rootfs: vec![Mount {
+            type_: "bind".into(),
+            source: "/pod".into(),
+            options: vec!["rbind".into(), "rw".into()],
+            ..Default::default()
+        }],
+        options: MessageField::some(Any {
+            type_url: SPEC_TYPE_URL.into(),
+            value: serde_json::to_vec(&spec).unwrap(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    agent
+        .task
+        .create(with_duration(PATIENCE), &request)
+        .await
+        .unwrap();
+    let id = "script".to_owned();
+    let request = StartRequest {
+        id: id.clone(),
+        ..Default::default()
+    };
+    agent.task.start(with_duration(PATIENCE), &request).await.unwrap();
+    let request = WaitRequest {
+        id,
+        ..Default::default()
+    };
+    let exit = agent.task.wait(with_duration(PATIENCE), &request).await.unwrap();
+    assert_eq!(exit.exit_status, 0);
+}
+
+fn folder(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("e2e-clone-{}-{name}", std::process::id()));
+    fs::create_dir(&path).unwrap();
+    path
+}
+
+/// The pieces of eight bytes of `bytes`, at every offset.
+fn pieces(bytes: &[u8]) -> impl Iterator<Item = [u8; 8]> {
+    bytes.windows(8).map(|piece| piece.try_into().unwrap())
+}
+
+const RANDOM: usize = 4096;
+
+/// Two clones never share a random byte, whoever asks in them, and neither does one with its template's other children.
+#[test]
+fn clones_have_an_identity_of_their_own_and_run_containers() {
+    runtime().block_on(async {
+        let bed = Bed::new();
+        let image = bed.template(1).await;
+        println!("template: {} KiB of RAM", image.ram_bytes() >> 10);
+        let (mut seen, mut ids) = (HashSet::new(), HashSet::new());
+        for number in 0..4 {
+            let name = format!("pod-{number}");
+            let (vm, agent) = bed.clone_of(&image, 1, &name).await;
+            let info = agent.pod.info(with_duration(PATIENCE), &InfoRequest::new()).await.unwrap();
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            let guest = Duration::from_nanos(info.unix_time_ns);
+            assert!(guest.abs_diff(now) < Duration::from_secs(5), "{guest:?} in the guest, {now:?} here");
+            let out = folder(&name);
+            let script = format!(
+                "head -c {RANDOM} /dev/urandom >/out/urandom && head -c {RANDOM} /dev/random >/out/random && \
+                 cat /proc/sys/kernel/random/uuid >/out/uuid && cat /proc/sys/kernel/random/boot_id >/out/boot_id && \
+                 hostname >/out/hostname"
+            );
+            run_script(&vm, &agent, &out, &script).await;
+            let read = |file: &str| fs::read(out.join(file)).unwrap();
+            assert_eq!(String::from_utf8(read("hostname")).unwrap().trim(), name);
+            for source in ["urandom", "random"] {
+                let bytes = read(source);
+                assert_eq!(bytes.len(), RANDOM);
+                for piece in pieces(&bytes) {
+                    assert!(seen.insert(piece), "{source} of {name} has bytes that were there before");
+                }
+            }
+            for id in ["uuid", "boot_id"] {
+                assert!(ids.insert(read(id)), "{id} of {name} was there before");
+            }
+            fs::remove_dir_all(out).unwrap();
+            vm.shut_down().await;
+        }
+        image.verify().expect("a clone has changed the template");
+    });
+}
+
+#[test]
+fn many_live_side_by_side_and_leave_nothing() {
+    let runtime = runtime();
+    runtime.block_on(async {
+        let bed = Bed::new();
+        for cpus in [1, 2] {
+            let image = bed.template(cpus).await;
+            // What is made once is there after the first.
+            bed.clone_of(&image, cpus, "first").await.0.shut_down().await;
+            let before = OwnFootprint::now();
+            let mut pods = Vec::new();
+            for number in 0..6 {
+                pods.push(bed.clone_of(&image, cpus, &format!("pod-{number}")).await);
+            }
+            for (vm, agent) in &pods {
+                let request = PingRequest {
+                    payload: vec![7; 100],
+                    ..Default::default()
+                };
+                let answer = agent.pod.ping(with_duration(PATIENCE), &request).await.unwrap();
+                assert_eq!(answer.payload, request.payload);
+                let info = agent
+                    .pod
+                    .info(with_duration(PATIENCE), &InfoRequest::new())
+                    .await
+                    .unwrap();
+                assert_eq!(info.cpus, u32::from(cpus));
+                println!(
+                    "{cpus} vCPUs: {} KiB of its own",
+                    vm.machine.cell().resident_ram().unwrap() >> 10
+                );
+            }
+            for (vm, agent) in pods {
+                drop(agent);
+                vm.shut_down().await;
+            }
+            before.assert_unchanged();
+            image.verify().expect("a clone has changed the template");
+        }
+    });
+}
+
+/// The agent's events reach the clone's own host: it dials again.
+#[test]
+fn events_of_a_clone_arrive() {
+    runtime().block_on(async {
+        let bed = Bed::new();
+        let image = bed.template(1).await;
+        let (mut vm, agent) = bed.clone_of(&image, 1, "pod").await;
+        let mut events = vm.events().unwrap();
+        let out = folder("events");
+        run_script(&vm, &agent, &out, "exit 0").await;
+        fs::remove_dir_all(out).unwrap();
+        let exit = async {
+            loop {
+                let event = events.recv().await.expect("the connection for events is gone");
+                if event.topic == "/tasks/exit" {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, exit)
+            .await
+            .expect("no event of its exit");
+        vm.shut_down().await;
+    });
+}
