@@ -51,6 +51,7 @@ use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
 use crate::image::{self, Image, Shape, Whole, Written};
 use crate::memory::{Memory, SlotRange};
+use crate::phases::{Phase, Phases};
 use crate::spare::{Kind, Spare};
 use crate::stats::{self, CellStats, KvmStat};
 use crate::stop::{StopReason, classify_halt};
@@ -417,6 +418,7 @@ pub struct Cell {
     lifecycle: Mutex<()>,
     handles: Vec<DeviceHandle>,
     ram: std::sync::Weak<GuestRam>,
+    phases: Vec<Phase>,
 }
 
 impl Cell {
@@ -430,7 +432,8 @@ impl Cell {
                 source,
             })?;
         let shared = Arc::new(new_shared(&config, host)?);
-        let machine = build(config, &mut layout, host, &shared)?;
+        let mut phases = Phases::begin();
+        let machine = build(config, &mut layout, host, &shared, &mut phases)?;
         let handles = machine
             .devices
             .iter()
@@ -444,7 +447,13 @@ impl Cell {
             lifecycle: Mutex::new(()),
             handles,
             ram,
+            phases: phases.all().to_vec(),
         })
+    }
+
+    /// What its making cost, part by part.
+    pub fn phases(&self) -> &[Phase] {
+        &self.phases
     }
 
     /// The cell's name.
@@ -857,6 +866,7 @@ fn build(
     layout: &mut Layout,
     host: &HostInner,
     shared: &Arc<Shared>,
+    phases: &mut Phases,
 ) -> Result<Machine, CreateError> {
     let pluggable_mib = config.pluggable_mib();
     let shape = config.shape();
@@ -890,6 +900,7 @@ fn build(
             (memory, None, None)
         }
     };
+    phases.ours("memory");
     let event_loop = Arc::clone(host.event_loop());
     let devices = device_set::make(
         config.devices,
@@ -913,14 +924,18 @@ fn build(
     let wired = wired.chain(config.serial.is_some().then_some(COM1_GSI));
     let pins = u8::try_from(wired.max().unwrap_or(0) + 1).unwrap_or(u8::MAX);
 
+    phases.ours("devices");
     let vm = Arc::new(match vm {
         Some(vm) => vm,
         None => create_vm(host)?,
     });
+    phases.kvm("VM");
     set_memory(&vm, &memory, &windows)?;
     let chip = Chip::create(&vm, config.interrupt_chip, pins)?;
+    phases.kvm("memory slots, interrupt chip");
     let serial = make_serial(config.serial, shared, &boot)?;
     let (ports, registers) = make_buses(shared, &devices, serial.as_ref(), &chip)?;
+    phases.ours("buses");
     for device in devices.iter().filter(|device| !device.is_slot) {
         device.transport.lock().connect(&vm, &device.address)?;
     }
@@ -932,6 +947,7 @@ fn build(
         })?;
     }
 
+    phases.kvm("irqfds and ioeventfds");
     let possible = u8::try_from(shared.possible_vcpus()).unwrap_or(u8::MAX);
     let count = match boot.saved() {
         None => config.vcpus,
@@ -944,6 +960,7 @@ fn build(
     let seen = boot.saved().map(|saved| saved.cpuid.as_slice());
     let (vcpus, cpuid) = create_vcpus(&vm, host, count, possible, seen)?;
     shared.made.store(count, Ordering::Release);
+    phases.kvm("vCPUs");
     let mut initrd = None;
     match boot {
         Source::Kernel(kernel) => {
@@ -978,9 +995,10 @@ fn build(
                 vcpu_state::prepare_boot(&lock_fd(fd), (index == 0).then_some(&loaded.entry))?;
             }
         }
-        Source::Saved(saved) => restore(&saved, &vm, &chip, &vcpus, &devices)?,
-        Source::Image(image) => restore(image.saved(), &vm, &chip, &vcpus, &devices)?,
+        Source::Saved(saved) => restore(&saved, &vm, &chip, &vcpus, &devices, phases)?,
+        Source::Image(image) => restore(image.saved(), &vm, &chip, &vcpus, &devices, phases)?,
     }
+    phases.ours("guest, or states of devices");
     Ok(Machine {
         threads: Vec::new(),
         vcpus,
@@ -1226,6 +1244,7 @@ fn restore(
     chip: &Chip,
     vcpus: &[Arc<Mutex<VcpuFd>>],
     devices: &[Placed],
+    phases: &mut Phases,
 ) -> Result<(), CreateError> {
     if saved.vcpus.len() != vcpus.len() {
         return Err(mismatch("vCPUs", saved.vcpus.len(), vcpus.len()));
@@ -1237,6 +1256,7 @@ fn restore(
         vcpu_state::restore(&lock_fd(fd), state)?;
     }
     chip.restore(vm, &saved.chip)?;
+    phases.kvm("states of vCPUs and chip");
     // Last: a restored device may interrupt at once, by the routes that are there now.
     for ((device, state), was) in devices.iter().zip(&saved.devices).zip(&saved.shape.devices) {
         if was == SLOT && !device.is_slot {

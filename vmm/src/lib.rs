@@ -30,6 +30,7 @@ pub mod image;
 mod kick;
 pub mod memory;
 mod pagemap;
+mod phases;
 pub mod spare;
 pub mod stats;
 pub mod stop;
@@ -45,6 +46,7 @@ pub use config::{Boot, CellConfig, DeviceConfig, HugePages, InterruptChip, Kerne
 pub use device_set::DeviceHandle;
 pub use error::{AttachError, CreateError, HostError, LifecycleError};
 pub use host::{CellHost, CellHostConfig, KvmKind};
+pub use phases::Phase;
 pub use spare::SpareConfig;
 pub use stats::{CellStats, KvmStat};
 pub use stop::StopReason;

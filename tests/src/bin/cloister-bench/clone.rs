@@ -14,7 +14,9 @@ use cloister_devices::fs::FsConfig;
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::image::{self, Image};
-use cloister_vmm::{Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, HugePages, KernelBoot, Phase};
+use cloister_vmm::{
+    Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, HugePages, KernelBoot, Phase,
+};
 
 use crate::Context;
 use crate::boot::{end, kvm_exits, thread_seconds};
@@ -159,7 +161,9 @@ fn start(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io
 /// KiB of `field` of /proc/self/smaps_rollup.
 fn rollup(field: &str) -> io::Result<u64> {
     let text = fs::read_to_string(Path::new("/proc/self/smaps_rollup"))?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     Ok(line
         .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
         .unwrap_or(0))
@@ -176,13 +180,25 @@ pub fn run(context: &mut Context) -> io::Result<()> {
     let image = template(context, &host, huge_pages)?;
     let (mut clones, mut boots) = (Vec::new(), Vec::new());
     // What is made once is made before the first that counts.
-    start(&host, "warm-up0".into(), Boot::Clone { image: Arc::clone(&image) }, huge_pages)?;
+    start(
+        &host,
+        "warm-up0".into(),
+        Boot::Clone {
+            image: Arc::clone(&image),
+        },
+        huge_pages,
+    )?;
     for round in 0..ROUNDS {
         let boot = Boot::Clone {
             image: Arc::clone(&image),
         };
         clones.push(start(&host, format!("clone-{round:02}"), boot, huge_pages)?);
-        boots.push(start(&host, format!("boots-{round:02}"), kernel(context)?, huge_pages)?);
+        boots.push(start(
+            &host,
+            format!("boots-{round:02}"),
+            kernel(context)?,
+            huge_pages,
+        )?);
     }
     let of = |starts: &[Start], what: fn(&Start) -> f64| median(&starts.iter().map(what).collect::<Vec<_>>());
     let how = format!(
@@ -205,8 +221,20 @@ pub fn run(context: &mut Context) -> io::Result<()> {
     add("clone.first_answer", clone * 1e3, "ms", "", &how)?;
     add("clone.first_answer_cold_boot", boot * 1e3, "ms", "", &how)?;
     add("clone.exits", of(&clones, |s| float(s.exits)), "exits", "", &how)?;
-    add("clone.exits_cold_boot", of(&boots, |s| float(s.exits)), "exits", "", &how)?;
-    add("clone.own_kib_at_first_answer", of(&clones, |s| float(s.own_kib)), "KiB", "", &how)?;
+    add(
+        "clone.exits_cold_boot",
+        of(&boots, |s| float(s.exits)),
+        "exits",
+        "",
+        &how,
+    )?;
+    add(
+        "clone.own_kib_at_first_answer",
+        of(&clones, |s| float(s.own_kib)),
+        "KiB",
+        "",
+        &how,
+    )?;
 
     // CPU time of Cell::create and start, part by part; KVM's own calls apart from the rest.
     let (mut ours, mut kvms) = (0.0, 0.0);
@@ -221,8 +249,20 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         *(if phase.is_kvm { &mut kvms } else { &mut ours }) += time;
     }
     let how = "CPU time of the calling thread in Cell::create and start of a clone, medians of each part";
-    add("clone.host_work_ms", ours, "ms", "<= 2", &format!("{how}; without KVM's calls"))?;
-    add("clone.kvm_work_ms", kvms, "ms", "", &format!("{how}; KVM's calls"))?;
+    add(
+        "clone.host_work_ms",
+        ours,
+        "ms",
+        "<= 2",
+        &format!("{how}; without KVM's calls"),
+    )?;
+    add(
+        "clone.kvm_work_ms",
+        kvms,
+        "ms",
+        "",
+        &format!("{how}; KVM's calls"),
+    )?;
     idle(context, &host)
 }
 
@@ -244,7 +284,10 @@ fn idle(context: &mut Context, host: &CellHost) -> io::Result<()> {
         .iter()
         .map(|pod| float(pod.cell.resident_ram().unwrap_or(0) >> 10))
         .collect();
-    let exits: Vec<u64> = pods.iter().map(|pod| kvm_exits(&pod.cell)).collect::<io::Result<_>>()?;
+    let exits: Vec<u64> = pods
+        .iter()
+        .map(|pod| kvm_exits(&pod.cell))
+        .collect::<io::Result<_>>()?;
     std::thread::sleep(IDLE);
     let mut per_minute = Vec::new();
     for (pod, before) in pods.iter().zip(exits) {
@@ -254,15 +297,25 @@ fn idle(context: &mut Context, host: &CellHost) -> io::Result<()> {
     let dirtied = median(&own);
     let all = rollup("Private_Dirty")?.saturating_sub(private) + page_tables()?.saturating_sub(tables);
     let beyond = (float(all) / f64::from(MANY) - dirtied).max(0.0);
-    let how = format!("{MANY} clones of {MEMORY_MIB} MiB, ordinary pages, {} s idle", IDLE.as_secs());
+    let how = format!(
+        "{MANY} clones of {MEMORY_MIB} MiB, ordinary pages, {} s idle",
+        IDLE.as_secs()
+    );
     for (name, value, unit, goal) in [
         ("clone.idle_dirtied_kib", dirtied, "KiB", "<= 4096"),
         ("clone.idle_beyond_kib", beyond, "KiB", "<= 300"),
-        ("clone.idle_exits_per_minute", median(&per_minute), "exits", "< 20"),
+        (
+            "clone.idle_exits_per_minute",
+            median(&per_minute),
+            "exits",
+            "< 20",
+        ),
     ] {
         let what = match name {
             "clone.idle_dirtied_kib" => "pages of its RAM that are its own, median",
-            "clone.idle_beyond_kib" => "private memory and page tables of the process per clone, beyond those pages",
+            "clone.idle_beyond_kib" => {
+                "private memory and page tables of the process per clone, beyond those pages"
+            }
             _ => "KVM's count, median; the look itself costs one",
         };
         context.report.add(Figure {
@@ -310,11 +363,35 @@ pub fn count(context: &mut Context) -> io::Result<()> {
     let guest = "CPU time of the vCPU's thread: the guest, and KVM's work for it";
     let all = "all instructions of host and guest";
     for (name, value, unit, goal, what) in [
-        ("clone.guest_instructions", clone.vcpu * 1e9, "instructions", "", guest),
-        ("clone.guest_instructions_cold_boot", boot.vcpu * 1e9, "instructions", "", guest),
-        ("clone.guest_instructions_vs_cold_boot", clone.vcpu / boot.vcpu, "ratio", "<= 0.05", guest),
+        (
+            "clone.guest_instructions",
+            clone.vcpu * 1e9,
+            "instructions",
+            "",
+            guest,
+        ),
+        (
+            "clone.guest_instructions_cold_boot",
+            boot.vcpu * 1e9,
+            "instructions",
+            "",
+            guest,
+        ),
+        (
+            "clone.guest_instructions_vs_cold_boot",
+            clone.vcpu / boot.vcpu,
+            "ratio",
+            "<= 0.05",
+            guest,
+        ),
         ("clone.instructions", clone.seconds * 1e9, "instructions", "", all),
-        ("clone.instructions_vs_cold_boot", clone.seconds / boot.seconds, "ratio", "", all),
+        (
+            "clone.instructions_vs_cold_boot",
+            clone.seconds / boot.seconds,
+            "ratio",
+            "",
+            all,
+        ),
     ] {
         context.report.add(Figure {
             name: name.into(),
