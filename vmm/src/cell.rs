@@ -781,6 +781,19 @@ impl Cell {
         Ok(image::write(file, Whole { saved, memory })?)
     }
 
+    /// Writes an image of the cell to a file, which is there whole or not at all, in the place of one that is there. As
+    /// [`Cell::write_image`] otherwise.
+    pub fn save_image(&self, path: &std::path::Path) -> Result<Written, LifecycleError> {
+        let failed = |source| image::ImageError::Io {
+            what: "write",
+            source,
+        };
+        let new = image::NewFile::create(path).map_err(failed)?;
+        let written = self.write_image(new.file())?;
+        new.finish().map_err(failed)?;
+        Ok(written)
+    }
+
     fn save_locked(&self) -> Result<(SavedCell, Arc<Memory>), LifecycleError> {
         // Not under the lock: a device that fails meanwhile needs it to say so.
         let (vcpus, pages, serial, chip, vm, shape, cpuid, memory) = {
@@ -1198,18 +1211,9 @@ fn create_vcpus(
     seen: Option<&[kvm_cpuid_entry2]>,
 ) -> Result<(Vcpus, Cpuid), CreateError> {
     let first = create_vcpu(vm, 0)?;
-    let config = CpuidConfig {
-        vcpus: possible,
-        tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
-        tsc_khz: first.get_tsc_khz().ok(),
-    };
-    let mut leaves = cpuid::filter(&host.cpuid, &config)?;
+    let mut leaves = host.leaves(possible, first.get_tsc_khz().ok())?;
     if let Some(seen) = seen {
-        cpu_check::check(seen, &leaves).map_err(|why| CreateError::Processor {
-            saved: cpu_check::name(seen),
-            here: cpu_check::name(&leaves),
-            why,
-        })?;
+        check_processor(seen, &leaves)?;
         leaves = seen.to_vec();
     }
     let mut fds = vec![first];
@@ -1222,6 +1226,35 @@ fn create_vcpus(
         vcpus.push(Arc::new(Mutex::new(fd)));
     }
     Ok((vcpus, leaves.into()))
+}
+
+fn check_processor(seen: &[kvm_cpuid_entry2], leaves: &[kvm_cpuid_entry2]) -> Result<(), CreateError> {
+    cpu_check::check(seen, leaves).map_err(|why| CreateError::Processor {
+        saved: cpu_check::name(seen),
+        here: cpu_check::name(leaves),
+        why,
+    })
+}
+
+impl HostInner {
+    /// What CPUID says in a new cell.
+    fn leaves(&self, vcpus: u8, tsc_khz: Option<u32>) -> Result<Vec<kvm_cpuid_entry2>, CreateError> {
+        let config = CpuidConfig {
+            vcpus,
+            tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
+            tsc_khz,
+        };
+        Ok(cpuid::filter(&self.cpuid, &config)?)
+    }
+}
+
+impl CellHost {
+    /// Whether clones of this image can run on this host's processor; answers what stands against it.
+    pub fn can_run(&self, image: &Image) -> Result<(), CreateError> {
+        // The frequency is not looked at: KVM makes it what it was.
+        let leaves = self.inner.leaves(image.shape().max_vcpus, Some(0))?;
+        check_processor(&image.saved().cpuid, &leaves)
+    }
 }
 
 fn create_vcpu(vm: &VmFd, index: u8) -> Result<VcpuFd, CreateError> {

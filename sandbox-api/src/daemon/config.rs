@@ -210,7 +210,7 @@ impl Trust {
         match self {
             Self::None => None,
             Self::Namespace => Some(format!("namespace {namespace}")),
-            Self::Node => Some("node".to_owned()),
+            Self::Node => Some(crate::pod::template::NODE.to_owned()),
         }
     }
 }

@@ -8,6 +8,7 @@ use super::machine::{MachineConfig, Origin, Room};
 use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
 use super::task::{New, TaskService};
+use super::template::{self, Kind};
 use super::terminal;
 use super::vigil;
 use super::vm::{self, PodVm, QUICK, agent_error};
@@ -379,7 +380,7 @@ async fn start(
 
     // The virtual machine, up to its agent's first word.
     let cells = CellHost::new(CellHostConfig::default())?;
-    let config = MachineConfig {
+    let mut config = MachineConfig {
         name: format!("pod-{}", pod.record.short_id()),
         cpus: plan.cpus,
         memory: plan.memory,
@@ -392,6 +393,11 @@ async fn start(
         room: Room::default(),
         origin: Origin::Boot,
     };
+    if let Some(kind) = Kind::of(&config, template::NODE)
+        && let Some(image) = pod.pods.templates().find(&kind, &cells)
+    {
+        config.origin = Origin::Clone(image);
+    }
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
     tokio::select! {
         ready = vm.ready(Duration::from_millis(plan.init_timeout_ms)) => { ready?; }

@@ -12,6 +12,7 @@ pub mod log;
 pub mod machine;
 pub mod resize;
 pub mod rewrite;
+pub mod shelf;
 pub mod size;
 pub mod state;
 pub mod streams;

@@ -46,6 +46,9 @@ pub struct Kind {
     cards: usize,
 }
 
+/// The domain of all pods of a node.
+pub const NODE: &str = "node";
+
 /// What tells a file and its content from another without reading it.
 type FileId = (u64, u64, u64, i64, i64);
 
@@ -83,6 +86,11 @@ impl Kind {
             dax: config.dax,
             cards: config.nics.len(),
         })
+    }
+
+    /// The same with so many network cards.
+    pub fn with_cards(self, cards: usize) -> Self {
+        Self { cards, ..self }
     }
 
     fn config(&self) -> MachineConfig<'_> {

@@ -23,12 +23,14 @@
 
 mod format;
 mod map;
+mod new_file;
 mod write;
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -36,6 +38,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use format::Header;
 pub use format::Shape;
 pub(crate) use map::{copy_into, map_over};
+pub(crate) use new_file::NewFile;
 pub use write::Written;
 pub(crate) use write::{Whole, write};
 
@@ -145,6 +148,20 @@ impl Image {
         Ok(())
     }
 
+    /// Writes the image to a file, which is there whole or not at all, in the place of one that is there.
+    ///
+    /// # Errors
+    /// As of the system calls for files.
+    pub fn copy_to(&self, path: &Path) -> Result<(), ImageError> {
+        let new = NewFile::create(path).map_err(io_error("create"))?;
+        copy(&self.file, &self.header, new.file())?;
+        let start = usize::try_from(self.header.data_start).unwrap_or(0);
+        let mut first = vec![0; start];
+        self.file.read_exact_at(&mut first, 0).map_err(io_error("read"))?;
+        new.file().write_all_at(&first, 0).map_err(io_error("write"))?;
+        new.finish().map_err(io_error("write"))
+    }
+
     /// What kind of cell it is of.
     pub fn shape(&self) -> &Shape {
         &self.header.saved.shape
@@ -200,8 +217,15 @@ fn keeps_its_size(file: &File) -> bool {
 
 /// A sealed copy in memory.
 fn copied(file: &File, header: &Header) -> Result<File, ImageError> {
-    let copy = memory_file().map_err(io_error("copy"))?;
-    copy.set_len(header.file_len()).map_err(io_error("copy"))?;
+    let to = memory_file().map_err(io_error("copy"))?;
+    copy(file, header, &to)?;
+    seal(&to).map_err(io_error("copy"))?;
+    Ok(to)
+}
+
+/// Copies RAM, each page to its place.
+fn copy(file: &File, header: &Header, to: &File) -> Result<(), ImageError> {
+    to.set_len(header.file_len()).map_err(io_error("copy"))?;
     let mut buffer = vec![0; write::BUFFER];
     for extent in &header.extents {
         let mut at = header.data_start + extent.start;
@@ -211,14 +235,13 @@ fn copied(file: &File, header: &Header) -> Result<File, ImageError> {
             let part = &mut buffer[..len];
             file.read_exact_at(part, at).map_err(io_error("read"))?;
             for run in write::runs(part) {
-                copy.write_all_at(&part[run.clone()], at + run.start as u64)
+                to.write_all_at(&part[run.clone()], at + run.start as u64)
                     .map_err(io_error("copy"))?;
             }
             at += len as u64;
         }
     }
-    seal(&copy).map_err(io_error("copy"))?;
-    Ok(copy)
+    Ok(())
 }
 
 /// An empty memory file for an image. [`seal`] it once it is written.
