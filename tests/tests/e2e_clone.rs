@@ -23,7 +23,7 @@ use cloister_sandbox_api::pod::guest::{Guest as _, ShareOptions};
 use cloister_sandbox_api::pod::machine::{MachineConfig, Origin};
 use cloister_sandbox_api::pod::template::{self, Kind};
 use cloister_sandbox_api::pod::vm::PodVm;
-use cloister_tests::e2e::{OwnFootprint, PATIENCE, archive, guest_file};
+use cloister_tests::e2e::{Footprint, OwnFootprint, PATIENCE, Stage, archive, guest_file};
 use cloister_vmm::image::Image;
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 use serde_json::json;
@@ -286,4 +286,38 @@ fn events_of_a_clone_arrive() {
             .expect("no event of its exit");
         vm.shut_down().await;
     });
+}
+
+/// As a user does it: a template is built, and `run` clones it, network and all.
+#[test]
+fn cloister_run_clones_what_template_built() {
+    let stage = Stage::with_busybox("template");
+    let run = |options: &[&str], words: &[&str]| {
+        let head = ["--log-level", "info", "run", "--rm"];
+        let all = [&head, options, &["localhost/busybox"], words].concat();
+        stage.cloister(&all).expect(0)
+    };
+    let is_clone = |stderr: &str| stderr.contains("cloned from template");
+    assert!(!is_clone(&run(&[], &["true"]).stderr));
+    let name = stage.cloister(&["template", "build"]).expect(0).stdout;
+    let name = name.trim();
+    let listed = stage.json(&["template", "ls", "--json"]);
+    assert_eq!(
+        (&listed[0]["name"], &listed[0]["memory_mib"]),
+        (&name.into(), &512.into())
+    );
+    let before = Footprint::of_host(&stage);
+    let script = "ip -4 addr show eth0 && ping -c 1 -w 60 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p') && hostname";
+    let output = run(&["-h", "pod"], &["sh", "-c", script]);
+    assert!(is_clone(&output.stderr), "{output:#?}");
+    assert!(
+        output.stdout.contains("inet ") && output.stdout.ends_with("pod\n"),
+        "{output:#?}"
+    );
+    // Another kind boots.
+    assert!(!is_clone(&run(&["-m", "256m"], &["true"]).stderr));
+    before.assert_unchanged();
+    stage.cloister(&["template", "rm", name]).expect(0);
+    assert!(!is_clone(&run(&[], &["true"]).stderr));
+    stage.cloister(&["template", "rm", name]).expect(1);
 }

@@ -664,6 +664,7 @@ impl Sandbox {
         let domain = self.profile.template.domain(&plan.namespace);
         let kind = domain.and_then(|domain| template::Kind::of(&config, &domain));
         if let Some(image) = kind.as_ref().and_then(|kind| node.templates.find(kind)) {
+            log::debug!("sandbox {id}: cloned from a template");
             config.origin = Origin::Clone(image);
         }
         steps.next("create");

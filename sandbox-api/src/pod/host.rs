@@ -5,6 +5,7 @@
 use super::attach;
 use super::log::Writer;
 use super::machine::{MachineConfig, Origin, Room};
+use super::shelf::Shelf;
 use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
 use super::task::{New, TaskService};
@@ -396,6 +397,10 @@ async fn start(
     if let Some(kind) = Kind::of(&config, template::NODE)
         && let Some(image) = pod.pods.templates().find(&kind, &cells)
     {
+        log::info!(
+            "the virtual machine is cloned from template {}",
+            Shelf::name(&kind)
+        );
         config.origin = Origin::Clone(image);
     }
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
