@@ -24,7 +24,7 @@ use cloister_protocol::task::{CreateTaskRequest, Mount, StartRequest, WaitReques
 use cloister_protocol::ttrpc::context::with_duration;
 use cloister_sandbox_api::pod::agent::Agent;
 use cloister_sandbox_api::pod::guest::{Guest, ShareOptions};
-use cloister_sandbox_api::pod::machine::{MachineConfig, Origin};
+use cloister_sandbox_api::pod::machine::{MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::template::{self, Kind};
 use cloister_sandbox_api::pod::vm::PodVm;
 use cloister_tests::e2e::{Footprint, OwnFootprint, PATIENCE, Stage, archive, eventually, guest_file};
@@ -86,6 +86,7 @@ impl Bed {
             initrd: &self.initrd,
             kernel_args: &[],
             nics: Vec::new(),
+            room: Room::default(),
             origin,
         }
     }

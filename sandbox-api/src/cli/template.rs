@@ -5,7 +5,7 @@ use super::args::{TemplateArgs, TemplateBuildArgs};
 use super::table::{binary_size, render};
 use super::{Context, Failure, Outcome, client, each, print, print_json, run};
 use crate::host_check;
-use crate::pod::machine::{MachineConfig, Origin};
+use crate::pod::machine::{MachineConfig, Origin, Room};
 use crate::pod::shelf::Shelf;
 use crate::pod::template::{self, Kind};
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
@@ -38,6 +38,7 @@ fn build(context: &Context, args: &TemplateBuildArgs) -> Outcome {
         initrd: &initrd,
         kernel_args: &args.kernel_arg,
         nics: Vec::new(),
+        room: Room::default(),
         origin: Origin::Boot,
     };
     let cards = usize::from(args.net != crate::pod::state::Network::None);

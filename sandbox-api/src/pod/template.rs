@@ -11,7 +11,7 @@
 //! others use. Nothing in it is secret: it has seen no pod. What the kernel's random generator held then is in it;
 //! a clone is given fresh randomness with its identity, before anything of its pod runs.
 
-use super::machine::{self, MachineConfig, Origin};
+use super::machine::{self, MachineConfig, Origin, Room};
 use super::vm::{self, PodVm, QUICK, agent_error, io_error};
 use cloister_protocol::pod::InfoRequest;
 use cloister_protocol::ttrpc::context::with_duration;
@@ -44,6 +44,7 @@ pub struct Kind {
     huge_pages: HugePages,
     dax: Option<u64>,
     cards: usize,
+    room: Room,
 }
 
 /// The domain of all pods of a node.
@@ -85,6 +86,7 @@ impl Kind {
             huge_pages: config.huge_pages,
             dax: config.dax,
             cards: config.nics.len(),
+            room: config.room,
         })
     }
 
@@ -104,6 +106,7 @@ impl Kind {
             initrd: &self.initrd,
             kernel_args: &self.kernel_args,
             nics: Vec::new(),
+            room: self.room,
             origin: Origin::Template { cards: self.cards },
         }
     }
