@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Disks that come while the pod runs.
+//! Disks that come while the pod runs, and network cards that come with a clone.
 //!
 //! The kernel has a platform device `virtio-mmio.N` for each of the machine's register pages, and looked at each of them
-//! once. Those that were empty then it left alone. Bound to the driver by hand, one is looked at again; the disk in it is
-//! there when the write returns.
+//! once. Those that were empty then it left alone. Bound to the driver by hand, one is looked at again; the device in it
+//! is there when the write returns.
 
 use std::fs;
 use std::io;
@@ -31,14 +31,23 @@ fn bound(slot: u32) -> PathBuf {
     Path::new(DRIVER).join(format!("virtio-mmio.{slot}"))
 }
 
+/// Has the kernel look at a slot again.
+///
+/// # Errors
+/// There is no such slot, or nothing in it.
+pub fn bind(slot: u32) -> io::Result<()> {
+    if bound(slot).exists() {
+        return Ok(());
+    }
+    fs::write(Path::new(DRIVER).join("bind"), format!("virtio-mmio.{slot}"))
+}
+
 /// Has the kernel take notice of the disk in a slot. Says again which it is if it has already.
 ///
 /// # Errors
 /// There is no such slot, no disk in it, or something that is no disk.
 pub fn attach(slot: u32) -> io::Result<Disk> {
-    if !bound(slot).exists() {
-        fs::write(Path::new(DRIVER).join("bind"), format!("virtio-mmio.{slot}"))?;
-    }
+    bind(slot)?;
     find(&bound(slot))
 }
 

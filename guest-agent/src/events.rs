@@ -2,11 +2,12 @@
 //! Events to the host: "ready" first, then containerd's task events.
 //!
 //! One task owns the connection and sends one event at a time, in order. When the connection breaks (the daemon was
-//! restarted) it dials again, says "ready" again and goes on. A host that does not listen costs a bounded queue; what
+//! restarted), or is known to be gone (this VM is a clone), it dials again, says "ready" again and goes on. A host that does not listen costs a bounded queue; what
 //! does not fit is dropped and counted in the log.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
@@ -21,7 +22,7 @@ use cloister_protocol::{
     AGENT_PACKAGE, EVENT_NAMESPACE, EVENTS_PACKAGE, EVENTS_PORT, READY_TOPIC, pack, pod,
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::boot::{Timeline, boottime_ns};
 use crate::transport::{Conn, Dial, Host};
@@ -37,7 +38,7 @@ const TIMEOUT: i64 = 10_000_000_000;
 
 /// Queue to the host. Clones share it.
 #[derive(Clone)]
-pub struct Publisher(mpsc::Sender<Envelope>);
+pub struct Publisher(mpsc::Sender<Envelope>, Arc<Notify>);
 
 /// A time as protobuf has it; before 1970 counts as 1970.
 pub fn timestamp(at: SystemTime) -> MessageField<Timestamp> {
@@ -65,8 +66,21 @@ impl Publisher {
     pub fn start(host: Host, dial: Option<Dial>, timeline: Timeline) -> (Self, oneshot::Receiver<()>) {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (saying, said) = oneshot::channel();
-        tokio::spawn(send_all(host, dial, receiver, timeline, saying));
-        (Self(sender), said)
+        let renewed = Arc::<Notify>::default();
+        tokio::spawn(send_all(
+            host,
+            dial,
+            receiver,
+            timeline,
+            saying,
+            Arc::clone(&renewed),
+        ));
+        (Self(sender, renewed), said)
+    }
+
+    /// Has it dial again.
+    pub fn renew(&self) {
+        self.1.notify_one();
     }
 
     /// Queues one of containerd's events.
@@ -208,6 +222,7 @@ async fn send_all(
     mut queue: mpsc::Receiver<Envelope>,
     mut timeline: Timeline,
     saying: oneshot::Sender<()>,
+    renewed: Arc<Notify>,
 ) {
     let mut saying = Some(saying);
     let (mut first, mut told) = (None, false);
@@ -228,7 +243,7 @@ async fn send_all(
     }
     // An event the host has not confirmed.
     let mut pending: Option<Envelope> = None;
-    loop {
+    'dial: loop {
         let conn = match first.take() {
             Some(conn) => conn,
             None => {
@@ -249,9 +264,12 @@ async fn send_all(
             loop {
                 let next = match pending.take() {
                     Some(event) => event,
-                    None => match queue.recv().await {
-                        Some(event) => event,
-                        None => return,
+                    None => tokio::select! {
+                        event = queue.recv() => match event {
+                            Some(event) => event,
+                            None => return,
+                        },
+                        () = renewed.notified() => continue 'dial,
                     },
                 };
                 let request = ForwardRequest {

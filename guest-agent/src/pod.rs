@@ -232,6 +232,12 @@ impl Pod for PodService {
         if !request.entropy.is_empty() {
             add_entropy(&request.entropy).map_err(failed("entropy"))?;
         }
+        if request.cloned {
+            self.0.events.renew();
+        }
+        for card in request.cards {
+            disk::bind(card).map_err(failed("network card"))?;
+        }
         if !request.hostname.is_empty() {
             sethostname(request.hostname.as_bytes()).map_err(|e| failed("hostname")(e.into()))?;
         }

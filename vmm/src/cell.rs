@@ -49,11 +49,14 @@ use crate::device_set::{self, Connect as _, DeviceHandle, OnFailure, Placed, Reg
 use crate::error::{CreateError, LifecycleError};
 use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
+use crate::image::{self, Image, Shape, Whole, Written};
 use crate::memory::{Memory, SlotRange};
+use crate::phases::{Phase, Phases};
 use crate::spare::{Kind, Spare};
 use crate::stats::{self, CellStats, KvmStat};
 use crate::stop::{StopReason, classify_halt};
 use crate::vcpu::{Access, VcpuControl, VcpuThread, lock_fd};
+use crate::x86_64::cpu_check;
 use crate::x86_64::interrupt_chip::Chip;
 use crate::x86_64::ioapic::{Asserted, REGISTERS_SIZE};
 use crate::x86_64::ports::{
@@ -95,6 +98,10 @@ impl std::fmt::Display for CellState {
 /// A saved cell without its RAM: versioned states of all parts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SavedCell {
+    /// What it consists of.
+    pub(crate) shape: Shape,
+    /// What its guest has seen in CPUID.
+    pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
     vcpus: Vec<SavedState>,
     chip: SavedState,
     devices: Vec<SavedState>,
@@ -335,7 +342,8 @@ pub(crate) struct Machine {
     chip: Chip,
     vm: Arc<VmFd>,
     windows: Vec<DaxPlacement>,
-    memory: Memory,
+    memory: Arc<Memory>,
+    shape: Shape,
     /// Which spares fit it.
     kind: Option<Kind>,
     /// Where the initial RAM disk was put.
@@ -358,6 +366,7 @@ impl Machine {
             vm,
             windows,
             memory,
+            shape: _,
             kind: _,
             initrd: _,
         } = self;
@@ -409,6 +418,7 @@ pub struct Cell {
     lifecycle: Mutex<()>,
     handles: Vec<DeviceHandle>,
     ram: std::sync::Weak<GuestRam>,
+    phases: Vec<Phase>,
 }
 
 impl Cell {
@@ -422,7 +432,8 @@ impl Cell {
                 source,
             })?;
         let shared = Arc::new(new_shared(&config, host)?);
-        let machine = build(config, &mut layout, host, &shared)?;
+        let mut phases = Phases::begin();
+        let machine = build(config, &mut layout, host, &shared, &mut phases)?;
         let handles = machine
             .devices
             .iter()
@@ -436,7 +447,13 @@ impl Cell {
             lifecycle: Mutex::new(()),
             handles,
             ram,
+            phases: phases.all().to_vec(),
         })
+    }
+
+    /// What its making cost, part by part.
+    pub fn phases(&self) -> &[Phase] {
+        &self.phases
     }
 
     /// The cell's name.
@@ -459,13 +476,13 @@ impl Cell {
         self.ram.upgrade()
     }
 
-    /// Another descriptor of the memory file, while the cell has it.
+    /// Another descriptor of the memory file, while the cell has it. A clone has none.
     pub fn memory_file(&self) -> Option<OwnedFd> {
         let inner = self.shared.lock();
         inner
             .machine
             .as_ref()
-            .and_then(|machine| machine.memory.file().try_clone_to_owned().ok())
+            .and_then(|machine| machine.memory.file()?.try_clone_to_owned().ok())
     }
 
     /// Bytes of the host's memory that the guest's RAM takes now: what the guest has touched and a balloon has not given
@@ -752,20 +769,48 @@ impl Cell {
     /// The state of vCPUs, interrupt chip and devices. The RAM is in [`Cell::memory_file`].
     pub fn save(&self) -> Result<SavedCell, LifecycleError> {
         let _one = self.lifecycle();
+        Ok(self.save_locked()?.0)
+    }
+
+    /// Writes an image of the cell into `file`, which must be empty. Needs a cell that is created or paused, and leaves it
+    /// so. The header is written last: what is there when this fails is no image.
+    pub fn write_image(&self, file: &std::fs::File) -> Result<Written, LifecycleError> {
+        let _one = self.lifecycle();
+        let (saved, memory) = self.save_locked()?;
+        let memory = &memory;
+        Ok(image::write(file, Whole { saved, memory })?)
+    }
+
+    /// Writes an image of the cell to a file, which is there whole or not at all, in the place of one that is there. As
+    /// [`Cell::write_image`] otherwise.
+    pub fn save_image(&self, path: &std::path::Path) -> Result<Written, LifecycleError> {
+        let failed = |source| image::ImageError::Io {
+            what: "write",
+            source,
+        };
+        let new = image::NewFile::create(path).map_err(failed)?;
+        let written = self.write_image(new.file())?;
+        new.finish().map_err(failed)?;
+        Ok(written)
+    }
+
+    fn save_locked(&self) -> Result<(SavedCell, Arc<Memory>), LifecycleError> {
         // Not under the lock: a device that fails meanwhile needs it to say so.
-        let (vcpus, pages, serial, chip, vm) = {
+        let (vcpus, pages, serial, chip, vm, shape, cpuid, memory) = {
             let inner = self.shared.lock();
             let savable = matches!(inner.state, CellState::Created | CellState::Paused);
             match inner.machine.as_ref() {
                 Some(machine) if savable && inner.stopping.is_none() => {
                     let pages = machine.devices.iter().map(|device| Arc::clone(&device.transport));
-                    let (chip, vm) = (machine.chip.clone(), Arc::clone(&machine.vm));
                     (
                         machine.vcpus.clone(),
                         pages.collect::<Vec<_>>(),
                         machine.serial.clone(),
-                        chip,
-                        vm,
+                        machine.chip.clone(),
+                        Arc::clone(&machine.vm),
+                        machine.shape.clone(),
+                        machine.cpuid.to_vec(),
+                        Arc::clone(&machine.memory),
                     )
                 }
                 _ => return Err(Self::wrong_state("save", &inner.state)),
@@ -781,12 +826,15 @@ impl Cell {
             .map(|fd| vcpu_state::save(&lock_fd(fd), &self.host.msr_indices))
             .collect::<Result<_, _>>()?;
         let serial = serial.and_then(|serial| serial.with(|s| s.save())).transpose()?;
-        Ok(SavedCell {
+        let saved = SavedCell {
+            shape,
+            cpuid,
             vcpus,
             chip: chip.save(&vm)?,
             devices,
             serial,
-        })
+        };
+        Ok((saved, memory))
     }
 }
 
@@ -831,12 +879,18 @@ fn build(
     layout: &mut Layout,
     host: &HostInner,
     shared: &Arc<Shared>,
+    phases: &mut Phases,
 ) -> Result<Machine, CreateError> {
     let pluggable_mib = config.pluggable_mib();
+    let shape = config.shape();
     let (memory_file, boot) = match config.boot {
         Boot::Restore { saved, memory } => (Some(memory), Source::Saved(saved)),
         Boot::Kernel(kernel) => (None, Source::Kernel(kernel)),
+        Boot::Clone { image } => (None, Source::Image(image)),
     };
+    if let Some(saved) = boot.saved() {
+        check_shape(&saved.shape, &shape)?;
+    }
     let kind = match &boot {
         Source::Kernel(kernel) => Kind::of(
             &kernel.kernel,
@@ -845,16 +899,21 @@ fn build(
             pluggable_mib.unwrap_or(0),
             config.huge_pages,
         ),
-        Source::Saved(_) => None,
+        Source::Saved(_) | Source::Image(_) => None,
     };
     let (memory, vm, images) = match kind.and_then(|kind| host.spares.take(&kind)) {
         Some(Spare { vm, memory, images }) => (memory, Some(vm), Some(images)),
         None => {
             let mount = host.mount_for(config.huge_pages);
-            let memory = Memory::new(layout, config.huge_pages, config.overcommit, memory_file, mount)?;
+            let (pages, overcommit) = (config.huge_pages, config.overcommit);
+            let memory = match &boot {
+                Source::Image(image) => Memory::of_image(layout, pages, overcommit, image, mount)?,
+                _ => Memory::new(layout, pages, overcommit, memory_file, mount)?,
+            };
             (memory, None, None)
         }
     };
+    phases.ours("memory");
     let event_loop = Arc::clone(host.event_loop());
     let devices = device_set::make(
         config.devices,
@@ -878,14 +937,18 @@ fn build(
     let wired = wired.chain(config.serial.is_some().then_some(COM1_GSI));
     let pins = u8::try_from(wired.max().unwrap_or(0) + 1).unwrap_or(u8::MAX);
 
+    phases.ours("devices");
     let vm = Arc::new(match vm {
         Some(vm) => vm,
         None => create_vm(host)?,
     });
+    phases.kvm("VM");
     set_memory(&vm, &memory, &windows)?;
     let chip = Chip::create(&vm, config.interrupt_chip, pins)?;
+    phases.kvm("memory slots, interrupt chip");
     let serial = make_serial(config.serial, shared, &boot)?;
     let (ports, registers) = make_buses(shared, &devices, serial.as_ref(), &chip)?;
+    phases.ours("buses");
     for device in devices.iter().filter(|device| !device.is_slot) {
         device.transport.lock().connect(&vm, &device.address)?;
     }
@@ -897,17 +960,20 @@ fn build(
         })?;
     }
 
+    phases.kvm("irqfds and ioeventfds");
     let possible = u8::try_from(shared.possible_vcpus()).unwrap_or(u8::MAX);
-    let count = match &boot {
-        Source::Kernel(_) => config.vcpus,
+    let count = match boot.saved() {
+        None => config.vcpus,
         // Some may have been added since it started.
-        Source::Saved(saved) => u8::try_from(saved.vcpus.len())
+        Some(saved) => u8::try_from(saved.vcpus.len())
             .ok()
             .filter(|count| (config.vcpus..=possible).contains(count))
             .ok_or_else(|| mismatch("vCPUs", saved.vcpus.len(), config.vcpus.into()))?,
     };
-    let (vcpus, cpuid) = create_vcpus(&vm, host, count, possible)?;
+    let seen = boot.saved().map(|saved| saved.cpuid.as_slice());
+    let (vcpus, cpuid) = create_vcpus(&vm, host, count, possible, seen)?;
     shared.made.store(count, Ordering::Release);
+    phases.kvm("vCPUs");
     let mut initrd = None;
     match boot {
         Source::Kernel(kernel) => {
@@ -942,8 +1008,10 @@ fn build(
                 vcpu_state::prepare_boot(&lock_fd(fd), (index == 0).then_some(&loaded.entry))?;
             }
         }
-        Source::Saved(saved) => restore(&saved, &vm, &chip, &vcpus, &devices)?,
+        Source::Saved(saved) => restore(&saved, &vm, &chip, &vcpus, &devices, phases)?,
+        Source::Image(image) => restore(image.saved(), &vm, &chip, &vcpus, &devices, phases)?,
     }
+    phases.ours("guest, or states of devices");
     Ok(Machine {
         threads: Vec::new(),
         vcpus,
@@ -956,7 +1024,8 @@ fn build(
         chip,
         vm,
         windows,
-        memory,
+        memory: Arc::new(memory),
+        shape,
         kind,
         initrd,
     })
@@ -975,6 +1044,48 @@ fn on_failure(shared: &Arc<Shared>) -> OnFailure {
 enum Source {
     Kernel(crate::config::KernelBoot),
     Saved(Box<SavedCell>),
+    Image(Arc<Image>),
+}
+
+impl Source {
+    fn saved(&self) -> Option<&SavedCell> {
+        match self {
+            Self::Kernel(_) => None,
+            Self::Saved(saved) => Some(saved),
+            Self::Image(image) => Some(image.saved()),
+        }
+    }
+}
+
+/// The name of an empty place for a device.
+const SLOT: &str = "slot";
+
+fn check_shape(saved: &Shape, configured: &Shape) -> Result<(), CreateError> {
+    let differ = |saved: String, configured: String| Err(CreateError::Shape { saved, configured });
+    if saved.devices.len() != configured.devices.len() {
+        let list = |shape: &Shape| format!("the devices {}", shape.devices.join(", "));
+        return differ(list(saved), list(configured));
+    }
+    let mut devices = saved.devices.iter().zip(&configured.devices).enumerate();
+    if let Some((at, (was, is))) = devices.find(|(_, (was, is))| was != is && *was != SLOT) {
+        let device = |name| format!("a device {name} in place {at}");
+        return differ(device(was), device(is));
+    }
+    for (was, is, what) in [
+        (saved.memory_mib, configured.memory_mib, "MiB of RAM"),
+        (saved.pluggable_mib, configured.pluggable_mib, "MiB to plug"),
+        (
+            saved.max_vcpus.into(),
+            configured.max_vcpus.into(),
+            "vCPUs at most",
+        ),
+        (saved.serial.into(), configured.serial.into(), "serial ports"),
+    ] {
+        if was != is {
+            return differ(format!("{was} {what}"), format!("{is} {what}"));
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn create_vm(host: &HostInner) -> Result<VmFd, CreateError> {
@@ -1029,7 +1140,7 @@ fn make_serial(
         what: "cannot create the serial port",
         source,
     })?;
-    if let Source::Saved(saved) = source
+    if let Some(saved) = source.saved()
         && let Some(state) = &saved.serial
     {
         serial = serial.restore(state)?;
@@ -1091,14 +1202,20 @@ fn make_buses(
     Ok((Arc::new(ports), Arc::new(registers)))
 }
 
-fn create_vcpus(vm: &VmFd, host: &HostInner, count: u8, possible: u8) -> Result<(Vcpus, Cpuid), CreateError> {
+/// Makes the vCPUs. `seen` is what a saved guest knows of CPUID.
+fn create_vcpus(
+    vm: &VmFd,
+    host: &HostInner,
+    count: u8,
+    possible: u8,
+    seen: Option<&[kvm_cpuid_entry2]>,
+) -> Result<(Vcpus, Cpuid), CreateError> {
     let first = create_vcpu(vm, 0)?;
-    let config = CpuidConfig {
-        vcpus: possible,
-        tsc_deadline: vm.check_extension(Cap::TscDeadlineTimer),
-        tsc_khz: first.get_tsc_khz().ok(),
-    };
-    let leaves = cpuid::filter(&host.cpuid, &config)?;
+    let mut leaves = host.leaves(possible, first.get_tsc_khz().ok())?;
+    if let Some(seen) = seen {
+        check_processor(seen, &leaves)?;
+        leaves = seen.to_vec();
+    }
     let mut fds = vec![first];
     for index in 1..count {
         fds.push(create_vcpu(vm, index)?);
@@ -1109,6 +1226,35 @@ fn create_vcpus(vm: &VmFd, host: &HostInner, count: u8, possible: u8) -> Result<
         vcpus.push(Arc::new(Mutex::new(fd)));
     }
     Ok((vcpus, leaves.into()))
+}
+
+fn check_processor(seen: &[kvm_cpuid_entry2], leaves: &[kvm_cpuid_entry2]) -> Result<(), CreateError> {
+    cpu_check::check(seen, leaves).map_err(|why| CreateError::Processor {
+        saved: cpu_check::name(seen),
+        here: cpu_check::name(leaves),
+        why,
+    })
+}
+
+impl HostInner {
+    /// What CPUID says in a new cell.
+    fn leaves(&self, vcpus: u8, tsc_khz: Option<u32>) -> Result<Vec<kvm_cpuid_entry2>, CreateError> {
+        let config = CpuidConfig {
+            vcpus,
+            tsc_deadline: self.kvm.check_extension(Cap::TscDeadlineTimer),
+            tsc_khz,
+        };
+        Ok(cpuid::filter(&self.cpuid, &config)?)
+    }
+}
+
+impl CellHost {
+    /// Whether clones of this image can run on this host's processor; answers what stands against it.
+    pub fn can_run(&self, image: &Image) -> Result<(), CreateError> {
+        // The frequency is not looked at: KVM makes it what it was.
+        let leaves = self.inner.leaves(image.shape().max_vcpus, Some(0))?;
+        check_processor(&image.saved().cpuid, &leaves)
+    }
 }
 
 fn create_vcpu(vm: &VmFd, index: u8) -> Result<VcpuFd, CreateError> {
@@ -1131,6 +1277,7 @@ fn restore(
     chip: &Chip,
     vcpus: &[Arc<Mutex<VcpuFd>>],
     devices: &[Placed],
+    phases: &mut Phases,
 ) -> Result<(), CreateError> {
     if saved.vcpus.len() != vcpus.len() {
         return Err(mismatch("vCPUs", saved.vcpus.len(), vcpus.len()));
@@ -1142,8 +1289,13 @@ fn restore(
         vcpu_state::restore(&lock_fd(fd), state)?;
     }
     chip.restore(vm, &saved.chip)?;
+    phases.kvm("states of vCPUs and chip");
     // Last: a restored device may interrupt at once, by the routes that are there now.
-    for (device, state) in devices.iter().zip(&saved.devices) {
+    for ((device, state), was) in devices.iter().zip(&saved.devices).zip(&saved.shape.devices) {
+        if was == SLOT && !device.is_slot {
+            // New to the guest.
+            continue;
+        }
         let restored = device.transport.lock().restore(state);
         restored.map_err(|source| CreateError::RestoreDevice {
             device: device.name.clone(),

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use cloister_boot::x86_64::layout::{self, Layout};
 use cloister_boot::x86_64::{Description, cpuid::MAX_VCPUS};
@@ -14,6 +15,7 @@ use cloister_devices::virtio::VirtioDevice;
 use cloister_devices::vsock::VsockConfig;
 
 use crate::cell::SavedCell;
+use crate::image::{Image, Shape};
 use crate::memory::HUGE_PAGE;
 use crate::x86_64::interrupt_chip::KERNEL_PINS;
 use crate::x86_64::ioapic::MAX_PINS;
@@ -98,6 +100,13 @@ pub enum Boot {
         saved: Box<SavedCell>,
         /// The memory file of the saved cell.
         memory: OwnedFd,
+    },
+    /// What an image holds: any number of cells, each with RAM of its own. The configuration must be like that of the
+    /// cell that it was taken of ([`crate::image::Shape`]); CPUID is as it was there. A vsock device has its guest drop all
+    /// connections. Before anything else runs in it the guest should be given fresh randomness and the time.
+    Clone {
+        /// The image.
+        image: Arc<Image>,
     },
 }
 
@@ -313,6 +322,21 @@ impl CellConfig {
             layout.add_pluggable(max_mib.saturating_mul(1 << 20))?;
         }
         Ok(layout)
+    }
+
+    /// What an image of it says.
+    pub(crate) fn shape(&self) -> Shape {
+        Shape {
+            memory_mib: self.memory_mib,
+            pluggable_mib: self.pluggable_mib().unwrap_or(0),
+            max_vcpus: self.possible_vcpus(),
+            serial: self.serial.is_some(),
+            devices: self
+                .devices
+                .iter()
+                .map(|device| device.name().to_owned())
+                .collect(),
+        }
     }
 
     /// What a memory device can plug, in MiB.

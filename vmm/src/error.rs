@@ -116,6 +116,24 @@ pub enum CreateError {
     /// Device addresses collide: a bug.
     #[error("device addresses collide")]
     Bus(#[from] crate::bus::OverlapError),
+    /// A saved cell of another shape.
+    #[error("the saved cell has {saved}, the configuration {configured}")]
+    Shape {
+        /// What the saved one has.
+        saved: String,
+        /// What was asked for.
+        configured: String,
+    },
+    /// A cell that was saved on another kind of processor.
+    #[error("the cell was saved on {saved}, this host has {here}: {why}")]
+    Processor {
+        /// Name of the processor there.
+        saved: String,
+        /// Name of the processor here.
+        here: String,
+        /// The first difference that matters.
+        why: String,
+    },
     /// A saved state does not fit.
     #[error("cannot restore the saved cell")]
     State(#[from] StateError),
@@ -193,6 +211,9 @@ pub enum LifecycleError {
     /// Something could not be saved.
     #[error("cannot save the cell")]
     Save(#[from] StateError),
+    /// Its image could not be written.
+    #[error("cannot save the cell")]
+    Image(#[from] crate::image::ImageError),
     /// KVM's statistics could not be read.
     #[error("cannot read KVM's statistics; Linux 5.14 or later has them")]
     Stats(#[source] std::io::Error),

@@ -4,6 +4,10 @@
 //! Sealed against growing, shrinking and further seals before anybody else can hold the descriptor, so that no access
 //! to it can ever fault because of its size. Nothing is touched at creation: pages come when the guest first uses
 //! them.
+//!
+//! A clone's RAM is private memory instead, over which the parts of its image are mapped ([`crate::image`]); what can be
+//! plugged later comes from a memfd as ever. Ranges are named by their place in the memory file, whether there is one or
+//! not.
 
 use cloister_boot::x86_64::layout::Layout;
 use cloister_devices::GuestRam;
@@ -14,11 +18,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
     MemoryRegionAddress,
 };
 
 use crate::config::HugePages;
+use crate::image::{self, Image};
+use crate::pagemap;
 
 /// Bytes of one huge page on x86_64.
 pub const HUGE_PAGE: u64 = 2 << 20;
@@ -58,6 +64,9 @@ pub enum Error {
         /// Needed, in bytes.
         expected: u64,
     },
+    /// A clone copies pages one by one.
+    #[error("a clone cannot have reserved huge pages: take transparent ones, or boot")]
+    ReservedClone,
     /// It could not be mapped.
     #[error("cannot map {mib} MiB of guest memory{}", if *.huge { " with huge pages; reserve more of them in /proc/sys/vm/nr_hugepages" } else { "" })]
     Map {
@@ -74,8 +83,13 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Memory {
     ram: Arc<GuestRam>,
-    file: Arc<File>,
+    /// Backs all of it; of a clone's only what can be plugged, if anything can.
+    file: Option<Arc<File>>,
     ram_size: u64,
+    /// Where the ranges lie: offset in the memory file, guest-physical address, bytes.
+    ranges: Vec<(u64, u64, u64)>,
+    /// What a clone was made from.
+    image: Option<Arc<Image>>,
 }
 
 /// One range to become a KVM memory slot.
@@ -119,7 +133,7 @@ impl Memory {
         let huge = huge_pages == HugePages::Reserved;
         let map_error = |source: Box<dyn std::error::Error + Send + Sync>| Error::Map { mib, huge, source };
         let mut regions = Vec::new();
-        for (offset, guest, len) in ranges {
+        for &(offset, guest, len) in &ranges {
             let region = map(&file, offset, len, huge).map_err(|e| map_error(Box::new(e)))?;
             if huge_pages == HugePages::Transparent {
                 advise_huge(&region);
@@ -131,8 +145,80 @@ impl Memory {
         let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(Box::new(e)))?;
         Ok(Self {
             ram: Arc::new(ram),
+            file: Some(file),
+            ram_size: layout.ram_size(),
+            ranges,
+            image: None,
+        })
+    }
+
+    /// Makes RAM for `layout` that begins as what `image` holds. Transparent huge pages are only asked for where the image
+    /// holds nothing: a page that is copied is a small one.
+    pub(crate) fn of_image(
+        layout: &Layout,
+        huge_pages: HugePages,
+        overcommit: bool,
+        image: &Arc<Image>,
+        huge_mount: Option<BorrowedFd>,
+    ) -> Result<Self, Error> {
+        let mib = layout.ram_size() >> 20;
+        let ranges = in_file(layout);
+        let size = ranges.last().map_or(0, |(offset, _, len)| offset + len);
+        let host_mib = host_memory_mib();
+        if !overcommit && mib > host_mib {
+            return Err(Error::MoreThanHost { mib, host_mib });
+        }
+        if image.ram_len() != size {
+            return Err(Error::WrongFile {
+                found: image.ram_len(),
+                expected: size,
+            });
+        }
+        if huge_pages == HugePages::Reserved {
+            return Err(Error::ReservedClone);
+        }
+        let pluggable = layout.pluggable().map(|(base, _)| base);
+        let file = match pluggable {
+            None => None,
+            Some(_) => {
+                let file = create_file(size, huge_pages, huge_mount);
+                Some(Arc::new(file.map_err(|source| Error::Create { mib, source })?))
+            }
+        };
+        let map_error = |source: Box<dyn std::error::Error + Send + Sync>| Error::Map {
+            mib,
+            huge: false,
+            source,
+        };
+        let mut regions = Vec::new();
+        for &(offset, guest, len) in &ranges {
+            let shared = file.as_ref().filter(|_| pluggable == Some(guest));
+            let region = match shared {
+                Some(file) => map(file, offset, len, false),
+                None => map_fresh(len),
+            };
+            let region = region.map_err(|e| map_error(Box::new(e)))?;
+            if huge_pages == HugePages::Transparent {
+                advise_huge(&region);
+            }
+            if shared.is_none() {
+                image::map_over(image, &region, offset).map_err(|e| map_error(Box::new(e)))?;
+            }
+            let region = GuestRegionMmap::new(region, GuestAddress(guest))
+                .ok_or_else(|| map_error("a range wraps around".into()))?;
+            if shared.is_some() {
+                // What is unplugged is punched out of a file: it has to be all of one.
+                image::copy_into(image, &region, offset).map_err(|e| map_error(Box::new(e)))?;
+            }
+            regions.push(region);
+        }
+        let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(Box::new(e)))?;
+        Ok(Self {
+            ram: Arc::new(ram),
             file,
             ram_size: layout.ram_size(),
+            ranges,
+            image: Some(Arc::clone(image)),
         })
     }
 
@@ -141,9 +227,15 @@ impl Memory {
         &self.ram
     }
 
-    /// The memory file: another mapping of the same RAM can be made from it.
-    pub fn file(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+    /// The memory file: another mapping of the same RAM can be made from it. A clone has none.
+    pub fn file(&self) -> Option<BorrowedFd<'_>> {
+        let whole = self.file.as_ref().filter(|_| self.image.is_none());
+        whole.map(AsFd::as_fd)
+    }
+
+    /// Size of the memory file in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.ranges.last().map_or(0, |(offset, _, len)| offset + len)
     }
 
     /// Bytes that the guest starts with.
@@ -151,22 +243,37 @@ impl Memory {
         self.ram_size
     }
 
-    /// Bytes of the host's memory that the file takes.
+    /// Bytes of the host's memory that it takes beyond what it shares with an image.
     pub fn resident(&self) -> Option<u64> {
-        /// What st_blocks counts, whatever the file's block size (stat(3type)).
-        const BLOCK: u64 = 512;
-        let stat = rustix::fs::fstat(&self.file).ok()?;
-        u64::try_from(stat.st_blocks).ok()?.checked_mul(BLOCK)
+        let in_file = match &self.file {
+            Some(file) => in_blocks(file)?,
+            None => 0,
+        };
+        let mut own = 0;
+        for region in self.private() {
+            own += pagemap::count(region, pagemap::is_own)?;
+        }
+        in_file.checked_add(own)
+    }
+
+    /// Bytes of the host's memory that it takes beyond what its guest starts with, and beyond `plugged` bytes.
+    pub(crate) fn excess(&self, plugged: u64) -> Option<u64> {
+        let given = if self.image.is_some() { 0 } else { self.ram_size };
+        let resident = in_blocks(self.file.as_ref()?)?;
+        Some(resident.saturating_sub(given.saturating_add(plugged)))
     }
 
     /// The parts of the memory file that have pages, as ranges in bytes. Empty if the file system cannot tell.
     pub fn touched(&self) -> Vec<Range<u64>> {
         use rustix::fs::{SeekFrom, seek};
+        let Some(file) = &self.file else {
+            return Vec::new();
+        };
         let mut ranges = Vec::new();
         let mut at = 0;
         // Another offset of the same open file may be in use: all our own accesses name theirs.
-        while let Ok(start) = seek(&self.file, SeekFrom::Data(at)) {
-            let Ok(end) = seek(&self.file, SeekFrom::Hole(start)) else {
+        while let Ok(start) = seek(file, SeekFrom::Data(at)) {
+            let Ok(end) = seek(file, SeekFrom::Hole(start)) else {
                 break;
             };
             ranges.push(start..end);
@@ -175,10 +282,57 @@ impl Memory {
         ranges
     }
 
+    /// The parts of RAM that may hold something else than zeroes, ascending, as ranges of the memory file.
+    pub(crate) fn holding(&self) -> Vec<Range<u64>> {
+        let Some(image) = &self.image else {
+            return self.touched();
+        };
+        let mut ranges = self.touched();
+        ranges.extend(image.extents().iter().cloned());
+        for region in self.private() {
+            let offset = self.offset_of(region);
+            match pagemap::ranges(region) {
+                Some(present) => {
+                    let in_file = |range: Range<u64>| range.start + offset..range.end + offset;
+                    ranges.extend(present.into_iter().map(in_file));
+                }
+                // If the host does not say, all of it.
+                None => ranges.push(offset..offset + region.len()),
+            }
+        }
+        merge(ranges)
+    }
+
+    /// Reads what is at `offset` of the memory file.
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) -> std::io::Result<()> {
+        let outside = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        let (start, guest, _) = self
+            .ranges
+            .iter()
+            .find(|(start, _, len)| (*start..start + len).contains(&offset))
+            .ok_or_else(outside)?;
+        self.ram
+            .read_slice(data, GuestAddress(guest + (offset - start)))
+            .map_err(std::io::Error::other)
+    }
+
+    /// The ranges of a clone's own.
+    fn private(&self) -> impl Iterator<Item = &GuestRegionMmap<()>> {
+        self.ram.iter().filter(|region| region.file_offset().is_none())
+    }
+
+    fn offset_of(&self, region: &GuestRegionMmap<()>) -> u64 {
+        let start = region.start_addr().0;
+        self.ranges
+            .iter()
+            .find(|(_, guest, _)| *guest == start)
+            .map_or(0, |(offset, ..)| *offset)
+    }
+
     /// Has the host make the pages of these parts of the memory file ready. What it cannot do now comes when touched.
     pub fn populate(&self, ranges: &[Range<u64>]) {
         for region in self.ram.iter() {
-            let offset = offset_of(region);
+            let offset = self.offset_of(region);
             let in_file = offset..offset + region.len();
             for range in ranges {
                 let start = range.start.max(in_file.start);
@@ -218,11 +372,14 @@ impl Memory {
             let start = region.start_addr().0;
             if (start..start + region.len()).contains(&guest) {
                 let len = len.min(start + region.len() - guest);
+                let Some(file) = self.file.as_ref().filter(|_| region.file_offset().is_some()) else {
+                    return Err(std::io::ErrorKind::Unsupported.into());
+                };
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
                 return Ok(fallocate(
-                    &self.file,
+                    file,
                     flags,
-                    offset_of(region) + (guest - start),
+                    self.offset_of(region) + (guest - start),
                     len,
                 )?);
             }
@@ -261,8 +418,25 @@ fn in_file(layout: &Layout) -> Vec<(u64, u64, u64)> {
     ranges
 }
 
-fn offset_of(region: &GuestRegionMmap<()>) -> u64 {
-    region.file_offset().map_or(0, FileOffset::start)
+/// Bytes of the host's memory that a memory file takes.
+fn in_blocks(file: &File) -> Option<u64> {
+    /// What st_blocks counts, whatever the file's block size (stat(3type)).
+    const BLOCK: u64 = 512;
+    let stat = rustix::fs::fstat(file).ok()?;
+    u64::try_from(stat.st_blocks).ok()?.checked_mul(BLOCK)
+}
+
+/// Sorted, and without overlaps.
+fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
 }
 
 /// A tmpfs that is mounted nowhere and gives huge pages. Needs CAP_SYS_ADMIN.
@@ -330,6 +504,14 @@ fn map(
         .build()
 }
 
+/// Memory that is nobody else's, and zero.
+fn map_fresh(len: u64) -> Result<vm_memory::MmapRegion<()>, vm_memory::mmap::MmapRegionError> {
+    MmapRegionBuilder::new(usize::try_from(len).unwrap_or(usize::MAX))
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+}
+
 /// Asks for transparent huge pages. Only a wish: the host's shmem_enabled decides.
 fn advise_huge(region: &vm_memory::MmapRegion<()>) {
     // SAFETY: the range is a whole mapping of ours, and the advice changes no content.
@@ -351,13 +533,12 @@ fn host_memory_mib() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::Bytes;
 
     #[test]
     fn the_file_is_sealed_and_shared_by_both_ranges() {
         let layout = Layout::new(3400).unwrap();
         let memory = Memory::new(&layout, HugePages::No, true, None, None).unwrap();
-        let seals = rustix::fs::fcntl_get_seals(memory.file()).unwrap();
+        let seals = rustix::fs::fcntl_get_seals(memory.file().unwrap()).unwrap();
         assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL));
         let slots = memory.slots();
         assert_eq!(slots.len(), 2);
@@ -367,7 +548,7 @@ mod tests {
             &layout,
             HugePages::No,
             true,
-            Some(memory.file().try_clone_to_owned().unwrap()),
+            Some(memory.file().unwrap().try_clone_to_owned().unwrap()),
             None,
         )
         .unwrap();
@@ -394,7 +575,7 @@ mod tests {
     #[test]
     fn a_file_of_another_size_or_without_seals_is_refused() {
         let small = Memory::new(&Layout::new(1).unwrap(), HugePages::No, false, None, None).unwrap();
-        let file = small.file().try_clone_to_owned().unwrap();
+        let file = small.file().unwrap().try_clone_to_owned().unwrap();
         let error =
             Memory::new(&Layout::new(2).unwrap(), HugePages::No, false, Some(file), None).unwrap_err();
         assert!(

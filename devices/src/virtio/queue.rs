@@ -236,6 +236,19 @@ impl ActiveQueue {
             .map_err(QueueError::Ring)
     }
 
+    /// Has the driver notify of the next chain that it makes available, whatever waits already.
+    pub fn await_next(&mut self) -> Result<(), QueueError> {
+        let mut waiting = 0;
+        // A ring holds no more.
+        while waiting < self.size() && self.pop()?.is_some() {
+            waiting += 1;
+        }
+        self.enable_notification()?;
+        let first = self.queue.next_avail().wrapping_sub(waiting);
+        self.queue.set_next_avail(first);
+        Ok(())
+    }
+
     /// Consumes the eventfd's count after it woke the event loop.
     pub fn clear_notification(&self) {
         // EAGAIN: somebody else consumed it; the queue is looked at all the same.

@@ -73,11 +73,15 @@ impl VsockHandler {
     /// Takes the queues. With `restored`, the guest comes out of a snapshot and its connections are gone.
     pub fn new(
         mut context: ActivationContext,
-        mux: Mux,
+        mut mux: Mux,
         host: Arc<Host>,
         restored: bool,
     ) -> Result<Self, ActivateError> {
         let health = Arc::clone(&context.health);
+        if restored {
+            // The driver would drop them with those that are gone.
+            mux.hold();
+        }
         Ok(Self {
             rx: RxRing::new(context.take_queue(0)?, Arc::clone(&health)),
             tx: context.take_queue(1)?,
@@ -161,6 +165,8 @@ impl VsockHandler {
                 self.interrupting |= self.event.wants_signal()?;
                 if written {
                     self.transport_reset = false;
+                    // The driver puts the buffer back once it has dropped its connections.
+                    self.event.await_next()?;
                     return Ok(());
                 }
                 self.health.complain("event queue: a useless buffer");
@@ -234,7 +240,8 @@ impl VsockHandler {
         self.host.counters.wakeups.increment();
         match source {
             TX => self.serve_tx()?,
-            EVENT => self.send_event()?,
+            EVENT if self.transport_reset => self.send_event()?,
+            EVENT => self.mux.release(),
             POLL => self.mux.poll()?,
             // RX: there are buffers again, or it is our turn again.
             _ => {}

@@ -46,6 +46,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
+/// How long a restored guest's driver may take to drop its connections before new ones are let through all the same.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
 /// Packets to the guest per turn on the event loop.
 const PUMP_BUDGET: usize = 256;
 /// Rx buffers gathered for one read.
@@ -90,6 +92,8 @@ pub(super) struct Mux {
     accepting: bool,
     credit_given: u64,
     starved: bool,
+    /// The host's own connections, as long as they would be dropped with the old ones by a restored guest's driver.
+    held: Option<VecDeque<Connect>>,
 }
 
 impl Mux {
@@ -126,6 +130,7 @@ impl Mux {
             accepting: false,
             credit_given: 0,
             starved: false,
+            held: None,
         };
         mux.accept_again()?;
         Ok(mux)
@@ -411,7 +416,30 @@ impl Mux {
         let _ = self.host.wake.write(1);
     }
 
+    /// From now on the host's own connections wait.
+    pub fn hold(&mut self) {
+        self.held.get_or_insert_default();
+    }
+
+    /// Those that waited go ahead.
+    pub fn release(&mut self) {
+        for connect in self.held.take().into_iter().flatten() {
+            self.start_connect(connect);
+        }
+    }
+
     fn start_connect(&mut self, connect: Connect) {
+        let held = self
+            .held
+            .as_mut()
+            .filter(|held| held.len() < self.max_connections);
+        if let Some(held) = held {
+            if held.is_empty() {
+                self.timers.set(Instant::now() + HOLD_TIMEOUT, Timeout::Held);
+            }
+            held.push_back(connect);
+            return;
+        }
         if self.table.len() >= self.max_connections {
             self.host.counters.refused.increment();
             self.health.complain(format_args!(
@@ -544,6 +572,7 @@ impl Mux {
             match timeout {
                 // The handler looks at that after each turn.
                 Timeout::TxSignal => {}
+                Timeout::Held => self.release(),
                 Timeout::Accept => self.accept_again()?,
                 Timeout::Handshake(id) => drop(self.end_handshake(id)),
                 Timeout::Connection(token) => {

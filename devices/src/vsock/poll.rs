@@ -152,6 +152,8 @@ pub(super) enum Timeout {
     Accept,
     /// Tell the driver of used tx buffers.
     TxSignal,
+    /// Hold connections back no longer.
+    Held,
 }
 
 /// Deadlines behind one timerfd, which exists from the first deadline on.

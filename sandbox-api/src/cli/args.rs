@@ -99,6 +99,9 @@ pub enum Command {
     Pull(PullArgs),
     /// Take images from an archive or an OCI layout into the store
     Load(LoadArgs),
+    /// Make, list and remove what `run` clones virtual machines from
+    #[command(subcommand)]
+    Template(TemplateArgs),
     /// Say whether this host can run virtual machines, and what to do if not
     Check(JsonArg),
     /// Have containerd make pods through cloisterd: its drop-in, the shim's name, RuntimeClasses, a unit
@@ -121,6 +124,54 @@ pub enum Command {
         #[arg(long)]
         awaited: bool,
     },
+}
+
+/// `template`.
+#[derive(Debug, Subcommand)]
+pub enum TemplateArgs {
+    /// Boot a virtual machine once and keep it: `run` with the same options clones it instead of booting
+    Build(TemplateBuildArgs),
+    /// List templates
+    Ls(JsonArg),
+    /// Remove templates; what was cloned from them lives on
+    Rm(TemplateNames),
+}
+
+/// `template build`: what distinguishes virtual machines, as `run` has it.
+#[derive(Debug, Args)]
+pub struct TemplateBuildArgs {
+    /// Processors of the virtual machine, 1 to 32
+    #[arg(long, default_value = "1", value_parser = parse::cpus)]
+    pub cpus: u8,
+    /// Memory of the virtual machine, such as 512m or 2g
+    #[arg(short, long, default_value = "512m", value_parser = parse::vm_memory)]
+    pub memory: u64,
+    /// Window for files of the image
+    #[arg(long, value_name = "SIZE", value_parser = parse::dax_window)]
+    pub dax: Option<u64>,
+    /// Network: none, nat, or tap=NAME
+    #[arg(long, visible_alias = "network", default_value = "nat", value_parser = parse::network)]
+    pub net: Network,
+    /// Guest kernel; it must be one of ours
+    #[arg(long, env = "CLOISTER_KERNEL", value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initramfs with the agent
+    #[arg(long, env = "CLOISTER_INITRD", value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// More words for the guest kernel's command line
+    #[arg(long, value_name = "WORD", allow_hyphen_values = true)]
+    pub kernel_arg: Vec<String>,
+    /// Longest time the virtual machine may take until its agent is ready
+    #[arg(long, default_value = "60s", value_name = "TIME", value_parser = parse::seconds)]
+    pub init_timeout: u64,
+}
+
+/// `template rm`.
+#[derive(Debug, Args)]
+pub struct TemplateNames {
+    /// Names, as `template ls` shows them
+    #[arg(required = true)]
+    pub names: Vec<String>,
 }
 
 /// `install`.

@@ -20,6 +20,7 @@ mod shim;
 mod start;
 mod stats;
 pub mod table;
+mod template;
 
 use crate::image::{self, Store};
 use crate::pod::{host, state};
@@ -169,6 +170,7 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Rmi(args) => each(&args.images, |name| images::remove(context, name, args.force)),
         Command::Pull(args) => images::pull(context, &args),
         Command::Load(args) => images::load(context, &args),
+        Command::Template(args) => template::template(context, args),
         Command::Check(args) => info::check(args.json),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),

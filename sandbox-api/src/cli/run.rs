@@ -67,8 +67,8 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
             "root is needed to unpack and mount images; run cloister as root",
         ));
     }
-    let kernel = guest_file(args.kernel.as_ref(), "guest kernel", "vmlinux", "--kernel")?;
-    let initrd = guest_file(args.initrd.as_ref(), "initramfs", "initramfs.cpio", "--initrd")?;
+    let kernel = kernel(args.kernel.as_ref())?;
+    let initrd = initrd(args.initrd.as_ref())?;
 
     let store = context.store()?;
     // Until the record names the layers.
@@ -303,6 +303,16 @@ fn prepare_volumes(wishes: &mut Wishes) -> Outcome<()> {
         volume.source = volume.source.canonicalize().map_err(failed)?;
     }
     Ok(())
+}
+
+/// The guest kernel.
+pub fn kernel(given: Option<&PathBuf>) -> Outcome<PathBuf> {
+    guest_file(given, "guest kernel", "vmlinux", "--kernel")
+}
+
+/// The initramfs with the agent.
+pub fn initrd(given: Option<&PathBuf>) -> Outcome<PathBuf> {
+    guest_file(given, "initramfs", "initramfs.cpio", "--initrd")
 }
 
 /// A file of the guest: by flag or environment, beside the program, or installed.

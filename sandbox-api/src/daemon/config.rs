@@ -158,6 +158,8 @@ pub struct Profile {
     pub block_volumes: u8,
     /// Window through which guests map files of their containers' roots; 0 for none.
     pub dax_window: Bytes,
+    /// Who shares a template to be cloned from.
+    pub template: Trust,
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
@@ -187,6 +189,30 @@ pub enum HugePages {
     Transparent,
     /// Reserved huge pages, all of the RAM.
     Reserved,
+}
+
+/// Who shares a template: a VM that has booted once, from which pods are cloned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Trust {
+    /// Nobody: each pod boots.
+    None,
+    /// The pods of one namespace of Kubernetes'.
+    #[default]
+    Namespace,
+    /// All pods of the node.
+    Node,
+}
+
+impl Trust {
+    /// The name of those who share with a pod of this namespace.
+    pub fn domain(self, namespace: &str) -> Option<String> {
+        match self {
+            Self::None => None,
+            Self::Namespace => Some(format!("namespace {namespace}")),
+            Self::Node => Some(crate::pod::template::NODE.to_owned()),
+        }
+    }
 }
 
 impl From<HugePages> for cloister_vmm::HugePages {
@@ -237,6 +263,7 @@ impl Default for Profile {
             huge_pages: HugePages::default(),
             block_volumes: 4,
             dax_window: Bytes(0),
+            template: Trust::default(),
             init_timeout: Duration::from_secs(60),
             answer_timeout: crate::pod::vigil::PATIENCE,
         }

@@ -9,6 +9,7 @@ use super::metrics::Metrics;
 use super::pod_plan::PodPlan;
 use super::sandbox::{self, Phase, Record, Sandbox};
 use crate::clock;
+use crate::pod::template::Templates;
 use cloister_vmm::CellHost;
 use std::collections::HashMap;
 use std::io;
@@ -21,6 +22,8 @@ pub struct Node {
     pub config: Config,
     /// Event loops and workers of all cells.
     pub cells: CellHost,
+    /// What pods are cloned from.
+    pub templates: Templates,
     /// The way to containerd's events.
     pub events: Publisher,
     /// What is counted.
@@ -65,6 +68,7 @@ impl Node {
     ) -> io::Result<Arc<Self>> {
         let node = Self {
             config,
+            templates: Templates::new(cells.clone()),
             cells,
             events,
             metrics,

@@ -25,11 +25,12 @@ use crate::clock::{self, Millis};
 use crate::files;
 use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
-use crate::pod::machine::{Machine, MachineConfig, Room};
+use crate::pod::machine::{Machine, MachineConfig, Origin, Room};
 use crate::pod::resize;
 use crate::pod::size::{Limits, Size, Sizing};
 use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::{self, Running, TaskService};
+use crate::pod::template;
 use crate::pod::vm::{self, PodVm};
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_protocol::protobuf::MessageField;
@@ -647,7 +648,7 @@ impl Sandbox {
         }
         let sizing = self.profile.sizing(plan.overhead);
         let room = self.room(&sizing);
-        let config = MachineConfig {
+        let mut config = MachineConfig {
             name: cell_name(&id),
             cpus: plan.cpus,
             memory: plan.memory,
@@ -658,7 +659,14 @@ impl Sandbox {
             kernel_args: &self.profile.kernel_args,
             nics,
             room,
+            origin: Origin::Boot,
         };
+        let domain = self.profile.template.domain(&plan.namespace);
+        let kind = domain.and_then(|domain| template::Kind::of(&config, &domain));
+        if let Some(image) = kind.as_ref().and_then(|kind| node.templates.find(kind)) {
+            log::debug!("sandbox {id}: cloned from a template");
+            config.origin = Origin::Clone(image);
+        }
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
         let _ = self.machine.set(Arc::downgrade(&vm.machine));
@@ -705,6 +713,9 @@ impl Sandbox {
                 .follow(&record.namespace, events, &node.metrics, move |container| {
                     log.add(Event::now(Kind::Oom, &pod).of_container(container));
                 });
+        }
+        if let Some(kind) = kind {
+            node.templates.want(kind, self.profile.init_timeout);
         }
         Ok(())
     }

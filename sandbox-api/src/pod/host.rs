@@ -4,10 +4,12 @@
 
 use super::attach;
 use super::log::Writer;
-use super::machine::{MachineConfig, Room};
+use super::machine::{MachineConfig, Origin, Room};
+use super::shelf::Shelf;
 use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
 use super::task::{New, TaskService};
+use super::template::{self, Kind};
 use super::terminal;
 use super::vigil;
 use super::vm::{self, PodVm, QUICK, agent_error};
@@ -379,7 +381,7 @@ async fn start(
 
     // The virtual machine, up to its agent's first word.
     let cells = CellHost::new(CellHostConfig::default())?;
-    let config = MachineConfig {
+    let mut config = MachineConfig {
         name: format!("pod-{}", pod.record.short_id()),
         cpus: plan.cpus,
         memory: plan.memory,
@@ -390,7 +392,17 @@ async fn start(
         kernel_args: &plan.kernel_args,
         nics: network.nics,
         room: Room::default(),
+        origin: Origin::Boot,
     };
+    if let Some(kind) = Kind::of(&config, template::NODE)
+        && let Some(image) = pod.pods.templates().find(&kind, &cells)
+    {
+        log::info!(
+            "the virtual machine is cloned from template {}",
+            Shelf::name(&kind)
+        );
+        config.origin = Origin::Clone(image);
+    }
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
     tokio::select! {
         ready = vm.ready(Duration::from_millis(plan.init_timeout_ms)) => { ready?; }

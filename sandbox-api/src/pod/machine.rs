@@ -9,6 +9,7 @@ use cloister_devices::net::NetConfig;
 use cloister_devices::vsock::{VsockConfig, VsockHandle};
 use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
+use cloister_vmm::image::Image;
 use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, DeviceConfig, DeviceHandle, HugePages, KernelBoot, StopReason,
 };
@@ -53,6 +54,23 @@ pub struct MachineConfig<'a> {
     pub nics: Vec<NetConfig>,
     /// What it can be given while it runs.
     pub room: Room,
+    /// How it comes to run.
+    pub origin: Origin,
+}
+
+/// How a VM comes to run.
+#[derive(Clone, Debug, Default)]
+pub enum Origin {
+    /// It boots.
+    #[default]
+    Boot,
+    /// It boots to become a template, with places for so many network cards.
+    Template {
+        /// Empty slots.
+        cards: usize,
+    },
+    /// It is a clone of a template for as many network cards as it has, and otherwise configured alike.
+    Clone(Arc<Image>),
 }
 
 /// What a VM can be given while it runs, beyond what it starts with. Without any it costs nothing.
@@ -102,6 +120,8 @@ pub struct Machine {
     fs: FsHandle,
     vsock: VsockHandle,
     mem: Option<MemHandle>,
+    /// Places of the network cards that the guest has not seen yet.
+    new_cards: Option<Vec<u32>>,
     /// What is attached, kept open: a mount that exists only as a descriptor goes with its last one.
     attached: Mutex<HashMap<String, OwnedFd>>,
     dead: watch::Receiver<Option<StopReason>>,
@@ -113,38 +133,17 @@ impl Machine {
     /// # Errors
     /// See [`Error`].
     pub fn start(config: MachineConfig<'_>, host: &CellHost) -> Result<Arc<Self>, Error> {
-        let open = |what, path: &Path, flag| {
-            File::open(path).map_err(|source| Error::File {
-                what,
-                path: path.display().to_string(),
-                flag,
-                source,
-            })
-        };
-        let kernel = open("guest kernel", config.kernel, "--kernel")?;
-        let initrd = open("initramfs", config.initrd, "--initrd")?;
-        let description = description(&kernel);
-
         let fs = FsConfig {
             tag: SHARED_TAG.to_owned(),
             request_queues: config.cpus.into(),
             ..FsConfig::default()
         };
-        let mut command_line = BASE_COMMAND_LINE.to_owned();
-        // The serial port needs no driver to be probed: the fastest for few words.
-        if !config.kernel_args.iter().any(|word| word.starts_with("console=")) {
-            command_line.push_str(" console=ttyS0");
-        }
-        for word in config.kernel_args {
-            command_line.push(' ');
-            command_line.push_str(word);
-        }
-        let boot = Boot::Kernel(KernelBoot {
-            kernel,
-            initrd: Some(initrd),
-            command_line,
-            description,
-        });
+        let boot = match &config.origin {
+            Origin::Clone(image) => Boot::Clone {
+                image: Arc::clone(image),
+            },
+            Origin::Boot | Origin::Template { .. } => kernel_boot(&config)?,
+        };
         let mut cell = CellConfig::new(config.name, boot);
         cell.vcpus = config.cpus;
         cell.max_vcpus = config.room.cpus;
@@ -156,8 +155,14 @@ impl Machine {
         });
         cell.devices
             .push(DeviceConfig::Vsock(VsockConfig::new(GUEST_CID)));
-        cell.devices
-            .extend(config.nics.into_iter().map(DeviceConfig::Net));
+        let mut cards = Vec::new();
+        for nic in config.nics {
+            cards.push(u32::try_from(cell.devices.len()).unwrap_or(u32::MAX));
+            cell.devices.push(DeviceConfig::Net(nic));
+        }
+        if let Origin::Template { cards } = config.origin {
+            cell.devices.extend((0..cards).map(|_| DeviceConfig::Slot));
+        }
         cell.devices.push(DeviceConfig::Rng);
         cell.devices.push(DeviceConfig::Balloon { deflate_on_oom: true });
         if config
@@ -197,9 +202,15 @@ impl Machine {
             fs,
             vsock,
             mem,
+            new_cards: matches!(config.origin, Origin::Clone(_)).then_some(cards),
             attached: Mutex::default(),
             dead,
         }))
+    }
+
+    /// Of a clone: the places of its network cards, which the guest has not seen yet.
+    pub fn new_cards(&self) -> Option<&[u32]> {
+        self.new_cards.as_deref()
     }
 
     /// Becomes the reason when the VM has ended.
@@ -371,8 +382,38 @@ impl Guest for Machine {
     }
 }
 
+/// What a VM boots.
+fn kernel_boot(config: &MachineConfig<'_>) -> Result<Boot, Error> {
+    let open = |what, path: &Path, flag| {
+        File::open(path).map_err(|source| Error::File {
+            what,
+            path: path.display().to_string(),
+            flag,
+            source,
+        })
+    };
+    let kernel = open("guest kernel", config.kernel, "--kernel")?;
+    let initrd = open("initramfs", config.initrd, "--initrd")?;
+    let description = description(&kernel);
+    let mut command_line = BASE_COMMAND_LINE.to_owned();
+    // The serial port needs no driver to be probed: the fastest for few words.
+    if !config.kernel_args.iter().any(|word| word.starts_with("console=")) {
+        command_line.push_str(" console=ttyS0");
+    }
+    for word in config.kernel_args {
+        command_line.push(' ');
+        command_line.push_str(word);
+    }
+    Ok(Boot::Kernel(KernelBoot {
+        kernel,
+        initrd: Some(initrd),
+        command_line,
+        description,
+    }))
+}
+
 /// Distribution kernels (bzImage) find their devices by ACPI, ours by its command line.
-fn description(kernel: &File) -> cloister_boot::x86_64::Description {
+pub(super) fn description(kernel: &File) -> cloister_boot::x86_64::Description {
     let mut magic = [0; 4];
     // Offset of the boot protocol's magic, Documentation/arch/x86/boot.rst.
     let is_bzimage = kernel.read_exact_at(&mut magic, 0x202).is_ok() && &magic == b"HdrS";

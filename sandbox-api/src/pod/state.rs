@@ -17,6 +17,7 @@
 //!
 //! The kernel gives up the lock whatever kills the process, so nothing here trusts a process id.
 
+use super::shelf::Shelf;
 use crate::clock::{self, Millis};
 use crate::files;
 use crate::image::Digest;
@@ -260,6 +261,11 @@ impl Pods {
             state: state.to_owned(),
             root: root.to_owned(),
         })
+    }
+
+    /// What VMs are cloned from.
+    pub fn templates(&self) -> Shelf {
+        Shelf::of(&self.state)
     }
 
     /// The volatile folder of a pod.

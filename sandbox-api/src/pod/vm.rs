@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! start ──▶ booting ──ready──▶ agent answers ──configure, serve──▶ containers can be made ──shut_down──▶ (nothing)
+//!   └─ or cloned ────▲
 //!              └────────────────── the VM ends by itself: `Machine::dead` ──────────────────────▶ shut_down
 //! ```
 
@@ -28,6 +29,8 @@ use tokio::sync::{mpsc, watch};
 
 /// Time for the agent to answer what is quick.
 pub const QUICK: Duration = Duration::from_secs(30);
+/// Bytes of randomness that an agent takes at once.
+const MAX_ENTROPY: usize = 512;
 /// Time for the guest to power itself off.
 const POWER_OFF: Duration = Duration::from_secs(5);
 
@@ -132,6 +135,11 @@ impl PodVm {
     /// # Errors
     /// The VM ends first, or `patience` does.
     pub async fn ready(&mut self, patience: Duration) -> Result<Agent, Error> {
+        if self.machine.new_cards().is_some() {
+            // A clone's agent has been ready all its life, and says so again once it is told that it is one.
+            let agent = Agent::connect(&*self.machine).map_err(io_error("connect to the agent"))?;
+            return Ok(self.agent.insert(agent).clone());
+        }
         let mut ready = self.ready.clone();
         tokio::select! {
             _ = ready.wait_for(Option::is_some) => {}
@@ -153,14 +161,25 @@ impl PodVm {
         Ok(self.agent.insert(agent).clone())
     }
 
-    /// Gives the pod its identity.
+    /// Gives the pod its identity. A clone gets one of its own whatever the request says: randomness, time, a way to the
+    /// host.
     ///
     /// # Errors
     /// The agent is not ready, or refuses.
     pub async fn configure(&mut self, request: &ConfigureRequest) -> Result<(), Error> {
         let agent = self.agent()?.clone();
+        let mut request = request.clone();
+        if let Some(cards) = self.machine.new_cards() {
+            request.cloned = true;
+            request.cards = cards.to_vec();
+            request.entropy.resize(MAX_ENTROPY, 0);
+            crate::ids::fill(&mut request.entropy);
+            if request.unix_time_ns == 0 {
+                request.unix_time_ns = crate::clock::unix_ns();
+            }
+        }
         tokio::select! {
-            answer = agent.pod.configure(with_duration(QUICK), request) => {
+            answer = agent.pod.configure(with_duration(QUICK), &request) => {
                 answer.map(|_| ()).map_err(agent_error("configure the pod"))
             }
             error = self.ended("before its pod was configured") => Err(error),

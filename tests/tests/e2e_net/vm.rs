@@ -13,7 +13,7 @@ use cloister_protocol::ttrpc::context::with_duration;
 use cloister_sandbox_api::net::cni::{self, PodNet};
 use cloister_sandbox_api::net::forward::Forwarder;
 use cloister_sandbox_api::pod::agent::Agent;
-use cloister_sandbox_api::pod::machine::{Machine, MachineConfig, Room};
+use cloister_sandbox_api::pod::machine::{Machine, MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::vm::PodVm;
 use cloister_tests::e2e::{PATIENCE, archive, guest_file};
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
@@ -70,6 +70,7 @@ async fn start(host: &CellHost, net: &mut PodNet) -> (PodVm, Agent) {
         kernel_args: &["cloister.log=info".into()],
         nics: net.take_cards(),
         room: Room::default(),
+        origin: Origin::Boot,
     };
     let mut vm = PodVm::start(config, host).await.unwrap();
     let agent = vm.ready(PATIENCE).await.unwrap();

@@ -91,9 +91,9 @@ impl Shared {
         })?;
         // Some may be plugged or unplugged right now.
         let before = mem.plugged();
-        let resident = machine.memory.resident()?;
-        let plugged = before.max(mem.plugged());
-        Some(resident.saturating_sub(machine.memory.ram_size().saturating_add(plugged)))
+        let excess = machine.memory.excess(before)?;
+        let meanwhile = mem.plugged().saturating_sub(before);
+        Some(excess.saturating_sub(meanwhile))
     }
 
     /// Ends a guest that has taken memory that it was not given.

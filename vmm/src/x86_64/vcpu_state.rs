@@ -151,18 +151,30 @@ pub(crate) fn restore(vcpu: &VcpuFd, saved: &SavedState) -> Result<(), StateErro
         .map_err(|e| refused("KVM_SET_DEBUGREGS", e))?;
     vcpu.set_lapic(&state.lapic)
         .map_err(|e| refused("KVM_SET_LAPIC", e))?;
-    for entry in &state.msrs {
-        let msrs = Msrs::from_entries(std::slice::from_ref(entry))
-            .map_err(|_| refused("KVM_SET_MSRS", kvm_ioctls::Error::new(libc::E2BIG)))?;
-        let set = vcpu.set_msrs(&msrs).map_err(|e| refused("KVM_SET_MSRS", e))?;
-        // Some that read as zero cannot be written at all; zero they are in a new vCPU as well.
-        if set != 1 && entry.data != 0 {
-            return Err(StateError::Invalid {
-                what: WHAT,
-                why: format!("MSR {:#x} cannot be set to {:#x} here", entry.index, entry.data),
-            });
-        }
-    }
+    set_msrs(vcpu, &state.msrs)?;
     vcpu.set_vcpu_events(&state.events)
         .map_err(|e| refused("KVM_SET_VCPU_EVENTS", e))
+}
+
+/// Sets MSRs, in their order.
+fn set_msrs(vcpu: &VcpuFd, mut entries: &[kvm_msr_entry]) -> Result<(), StateError> {
+    let invalid = |why: String| StateError::Invalid { what: WHAT, why };
+    while !entries.is_empty() {
+        let msrs = Msrs::from_entries(entries).map_err(|_| invalid("too many MSRs".to_owned()))?;
+        let set = vcpu
+            .set_msrs(&msrs)
+            .map_err(|e| invalid(format!("KVM_SET_MSRS refused it: {e}")))?;
+        let Some(refused) = entries.get(set) else {
+            return Ok(());
+        };
+        // Some that read as zero cannot be written at all; zero they are in a new vCPU as well.
+        if refused.data != 0 {
+            return Err(invalid(format!(
+                "MSR {:#x} cannot be set to {:#x} here",
+                refused.index, refused.data
+            )));
+        }
+        entries = entries.get(set + 1..).unwrap_or_default();
+    }
+    Ok(())
 }

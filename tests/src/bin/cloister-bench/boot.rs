@@ -32,7 +32,7 @@ struct Boot {
 }
 
 /// CPU time of the thread of this name in seconds, exact where the clock is.
-fn thread_seconds(name: &str) -> io::Result<f64> {
+pub fn thread_seconds(name: &str) -> io::Result<f64> {
     for task in fs::read_dir("/proc/self/task")? {
         let task = task?.path();
         // A thread that ends while it is looked at is not the one.
@@ -46,12 +46,13 @@ fn thread_seconds(name: &str) -> io::Result<f64> {
 }
 
 /// Waits until the cell is gone.
-fn end(cell: &Cell) {
+pub fn end(cell: &Cell) {
     cell.stop();
     cell.wait_taken_down(Some(Duration::from_secs(10)));
 }
 
-fn kvm_exits(cell: &Cell) -> io::Result<u64> {
+/// All exits of a cell, as KVM counts them.
+pub fn kvm_exits(cell: &Cell) -> io::Result<u64> {
     let stats = cell.kvm_stats().map_err(chain)?;
     Ok(stats
         .iter()

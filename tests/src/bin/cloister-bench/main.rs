@@ -7,6 +7,7 @@
 
 mod boot;
 mod cells;
+mod clone;
 mod cri;
 mod fs;
 mod guest_lines;
@@ -36,8 +37,9 @@ pub struct Context {
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 6] = [
+const PARTS: [(&str, Part); 7] = [
     ("boot", boot::run),
+    ("clone", clone::run),
     ("cell", cells::run),
     ("fs", fs::run),
     ("vsock", vsock::run),
@@ -45,7 +47,7 @@ const PARTS: [(&str, Part); 6] = [
     ("cri", cri::run),
 ];
 
-const COUNTING_PARTS: [(&str, Part); 1] = [("boot", boot::count)];
+const COUNTING_PARTS: [(&str, Part); 2] = [("boot", boot::count), ("clone", clone::count)];
 
 /// `agent.bytes`, `kernel.bytes`.
 fn sizes(context: &mut Context) -> io::Result<()> {

@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: Apache-2.0
+//! `clone.*`: a pod's VM cloned from a template, against a cold boot of the same one: the same devices, to the agent's
+//! first answer to a request of ours.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cloister_boot::x86_64::Description;
+use cloister_devices::fs::FsConfig;
+use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
+use cloister_vmm::config::BASE_COMMAND_LINE;
+use cloister_vmm::image::{self, Image};
+use cloister_vmm::{
+    Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, HugePages, KernelBoot, Phase,
+};
+
+use crate::Context;
+use crate::boot::{end, kvm_exits, thread_seconds};
+use crate::ours::chain;
+use crate::report::{Figure, median};
+
+const AGENT_PORT: u32 = 1024;
+const READY_PORT: u32 = 1025;
+const MEMORY_MIB: u64 = 256;
+const ROUNDS: u32 = 10;
+/// Clones at once, for what each of them costs.
+const MANY: u32 = 20;
+/// How long they are left alone.
+const IDLE: Duration = Duration::from_secs(10);
+
+/// A VM as pods have it.
+struct Pod {
+    cell: Cell,
+    vsock: VsockHandle,
+    ready: VsockListener,
+}
+
+fn pod(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io::Result<Pod> {
+    let (device, vsock) = Vsock::new(VsockConfig::new(3)).map_err(io::Error::other)?;
+    let mut config = CellConfig::new(name, boot);
+    config.memory_mib = MEMORY_MIB;
+    config.huge_pages = huge_pages;
+    config.serial = None;
+    let fs = FsConfig {
+        tag: "cloister".to_owned(),
+        ..FsConfig::default()
+    };
+    config.devices = vec![
+        DeviceConfig::Fs {
+            config: fs,
+            dax_window: None,
+        },
+        DeviceConfig::Custom {
+            name: "vsock".into(),
+            device: Box::new(device),
+        },
+        DeviceConfig::Slot,
+        DeviceConfig::Rng,
+        DeviceConfig::Balloon { deflate_on_oom: true },
+    ];
+    let cell = Cell::create(config, host).map_err(chain)?;
+    let ready = vsock.listen(READY_PORT)?;
+    cell.start().map_err(chain)?;
+    Ok(Pod { cell, vsock, ready })
+}
+
+fn kernel(context: &Context) -> io::Result<Boot> {
+    Ok(Boot::Kernel(KernelBoot {
+        kernel: File::open(&context.kernel)?,
+        initrd: Some(File::open(&context.initrd)?),
+        command_line: BASE_COMMAND_LINE.to_owned(),
+        description: Description::MpTable,
+    }))
+}
+
+impl Pod {
+    /// One request to the agent, and its answer: ttrpc by hand, so that nothing but the guest takes time.
+    fn ask(&self) -> io::Result<UnixStream> {
+        // A Request of two fields: service and method.
+        let mut request = Vec::new();
+        for (tag, text) in [(0x0a, "cloister.agent.v1.Pod"), (0x12, "Ping")] {
+            request.push(tag);
+            request.push(u8::try_from(text.len()).unwrap_or(0));
+            request.extend_from_slice(text.as_bytes());
+        }
+        let length = u32::try_from(request.len()).unwrap_or(0);
+        let (stream, is_request, flags) = (1u32, 1, 0);
+        let mut frame = [length.to_be_bytes(), stream.to_be_bytes()].concat();
+        frame.extend([is_request, flags]);
+        frame.extend(request);
+        let mut connection = self.vsock.connect(AGENT_PORT)?;
+        connection.set_read_timeout(Some(Duration::from_secs(60)))?;
+        connection.write_all(&frame)?;
+        connection.read_exact(&mut [0; 10])?;
+        Ok(connection)
+    }
+
+    /// Waits for the ready message of a boot.
+    fn booted(&self) -> io::Result<()> {
+        let (mut stream, _) = self.ready.accept()?;
+        stream.set_read_timeout(Some(Duration::from_secs(120)))?;
+        stream.read_exact(&mut [0])
+    }
+
+    fn vcpu_seconds(&self) -> io::Result<f64> {
+        let short: String = self.cell.name().chars().take(8).collect();
+        thread_seconds(&format!("{short}:vcpu0"))
+    }
+}
+
+/// A template, as `cloisterd` makes them.
+fn template(context: &Context, host: &CellHost, huge_pages: HugePages) -> io::Result<Arc<Image>> {
+    let pod = pod(host, "template".to_owned(), kernel(context)?, huge_pages)?;
+    pod.booted()?;
+    pod.ask()?;
+    pod.cell.discard_initrd()?;
+    pod.cell.pause().map_err(chain)?;
+    let file = image::memory_file()?;
+    pod.cell.write_image(&file).map_err(chain)?;
+    end(&pod.cell);
+    image::seal(&file)?;
+    Image::open(file).map_err(chain)
+}
+
+/// What one start cost.
+struct Start {
+    seconds: f64,
+    /// CPU time of the vCPU's thread.
+    vcpu: f64,
+    exits: u64,
+    phases: Vec<Phase>,
+    own_kib: u64,
+}
+
+/// Starts one to its first answer, and ends it.
+fn start(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io::Result<Start> {
+    let boots = matches!(boot, Boot::Kernel(_));
+    let begin = Instant::now();
+    let pod = pod(host, name, boot, huge_pages)?;
+    if boots {
+        pod.booted()?;
+    }
+    let answer = pod.ask()?;
+    let seconds = begin.elapsed().as_secs_f64();
+    let start = Start {
+        seconds,
+        vcpu: pod.vcpu_seconds()?,
+        exits: kvm_exits(&pod.cell)?,
+        phases: pod.cell.phases().to_vec(),
+        own_kib: pod.cell.resident_ram().unwrap_or(0) >> 10,
+    };
+    drop(answer);
+    end(&pod.cell);
+    Ok(start)
+}
+
+/// KiB of `field` of /proc/self/smaps_rollup.
+fn rollup(field: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(Path::new("/proc/self/smaps_rollup"))?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    Ok(line
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0))
+}
+
+fn float(value: u64) -> f64 {
+    f64::from(u32::try_from(value).unwrap_or(u32::MAX))
+}
+
+/// Times, and what the host has to do.
+pub fn run(context: &mut Context) -> io::Result<()> {
+    let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
+    let huge_pages = HugePages::Transparent;
+    let image = template(context, &host, huge_pages)?;
+    let (mut clones, mut boots) = (Vec::new(), Vec::new());
+    // What is made once is made before the first that counts.
+    start(
+        &host,
+        "warm-up0".into(),
+        Boot::Clone {
+            image: Arc::clone(&image),
+        },
+        huge_pages,
+    )?;
+    for round in 0..ROUNDS {
+        let boot = Boot::Clone {
+            image: Arc::clone(&image),
+        };
+        clones.push(start(&host, format!("clone-{round:02}"), boot, huge_pages)?);
+        boots.push(start(
+            &host,
+            format!("boots-{round:02}"),
+            kernel(context)?,
+            huge_pages,
+        )?);
+    }
+    let of = |starts: &[Start], what: fn(&Start) -> f64| median(&starts.iter().map(what).collect::<Vec<_>>());
+    let how = format!(
+        "1 vCPU, {MEMORY_MIB} MiB, transparent huge pages, the devices of a pod; from the call to the agent's first answer; \
+         medians of {ROUNDS}, in turn; template of {} KiB",
+        image.ram_bytes() >> 10
+    );
+    let mut add = |name: &str, value: f64, unit, goal, conditions: &str| {
+        context.report.add(Figure {
+            name: name.into(),
+            value,
+            unit,
+            peer: String::new(),
+            conditions: conditions.into(),
+            goal,
+        })
+    };
+    let (clone, boot) = (of(&clones, |s| s.seconds), of(&boots, |s| s.seconds));
+    add("clone.vs_cold_boot", clone / boot, "ratio", "<= 0.1", &how)?;
+    add("clone.first_answer", clone * 1e3, "ms", "", &how)?;
+    add("clone.first_answer_cold_boot", boot * 1e3, "ms", "", &how)?;
+    add("clone.exits", of(&clones, |s| float(s.exits)), "exits", "", &how)?;
+    add(
+        "clone.exits_cold_boot",
+        of(&boots, |s| float(s.exits)),
+        "exits",
+        "",
+        &how,
+    )?;
+    add(
+        "clone.own_kib_at_first_answer",
+        of(&clones, |s| float(s.own_kib)),
+        "KiB",
+        "",
+        &how,
+    )?;
+
+    // CPU time of Cell::create and start, part by part; KVM's own calls apart from the rest.
+    let (mut ours, mut kvms) = (0.0, 0.0);
+    for (at, phase) in clones[0].phases.iter().enumerate() {
+        let times: Vec<f64> = clones
+            .iter()
+            .filter_map(|s| Some(s.phases.get(at)?.cpu.as_secs_f64() * 1e3))
+            .collect();
+        let time = median(&times);
+        let whose = if phase.is_kvm { "KVM" } else { "ours" };
+        println!("    {:<28} {time:>9.3} ms of CPU ({whose})", phase.name);
+        *(if phase.is_kvm { &mut kvms } else { &mut ours }) += time;
+    }
+    let how = "CPU time of the calling thread in Cell::create and start of a clone, medians of each part";
+    add(
+        "clone.host_work_ms",
+        ours,
+        "ms",
+        "<= 2",
+        &format!("{how}; without KVM's calls"),
+    )?;
+    add(
+        "clone.kvm_work_ms",
+        kvms,
+        "ms",
+        "",
+        &format!("{how}; KVM's calls"),
+    )?;
+    idle(context, &host)
+}
+
+/// Many clones that do nothing.
+fn idle(context: &mut Context, host: &CellHost) -> io::Result<()> {
+    let image = template(context, host, HugePages::No)?;
+    let (private, tables) = (rollup("Private_Dirty")?, page_tables()?);
+    let mut pods = Vec::new();
+    for number in 0..MANY {
+        let boot = Boot::Clone {
+            image: Arc::clone(&image),
+        };
+        let pod = pod(host, format!("idle-{number:02}"), boot, HugePages::No)?;
+        drop(pod.ask()?);
+        pods.push(pod);
+    }
+    std::thread::sleep(IDLE);
+    let own: Vec<f64> = pods
+        .iter()
+        .map(|pod| float(pod.cell.resident_ram().unwrap_or(0) >> 10))
+        .collect();
+    let exits: Vec<u64> = pods
+        .iter()
+        .map(|pod| kvm_exits(&pod.cell))
+        .collect::<io::Result<_>>()?;
+    std::thread::sleep(IDLE);
+    let mut per_minute = Vec::new();
+    for (pod, before) in pods.iter().zip(exits) {
+        let exits = kvm_exits(&pod.cell)?.saturating_sub(before);
+        per_minute.push(float(exits) * 60.0 / IDLE.as_secs_f64());
+    }
+    let dirtied = median(&own);
+    let all = rollup("Private_Dirty")?.saturating_sub(private) + page_tables()?.saturating_sub(tables);
+    let beyond = (float(all) / f64::from(MANY) - dirtied).max(0.0);
+    let how = format!(
+        "{MANY} clones of {MEMORY_MIB} MiB, ordinary pages, {} s idle",
+        IDLE.as_secs()
+    );
+    for (name, value, unit, goal) in [
+        ("clone.idle_dirtied_kib", dirtied, "KiB", "<= 4096"),
+        ("clone.idle_beyond_kib", beyond, "KiB", "<= 300"),
+        (
+            "clone.idle_exits_per_minute",
+            median(&per_minute),
+            "exits",
+            "< 20",
+        ),
+    ] {
+        let what = match name {
+            "clone.idle_dirtied_kib" => "pages of its RAM that are its own, median",
+            "clone.idle_beyond_kib" => {
+                "private memory and page tables of the process per clone, beyond those pages"
+            }
+            _ => "KVM's count, median; the look itself costs one",
+        };
+        context.report.add(Figure {
+            name: name.into(),
+            value,
+            unit,
+            peer: String::new(),
+            conditions: format!("{how}; {what}"),
+            goal,
+        })?;
+    }
+    for pod in &pods {
+        pod.cell.stop();
+    }
+    for pod in &pods {
+        end(&pod.cell);
+    }
+    Ok(())
+}
+
+/// KiB of the process's page tables.
+fn page_tables() -> io::Result<u64> {
+    let text = fs::read_to_string("/proc/self/status")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmPTE:"));
+    Ok(line
+        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
+        .unwrap_or(0))
+}
+
+/// Instructions, where a nanosecond is one: `ci/kvm-host --icount`.
+pub fn count(context: &mut Context) -> io::Result<()> {
+    let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
+    let huge_pages = HugePages::Transparent;
+    let image = template(context, &host, huge_pages)?;
+    let clone = || Boot::Clone {
+        image: Arc::clone(&image),
+    };
+    start(&host, "warm-up1".into(), clone(), huge_pages)?;
+    let clone = start(&host, "clone-ic".into(), clone(), huge_pages)?;
+    let boot = start(&host, "boots-ic".into(), kernel(context)?, huge_pages)?;
+    let how = format!(
+        "1 vCPU, {MEMORY_MIB} MiB, the devices of a pod, to the agent's first answer; 1 ns of the host's clock is one \
+         instruction"
+    );
+    let guest = "CPU time of the vCPU's thread: the guest, and KVM's work for it";
+    let all = "all instructions of host and guest";
+    for (name, value, unit, goal, what) in [
+        (
+            "clone.guest_instructions",
+            clone.vcpu * 1e9,
+            "instructions",
+            "",
+            guest,
+        ),
+        (
+            "clone.guest_instructions_cold_boot",
+            boot.vcpu * 1e9,
+            "instructions",
+            "",
+            guest,
+        ),
+        (
+            "clone.guest_instructions_vs_cold_boot",
+            clone.vcpu / boot.vcpu,
+            "ratio",
+            "<= 0.05",
+            guest,
+        ),
+        ("clone.instructions", clone.seconds * 1e9, "instructions", "", all),
+        (
+            "clone.instructions_vs_cold_boot",
+            clone.seconds / boot.seconds,
+            "ratio",
+            "",
+            all,
+        ),
+    ] {
+        context.report.add(Figure {
+            name: name.into(),
+            value,
+            unit,
+            peer: String::new(),
+            conditions: format!("{how}; {what}"),
+            goal,
+        })?;
+    }
+    Ok(())
+}

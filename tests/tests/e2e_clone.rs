@@ -1,0 +1,436 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Pods cloned from a template, with a real kernel and agent: each comes to life without a boot, with an identity and
+//! randomness of its own; containers run in them; nothing of them is left.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use cloister_boot::x86_64::Description;
+use cloister_devices::fs::{AttachOptions, Fs, FsConfig};
+use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
+use cloister_protocol::SPEC_TYPE_URL;
+use cloister_protocol::pod::{ConfigureRequest, InfoRequest, PingRequest};
+use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::protobuf::well_known_types::any::Any;
+use cloister_protocol::task::{CreateTaskRequest, Mount, StartRequest, WaitRequest};
+use cloister_protocol::ttrpc::context::with_duration;
+use cloister_sandbox_api::pod::agent::Agent;
+use cloister_sandbox_api::pod::guest::{Guest, ShareOptions};
+use cloister_sandbox_api::pod::machine::{MachineConfig, Origin, Room};
+use cloister_sandbox_api::pod::template::{self, Kind};
+use cloister_sandbox_api::pod::vm::PodVm;
+use cloister_tests::e2e::{Footprint, OwnFootprint, PATIENCE, Stage, archive, eventually, guest_file};
+use cloister_vmm::config::BASE_COMMAND_LINE;
+use cloister_vmm::image::Image;
+use cloister_vmm::{Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, HugePages, KernelBoot};
+use serde_json::json;
+
+/// The agent's initramfs with a root file system for a container: /pod.
+fn initramfs() -> File {
+    let busybox = fs::read("/bin/busybox").expect("busybox-static is missing: run ci/setup");
+    let mut image = fs::read(guest_file("initramfs.cpio")).unwrap();
+    image.resize(image.len().next_multiple_of(4), 0);
+    let mut entries: Vec<(String, &[u8])> = vec![("pod/bin/busybox".into(), &busybox)];
+    let script = b"#!/bin/busybox sh\nexec /bin/busybox \"${0##*/}\" \"$@\"\n";
+    for file in ["sh", "cat", "head", "date", "hostname", "sync"] {
+        entries.push((format!("pod/bin/{file}"), script));
+    }
+    for folder in ["proc", "dev", "out"] {
+        entries.push((format!("pod/{folder}/.keep"), b""));
+    }
+    let entries: Vec<(&str, &[u8])> = entries
+        .iter()
+        .map(|(name, data)| (name.as_str(), *data))
+        .collect();
+    image.extend(archive(&entries));
+    let file = rustix::fs::memfd_create("initramfs", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let mut file = File::from(file);
+    file.write_all(&image).unwrap();
+    file
+}
+
+struct Bed {
+    host: CellHost,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    _file: File,
+}
+
+impl Bed {
+    fn new() -> Self {
+        let file = initramfs();
+        Self {
+            host: CellHost::new(CellHostConfig::default()).unwrap(),
+            kernel: guest_file("vmlinux"),
+            initrd: PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())),
+            _file: file,
+        }
+    }
+
+    fn config(&self, name: &str, cpus: u8, origin: Origin) -> MachineConfig<'_> {
+        MachineConfig {
+            name: name.into(),
+            cpus,
+            memory: 256 << 20,
+            huge_pages: HugePages::No,
+            dax: None,
+            kernel: &self.kernel,
+            initrd: &self.initrd,
+            kernel_args: &[],
+            nics: Vec::new(),
+            room: Room::default(),
+            origin,
+        }
+    }
+
+    async fn template(&self, cpus: u8) -> Arc<Image> {
+        let kind = Kind::of(&self.config("kind", cpus, Origin::Boot), "node").unwrap();
+        template::build(&kind, &self.host, PATIENCE).await.unwrap()
+    }
+
+    async fn clone_of(&self, image: &Arc<Image>, cpus: u8, name: &str) -> (PodVm, Agent) {
+        let config = self.config(name, cpus, Origin::Clone(Arc::clone(image)));
+        let mut vm = PodVm::start(config, &self.host).await.unwrap();
+        let agent = vm.ready(PATIENCE).await.unwrap();
+        let request = ConfigureRequest {
+            hostname: name.into(),
+            ..Default::default()
+        };
+        vm.configure(&request).await.unwrap();
+        (vm, agent)
+    }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// Runs a script in a container of the pod, with a folder of the host's at /out, to its end.
+async fn run_script(vm: &PodVm, agent: &Agent, out: &Path, script: &str) {
+    let tree = OwnedFd::from(File::open(out).unwrap());
+    vm.machine.attach("out", tree, ShareOptions::default()).unwrap();
+    start_script(agent, script).await;
+    let request = WaitRequest {
+        id: "script".to_owned(),
+        ..Default::default()
+    };
+    let exit = agent.task.wait(with_duration(PATIENCE), &request).await.unwrap();
+    assert_eq!(exit.exit_status, 0);
+}
+
+/// Starts a script in a container, with what is shared as `out` at /out.
+async fn start_script(agent: &Agent, script: &str) {
+    let spec = json!({
+        "ociVersion": "1.1.0",
+        "process": {
+            "user": {"uid": 0, "gid": 0},
+            "args": ["/bin/sh", "-c", script],
+            "env": ["PATH=/bin"],
+            "cwd": "/",
+        },
+        "root": {"path": "rootfs"},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
+            {"destination": "/out", "type": "bind", "source": "/run/cloister/shared/out", "options": ["rbind", "rw"]},
+        ],
+        "linux": {"cgroupsPath": "/pod/script", "namespaces": [{"type": "pid"}, {"type": "mount"}]},
+    });
+    let request = CreateTaskRequest {
+        id: "script".into(),
+        bundle: "/ignored".into(),
+        rootfs: vec![Mount {
+            type_: "bind".into(),
+            source: "/pod".into(),
+            options: vec!["rbind".into(), "rw".into()],
+            ..Default::default()
+        }],
+        options: MessageField::some(Any {
+            type_url: SPEC_TYPE_URL.into(),
+            value: serde_json::to_vec(&spec).unwrap(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    };
+    agent
+        .task
+        .create(with_duration(PATIENCE), &request)
+        .await
+        .unwrap();
+    let request = StartRequest {
+        id: "script".to_owned(),
+        ..Default::default()
+    };
+    agent.task.start(with_duration(PATIENCE), &request).await.unwrap();
+}
+
+fn folder(name: &str) -> PathBuf {
+    let path = std::env::temp_dir().join(format!("e2e-clone-{}-{name}", std::process::id()));
+    fs::create_dir(&path).unwrap();
+    path
+}
+
+/// The pieces of eight bytes of `bytes`, at every offset.
+fn pieces(bytes: &[u8]) -> impl Iterator<Item = [u8; 8]> {
+    bytes.windows(8).map(|piece| piece.try_into().unwrap())
+}
+
+const RANDOM: usize = 4096;
+
+/// Two clones never share a random byte, whoever asks in them, and neither does one with its template's other children.
+#[test]
+fn clones_have_an_identity_of_their_own_and_run_containers() {
+    runtime().block_on(async {
+        let bed = Bed::new();
+        let image = bed.template(1).await;
+        println!("template: {} KiB of RAM", image.ram_bytes() >> 10);
+        let (mut seen, mut ids) = (HashSet::new(), HashSet::new());
+        for number in 0..4 {
+            let name = format!("pod-{number}");
+            let (vm, agent) = bed.clone_of(&image, 1, &name).await;
+            let info = agent.pod.info(with_duration(PATIENCE), &InfoRequest::new()).await.unwrap();
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            let guest = Duration::from_nanos(info.unix_time_ns);
+            assert!(guest.abs_diff(now) < Duration::from_secs(5), "{guest:?} in the guest, {now:?} here");
+            let out = folder(&name);
+            let script = format!(
+                "head -c {RANDOM} /dev/urandom >/out/urandom && head -c {RANDOM} /dev/random >/out/random && \
+                 cat /proc/sys/kernel/random/uuid >/out/uuid && cat /proc/sys/kernel/random/boot_id >/out/boot_id && \
+                 hostname >/out/hostname"
+            );
+            run_script(&vm, &agent, &out, &script).await;
+            let read = |file: &str| fs::read(out.join(file)).unwrap();
+            assert_eq!(String::from_utf8(read("hostname")).unwrap().trim(), name);
+            for source in ["urandom", "random"] {
+                let bytes = read(source);
+                assert_eq!(bytes.len(), RANDOM);
+                for piece in pieces(&bytes) {
+                    assert!(seen.insert(piece), "{source} of {name} has bytes that were there before");
+                }
+            }
+            for id in ["uuid", "boot_id"] {
+                assert!(ids.insert(read(id)), "{id} of {name} was there before");
+            }
+            fs::remove_dir_all(out).unwrap();
+            vm.shut_down().await;
+        }
+        image.verify().expect("a clone has changed the template");
+    });
+}
+
+#[test]
+fn many_live_side_by_side_and_leave_nothing() {
+    let runtime = runtime();
+    runtime.block_on(async {
+        let bed = Bed::new();
+        for cpus in [1, 2] {
+            let image = bed.template(cpus).await;
+            // What is made once is there after the first.
+            bed.clone_of(&image, cpus, "first").await.0.shut_down().await;
+            let before = OwnFootprint::now();
+            let mut pods = Vec::new();
+            for number in 0..6 {
+                pods.push(bed.clone_of(&image, cpus, &format!("pod-{number}")).await);
+            }
+            for (vm, agent) in &pods {
+                let request = PingRequest {
+                    payload: vec![7; 100],
+                    ..Default::default()
+                };
+                let answer = agent.pod.ping(with_duration(PATIENCE), &request).await.unwrap();
+                assert_eq!(answer.payload, request.payload);
+                let info = agent
+                    .pod
+                    .info(with_duration(PATIENCE), &InfoRequest::new())
+                    .await
+                    .unwrap();
+                assert_eq!(info.cpus, u32::from(cpus));
+                println!(
+                    "{cpus} vCPUs: {} KiB of its own",
+                    vm.machine.cell().resident_ram().unwrap() >> 10
+                );
+            }
+            for (vm, agent) in pods {
+                drop(agent);
+                vm.shut_down().await;
+            }
+            before.assert_unchanged();
+            image.verify().expect("a clone has changed the template");
+        }
+    });
+}
+
+/// The agent's events reach the clone's own host: it dials again.
+#[test]
+fn events_of_a_clone_arrive() {
+    runtime().block_on(async {
+        let bed = Bed::new();
+        let image = bed.template(1).await;
+        let (mut vm, agent) = bed.clone_of(&image, 1, "pod").await;
+        let mut events = vm.events().unwrap();
+        let out = folder("events");
+        run_script(&vm, &agent, &out, "exit 0").await;
+        fs::remove_dir_all(out).unwrap();
+        let exit = async {
+            loop {
+                let event = events.recv().await.expect("the connection for events is gone");
+                if event.topic == "/tasks/exit" {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, exit)
+            .await
+            .expect("no event of its exit");
+        vm.shut_down().await;
+    });
+}
+
+/// As a user does it: a template is built, and `run` clones it, network and all.
+#[test]
+fn cloister_run_clones_what_template_built() {
+    let stage = Stage::with_busybox("template");
+    let run = |options: &[&str], words: &[&str]| {
+        let head = ["--log-level", "info", "run", "--rm"];
+        let all = [&head, options, &["localhost/busybox"], words].concat();
+        stage.cloister(&all).expect(0)
+    };
+    let is_clone = |stderr: &str| stderr.contains("cloned from template");
+    assert!(!is_clone(&run(&[], &["true"]).stderr));
+    let name = stage.cloister(&["template", "build"]).expect(0).stdout;
+    let name = name.trim();
+    let listed = stage.json(&["template", "ls", "--json"]);
+    assert_eq!(
+        (&listed[0]["name"], &listed[0]["memory_mib"]),
+        (&name.into(), &512.into())
+    );
+    let before = Footprint::of_host(&stage);
+    let script = "ip -4 addr show eth0 && ping -c 1 -w 60 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p') && hostname";
+    let output = run(&["-h", "pod"], &["sh", "-c", script]);
+    assert!(is_clone(&output.stderr), "{output:#?}");
+    assert!(
+        output.stdout.contains("inet ") && output.stdout.ends_with("pod\n"),
+        "{output:#?}"
+    );
+    // Another kind boots.
+    assert!(!is_clone(&run(&["-m", "256m"], &["true"]).stderr));
+    before.assert_unchanged();
+    stage.cloister(&["template", "rm", name]).expect(0);
+    assert!(!is_clone(&run(&[], &["true"]).stderr));
+    stage.cloister(&["template", "rm", name]).expect(1);
+}
+
+/// A cell with a file system, without a pod around it.
+struct Own {
+    cell: Cell,
+    vsock: VsockHandle,
+}
+
+impl Own {
+    fn start(bed: &Bed, name: &str, boot: Boot, out: &Path) -> Self {
+        let config = FsConfig {
+            tag: cloister_protocol::SHARED_TAG.to_owned(),
+            ..FsConfig::default()
+        };
+        // Attached before the guest's state is restored: it has files open there.
+        let fs = Fs::new(config, Arc::clone(bed.host.workers()), None).unwrap();
+        let tree = OwnedFd::from(File::open(out).unwrap());
+        fs.handle()
+            .attach("out", &tree, AttachOptions::default())
+            .unwrap();
+        let (device, vsock) = Vsock::new(VsockConfig::new(3)).unwrap();
+        let mut config = CellConfig::new(name, boot);
+        config.memory_mib = 256;
+        config.huge_pages = HugePages::No;
+        let custom = |name: &str, device| DeviceConfig::Custom {
+            name: name.into(),
+            device,
+        };
+        config.devices = vec![
+            custom("fs", Box::new(fs)),
+            custom("vsock", Box::new(device)),
+            DeviceConfig::Rng,
+        ];
+        let cell = Cell::create(config, &bed.host).unwrap();
+        cell.start().unwrap();
+        Self { cell, vsock }
+    }
+}
+
+impl Guest for Own {
+    fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        self.vsock.connect(port)
+    }
+    fn attach(&self, _: &str, _: OwnedFd, _: ShareOptions) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+    fn detach(&self, _: &str) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A container that writes to a file of the host's all the time goes on in a clone, and in the clone's clone, with the file
+/// open, and no line is lost or there twice.
+#[test]
+fn a_container_goes_on_in_a_clone_with_its_open_file() {
+    runtime().block_on(async {
+        let bed = Bed::new();
+        let out = folder("log");
+        let lines = || -> Vec<u32> {
+            let text = fs::read_to_string(out.join("log")).unwrap_or_default();
+            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+            whole.lines().map(|line| line.parse().unwrap()).collect()
+        };
+        let more = |than: usize| eventually("more lines", || (lines().len() > than + 5).then_some(()));
+        let boot = Boot::Kernel(KernelBoot {
+            kernel: File::open(&bed.kernel).unwrap(),
+            initrd: Some(File::open(&bed.initrd).unwrap()),
+            command_line: format!("console=ttyS0 {BASE_COMMAND_LINE}"),
+            description: Description::MpTable,
+        });
+        let mut own = Own::start(&bed, "original", boot, &out);
+        let agent = Agent::connect(&own).unwrap();
+        let script = "exec >>/out/log; i=0; while :; do i=$((i+1)); echo $i; done";
+        start_script(&agent, script).await;
+        more(0);
+        drop(agent);
+        let path = out.join("image");
+        for generation in 0..3 {
+            own.cell.pause().unwrap();
+            own.cell.save_image(&path).unwrap();
+            own.cell.stop();
+            assert!(own.cell.wait_taken_down(Some(PATIENCE)));
+            let written = lines().len();
+            let image = Image::open(File::open(&path).unwrap()).unwrap();
+            image.verify().unwrap();
+            own = Own::start(&bed, &format!("clone-{generation}"), Boot::Clone { image }, &out);
+            more(written);
+            // It can be spoken with, too.
+            let agent = Agent::connect(&own).unwrap();
+            let info = agent
+                .pod
+                .info(with_duration(PATIENCE), &InfoRequest::new())
+                .await
+                .unwrap();
+            assert_eq!(info.containers, ["script"]);
+        }
+        own.cell.stop();
+        assert!(own.cell.wait_taken_down(Some(PATIENCE)));
+        let lines = lines();
+        let expected: Vec<u32> = (1..).take(lines.len()).collect();
+        assert_eq!(lines, expected);
+        fs::remove_dir_all(out).unwrap();
+    });
+}

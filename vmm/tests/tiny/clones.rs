@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Images and the cells that are made of them.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::sync::Arc;
+
+use cloister_vmm::image::{self, Image, ImageError};
+use cloister_vmm::{
+    Boot, Cell, CellConfig, CellHost, CellState, CreateError, DeviceConfig, InterruptChip, LifecycleError,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{PATIENCE, alone, config, descriptors, eventually, guests, host, read_u32, threads};
+
+const COUNT: u64 = 0x20_0000;
+
+/// A guest that counts, with devices of all sorts and a place for one more.
+fn counting() -> CellConfig {
+    let mut config = config(guests::counter());
+    config.devices = vec![DeviceConfig::Rng, DeviceConfig::Slot, balloon()];
+    config
+}
+
+fn balloon() -> DeviceConfig {
+    DeviceConfig::Balloon {
+        deflate_on_oom: false,
+    }
+}
+
+/// Starts it and pauses it on its way.
+fn paused(host: &CellHost, config: CellConfig) -> Cell {
+    let cell = Cell::create(config, host).unwrap();
+    let before = read_u32(&cell, COUNT);
+    cell.start().unwrap();
+    eventually("the guest counts", || read_u32(&cell, COUNT) > before + 100);
+    cell.pause().unwrap();
+    cell
+}
+
+/// An image in sealed memory.
+fn image_of(cell: &Cell) -> Arc<Image> {
+    let file = image::memory_file().unwrap();
+    let written = cell.write_image(&file).unwrap();
+    image::seal(&file).unwrap();
+    let image = Image::open(file).unwrap();
+    assert_eq!(image.ram_bytes(), written.ram_bytes);
+    image.verify().unwrap();
+    image
+}
+
+fn clone_of(image: &Arc<Image>) -> CellConfig {
+    let image = Arc::clone(image);
+    let mut config = CellConfig::new("clone", Boot::Clone { image });
+    config.memory_mib = 4;
+    config.devices = vec![DeviceConfig::Rng, DeviceConfig::Slot, balloon()];
+    config
+}
+
+fn goes_on(cell: &Cell) {
+    let before = read_u32(cell, COUNT);
+    eventually("it counts on", || read_u32(cell, COUNT) > before + 100);
+}
+
+fn bytes_of(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn clones_go_on_from_the_same_moment_and_share_nothing_they_write() {
+    let _alone = alone();
+    let host = host();
+    for interrupt_chip in [InterruptChip::Split, InterruptChip::Kernel] {
+        let original = paused(
+            &host,
+            CellConfig {
+                interrupt_chip,
+                ..counting()
+            },
+        );
+        original
+            .ram()
+            .unwrap()
+            .write_obj(7u32, GuestAddress(0x30_0000))
+            .unwrap();
+        let moment = read_u32(&original, COUNT);
+        let file = image::memory_file().unwrap();
+        original.write_image(&file).unwrap();
+        let content = bytes_of(&file);
+        image::seal(&file).unwrap();
+        let image = Image::open(file.try_clone().unwrap()).unwrap();
+        assert_eq!(image.shape().devices, ["rng", "slot", "balloon"]);
+        assert!(!image.processor().is_empty());
+        let make = || {
+            Cell::create(
+                CellConfig {
+                    interrupt_chip,
+                    ..clone_of(&image)
+                },
+                &host,
+            )
+            .unwrap()
+        };
+        let (one, other) = (make(), make());
+        for clone in [&one, &other] {
+            assert_eq!(read_u32(clone, COUNT), moment);
+            assert!(clone.memory_file().is_none());
+        }
+        one.start().unwrap();
+        goes_on(&one);
+        one.ram()
+            .unwrap()
+            .write_obj(8u32, GuestAddress(0x30_0000))
+            .unwrap();
+        // Neither the other clone nor the original has moved, and both can go on.
+        for still in [&other, &original] {
+            assert_eq!(read_u32(still, COUNT), moment);
+            assert_eq!(read_u32(still, 0x30_0000), 7);
+        }
+        original.resume().unwrap();
+        other.start().unwrap();
+        for running in [&one, &other, &original] {
+            goes_on(running);
+        }
+        assert_eq!(read_u32(&other, 0x30_0000), 7);
+        // Made later, still from the same moment: nothing of all that is in the file.
+        assert_eq!(read_u32(&make(), COUNT), moment);
+        assert_eq!(bytes_of(&file), content);
+        // Two pages have been written in the clone: what it counts in, and the test's. Perhaps the stack, too.
+        let own = one.resident_ram().unwrap();
+        assert!((0x2000..=0x8000).contains(&own), "{own:#x}");
+    }
+}
+
+#[test]
+fn a_clone_can_be_cloned() {
+    let _alone = alone();
+    let host = host();
+    let mut image = image_of(&paused(&host, counting()));
+    let mut last = 0;
+    for generation in 1..=3u32 {
+        let cell = paused(&host, clone_of(&image));
+        // In what the first image had nothing of.
+        let own = GuestAddress(0x38_0000 + u64::from(generation) * 0x2000);
+        cell.ram().unwrap().write_obj(generation, own).unwrap();
+        image = image_of(&cell);
+        let next = Cell::create(clone_of(&image), &host).unwrap();
+        let count = read_u32(&next, COUNT);
+        assert!(count > last);
+        last = count;
+        for before in 1..=generation {
+            assert_eq!(read_u32(&next, 0x38_0000 + u64::from(before) * 0x2000), before);
+        }
+    }
+}
+
+#[test]
+fn clones_come_and_go_and_leave_nothing() {
+    let _alone = alone();
+    let host = host();
+    let image = image_of(&paused(&host, counting()));
+    let maps = || {
+        std::fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .matches("cloister-image")
+            .count()
+    };
+    // What is made once is made with the first.
+    let turn = |count: usize| {
+        let cells: Vec<Cell> = (0..count)
+            .map(|_| Cell::create(clone_of(&image), &host).unwrap())
+            .collect();
+        for cell in &cells {
+            cell.start().unwrap();
+        }
+        for cell in &cells {
+            goes_on(cell);
+        }
+        assert!(maps() >= count);
+        for cell in &cells {
+            cell.stop();
+        }
+        for cell in &cells {
+            assert!(cell.wait_taken_down(PATIENCE));
+        }
+    };
+    turn(1);
+    eventually("the first is gone", || threads() == 6);
+    let fds = descriptors();
+    for _ in 0..10 {
+        turn(8);
+    }
+    eventually("the last is gone", || threads() == 6);
+    assert_eq!((descriptors(), maps()), (fds, 0));
+}
+
+#[test]
+fn a_device_can_come_into_a_slot_but_no_other_place() {
+    let _alone = alone();
+    let host = host();
+    let image = image_of(&paused(&host, counting()));
+    let with = |devices| CellConfig {
+        devices,
+        ..clone_of(&image)
+    };
+    let cell = Cell::create(with(vec![DeviceConfig::Rng, DeviceConfig::Rng, balloon()]), &host).unwrap();
+    cell.start().unwrap();
+    goes_on(&cell);
+    for (config, words) in [
+        (
+            with(vec![balloon(), DeviceConfig::Slot, balloon()]),
+            ["rng in place 0", "balloon in place 0"],
+        ),
+        (
+            with(vec![DeviceConfig::Rng]),
+            ["rng, slot, balloon", "devices rng"],
+        ),
+        (
+            CellConfig {
+                memory_mib: 8,
+                ..clone_of(&image)
+            },
+            ["4 MiB of RAM", "8 MiB"],
+        ),
+        (
+            CellConfig {
+                max_vcpus: 2,
+                ..clone_of(&image)
+            },
+            ["1 vCPUs", "2 vCPUs"],
+        ),
+        (
+            CellConfig {
+                serial: None,
+                ..clone_of(&image)
+            },
+            ["1 serial", "0 serial"],
+        ),
+    ] {
+        let error = Cell::create(config, &host).err().expect("it must not fit");
+        assert!(matches!(error, CreateError::Shape { .. }), "{error:?}");
+        for word in words {
+            assert!(error.to_string().contains(word), "{error}: {word}");
+        }
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_leaves_the_cell_as_it_was() {
+    let _alone = alone();
+    let host = host();
+    let cell = paused(&host, counting());
+    let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+    let error = cell.write_image(&full).unwrap_err();
+    match error {
+        LifecycleError::Image(ImageError::Io { source, .. }) => {
+            assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(cell.state(), CellState::Paused);
+    cell.resume().unwrap();
+    goes_on(&cell);
+    // Nor can a running cell be saved.
+    let file = image::memory_file().unwrap();
+    assert!(matches!(
+        cell.write_image(&file),
+        Err(LifecycleError::State { .. })
+    ));
+}
+
+fn file_with(content: &[u8]) -> File {
+    let file = image::memory_file().unwrap();
+    file.write_all_at(content, 0).unwrap();
+    file
+}
+
+#[test]
+fn damaged_and_foreign_images_are_refused() {
+    let _alone = alone();
+    let host = host();
+    let cell = paused(&host, counting());
+    let file = image::memory_file().unwrap();
+    cell.write_image(&file).unwrap();
+    let good = bytes_of(&file);
+    let open = |content: &[u8]| Image::open(file_with(content));
+    let number = |at: usize| u32::from_le_bytes(good[at..at + 4].try_into().unwrap());
+    assert_eq!(&good[..8], b"CLOISTER");
+    open(&good).unwrap().verify().unwrap();
+
+    assert!(matches!(open(b""), Err(ImageError::NotAnImage)));
+    assert!(matches!(open(b"CLOISTER"), Err(ImageError::NotAnImage)));
+    assert!(matches!(open(&[0; 100_000]), Err(ImageError::NotAnImage)));
+    let changed = |at: usize, to: &[u8]| {
+        let mut content = good.clone();
+        content[at..at + to.len()].copy_from_slice(to);
+        content
+    };
+    let found = number(8) + 1;
+    let error = open(&changed(8, &found.to_le_bytes())).unwrap_err();
+    assert!(
+        matches!(error, ImageError::Epoch { found: f, .. } if f == found),
+        "{error}"
+    );
+    for length in [0, 1, number(12) - 1, number(12) + 1, u32::MAX] {
+        assert!(matches!(
+            open(&changed(12, &length.to_le_bytes())),
+            Err(ImageError::Damaged { .. })
+        ));
+    }
+    // Cut short anywhere.
+    for len in [63, 64, 100, good.len() / 2, good.len() - 1] {
+        assert!(open(&good[..len]).is_err(), "{len}");
+    }
+    // Any bit of prefix and header, with the checksum as it was.
+    let header_end = 64 + usize::try_from(number(12)).unwrap();
+    for at in (0..20).chain((64..header_end).step_by(7)) {
+        assert!(open(&changed(at, &[good[at] ^ 0x10])).is_err(), "{at}");
+    }
+    // A bit of the RAM is only found by who looks.
+    let last = good.len() - 4096;
+    let place = last + good[last..].iter().position(|byte| *byte != 0).unwrap();
+    let damaged = open(&changed(place, &[good[place] ^ 1])).unwrap();
+    assert!(matches!(damaged.verify(), Err(ImageError::Damaged { .. })));
+}
+
+/// Whoever makes the checksum right again gets an error or a cell, and never harms the host.
+#[test]
+fn forged_headers_are_refused_or_harmless() {
+    let _alone = alone();
+    let host = host();
+    let cell = paused(&host, counting());
+    let file = image::memory_file().unwrap();
+    cell.write_image(&file).unwrap();
+    let good = bytes_of(&file);
+    let length = usize::try_from(u32::from_le_bytes(good[12..16].try_into().unwrap())).unwrap();
+    let (mut opened, mut made) = (0, 0);
+    // The numbers at its begin densely, the states behind them here and there.
+    for at in (0..200).chain((200..length).step_by(61)) {
+        for change in [0x01, 0x7f, 0x80, 0xff] {
+            let mut content = good.clone();
+            content[64 + at] ^= change;
+            let sum = crc32fast::hash(&content[64..64 + length]);
+            content[16..20].copy_from_slice(&sum.to_le_bytes());
+            let Ok(image) = Image::open(file_with(&content)) else {
+                continue;
+            };
+            opened += 1;
+            let mut config = clone_of(&image);
+            config.stop_on_device_failure = true;
+            if let Ok(cell) = Cell::create(config, &host) {
+                made += 1;
+                cell.start().unwrap();
+                cell.stop();
+                assert!(cell.wait(PATIENCE).is_some());
+            }
+        }
+    }
+    assert!(opened > made && made > 0, "{opened} opened, {made} made");
+}
+
+#[test]
+fn a_file_that_others_can_write_is_copied() {
+    let _alone = alone();
+    let host = host();
+    let cell = paused(&host, counting());
+    let moment = read_u32(&cell, COUNT);
+    let path = std::env::temp_dir().join(format!("cloister-image-{}", std::process::id()));
+    for (mode, mapped) in [(0o600, true), (0o666, false)] {
+        let _ = std::fs::remove_file(&path);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
+        file.set_permissions(std::fs::Permissions::from_mode(mode))
+            .unwrap();
+        cell.write_image(&file).unwrap();
+        let image = Image::open(file.try_clone().unwrap()).unwrap();
+        image.verify().unwrap();
+        let clone = Cell::create(clone_of(&image), &host).unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert_eq!(maps.contains(path.to_str().unwrap()), mapped);
+        if !mapped {
+            // It can be cut short by now.
+            file.set_len(0).unwrap();
+        }
+        assert_eq!(read_u32(&clone, COUNT), moment);
+        clone.start().unwrap();
+        goes_on(&clone);
+    }
+    std::fs::remove_file(&path).unwrap();
+}
