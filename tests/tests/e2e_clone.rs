@@ -6,9 +6,8 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -27,7 +26,7 @@ use cloister_sandbox_api::pod::guest::{Guest, ShareOptions};
 use cloister_sandbox_api::pod::machine::{MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::template::{self, Kind};
 use cloister_sandbox_api::pod::vm::PodVm;
-use cloister_tests::e2e::{Footprint, OwnFootprint, PATIENCE, Stage, archive, eventually, guest_file};
+use cloister_tests::e2e::{Footprint, PATIENCE, ProcessFootprint, Stage, archive, eventually, guest_file};
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::image::Image;
 use cloister_vmm::{Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, HugePages, KernelBoot};
@@ -239,7 +238,7 @@ fn many_live_side_by_side_and_leave_nothing() {
             let image = bed.template(cpus).await;
             // What is made once is there after the first.
             bed.clone_of(&image, cpus, "first").await.0.shut_down().await;
-            let before = OwnFootprint::now();
+            let before = ProcessFootprint::of_this();
             let mut pods = Vec::new();
             for number in 0..6 {
                 pods.push(bed.clone_of(&image, cpus, &format!("pod-{number}")).await);
@@ -367,17 +366,9 @@ impl Own {
         cell.start().unwrap();
         Self { cell, vsock }
     }
-}
 
-impl Guest for Own {
-    fn connect(&self, port: u32) -> io::Result<UnixStream> {
-        self.vsock.connect(port)
-    }
-    fn attach(&self, _: &str, _: OwnedFd, _: ShareOptions) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-    fn detach(&self, _: &str) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
+    fn agent(&self) -> Agent {
+        Agent::over(self.vsock.connect(cloister_protocol::AGENT_PORT).unwrap()).unwrap()
     }
 }
 
@@ -401,7 +392,7 @@ fn a_container_goes_on_in_a_clone_with_its_open_file() {
             description: Description::MpTable,
         });
         let mut own = Own::start(&bed, "original", boot, &out);
-        let agent = Agent::connect(&own).unwrap();
+        let agent = own.agent();
         let script = "exec >>/out/log; i=0; while :; do i=$((i+1)); echo $i; done";
         start_script(&agent, script).await;
         more(0);
@@ -418,7 +409,7 @@ fn a_container_goes_on_in_a_clone_with_its_open_file() {
             own = Own::start(&bed, &format!("clone-{generation}"), Boot::Clone { image }, &out);
             more(written);
             // It can be spoken with, too.
-            let agent = Agent::connect(&own).unwrap();
+            let agent = own.agent();
             let info = agent
                 .pod
                 .info(with_duration(PATIENCE), &InfoRequest::new())

@@ -232,7 +232,8 @@ impl Bed {
                 "--mount-proc",
             ])
             .args(["--propagation", "private", "sh", "-c", script, "sh"])
-            .arg(env!("CARGO_BIN_EXE_cloister-agent"))
+            // Not set where only VMs are booted, tests/tests/e2e_agent.rs.
+            .arg(option_env!("CARGO_BIN_EXE_cloister-agent").unwrap_or("cloister-agent"))
             .args(["--listen", &format!("unix:{}", socket.display())])
             .args(["--host", &format!("unix:{}", path("host").display())])
             .args(["--run", &path("run").display().to_string()])

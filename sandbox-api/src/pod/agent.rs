@@ -2,7 +2,6 @@
 //! The agent as the host sees it: it calls once to say that it is ready and then sends its events, and it is called for
 //! everything else.
 
-use super::guest::Guest;
 use cloister_protocol::containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use cloister_protocol::events::{Envelope, Events, ForwardRequest, create_events};
 use cloister_protocol::pod::{PodClient, Ready};
@@ -10,7 +9,7 @@ use cloister_protocol::protobuf::Message as _;
 use cloister_protocol::task::TaskClient;
 use cloister_protocol::ttrpc::asynchronous::transport::{Listener, Socket};
 use cloister_protocol::ttrpc::asynchronous::{Client, Server, TtrpcContext};
-use cloister_protocol::{AGENT_PORT, READY_TOPIC, ttrpc};
+use cloister_protocol::{READY_TOPIC, ttrpc};
 use std::io;
 use std::os::unix::net::UnixStream as StdStream;
 use std::sync::Arc;
@@ -30,12 +29,12 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Connects. To be called in a runtime.
+    /// Over a stream to the agent's port. To be called in a runtime.
     ///
     /// # Errors
-    /// The VM is gone.
-    pub fn connect(guest: &dyn Guest) -> io::Result<Self> {
-        let client = Client::new(socket(guest.connect(AGENT_PORT)?)?);
+    /// The stream is of no use.
+    pub fn over(stream: StdStream) -> io::Result<Self> {
+        let client = Client::new(socket(stream)?);
         Ok(Self {
             task: TaskClient::new(client.clone()),
             pod: PodClient::new(client),

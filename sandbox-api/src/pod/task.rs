@@ -1030,8 +1030,8 @@ impl api::Task for Served {
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> Result<api::PidsResponse> {
         let process = self.0.process(&request.id, "")?;
-        if self.0.is_dead() {
-            // A containerd that was restarted takes an empty list for a task that never was.
+        if self.0.is_dead() || process.exit.borrow().is_some() {
+            // A containerd that was restarted takes an empty list for a task that never was, also of one that has ended.
             let info = api::ProcessInfo {
                 pid: process.pid.load(Ordering::Relaxed),
                 ..Default::default()

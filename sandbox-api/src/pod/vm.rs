@@ -18,7 +18,7 @@ use cloister_protocol::pod::{ConfigureRequest, PowerOffRequest, Ready};
 use cloister_protocol::ttrpc::asynchronous::Server;
 use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use cloister_protocol::ttrpc::context::with_duration;
-use cloister_protocol::{EVENTS_PORT, STREAM_PORT, events::Envelope, ttrpc};
+use cloister_protocol::{AGENT_PORT, EVENTS_PORT, STREAM_PORT, events::Envelope, ttrpc};
 use cloister_vmm::{CellHost, StopReason};
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -137,8 +137,7 @@ impl PodVm {
     pub async fn ready(&mut self, patience: Duration) -> Result<Agent, Error> {
         if self.machine.new_cards().is_some() {
             // A clone's agent has been ready all its life, and says so again once it is told that it is one.
-            let agent = Agent::connect(&*self.machine).map_err(io_error("connect to the agent"))?;
-            return Ok(self.agent.insert(agent).clone());
+            return self.dial();
         }
         let mut ready = self.ready.clone();
         tokio::select! {
@@ -157,7 +156,14 @@ impl PodVm {
         if retained {
             self.machine.discard_initrd();
         }
-        let agent = Agent::connect(&*self.machine).map_err(io_error("connect to the agent"))?;
+        self.dial()
+    }
+
+    fn dial(&mut self) -> Result<Agent, Error> {
+        let stream = self.machine.connect(AGENT_PORT);
+        let agent = stream
+            .and_then(Agent::over)
+            .map_err(io_error("connect to the agent"))?;
         Ok(self.agent.insert(agent).clone())
     }
 

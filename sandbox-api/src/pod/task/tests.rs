@@ -235,7 +235,7 @@ async fn patient_bed(patience: Duration) -> Bed {
     server.start().await.unwrap();
     let hub = Hub::new();
     let (die, dead) = watch::channel(None);
-    let client = Agent::connect(&*guest).unwrap();
+    let client = Agent::over(guest.connect(cloister_protocol::AGENT_PORT).unwrap()).unwrap();
     let as_guest: Arc<dyn Guest> = Arc::<FakeGuest>::clone(&guest);
     let service = TaskService::new(as_guest, client, Arc::clone(&hub), dead, patience);
     Bed {

@@ -5,6 +5,7 @@
 //! and the guest kernel (default: target/guest).
 #![allow(clippy::unwrap_used)]
 
+#[path = "../../guest-agent/tests/harness/mod.rs"]
 mod harness;
 
 use std::path::PathBuf;
