@@ -74,7 +74,12 @@ pub fn guest_is_out_of_memory(bed: &mut Bed) -> Outcome {
     bed.node.block_on(async {
         let pod = Pod::run(&bed.runtime, Pod::config(&bed.runtime)).await?;
         let witness = pod.start(args(&["sleep", "infinity"])).await?;
-        let culprit = pod.start(script("exec tail -c 3000000000 /dev/zero")).await?;
+        // A buffer as large as all of its memory.
+        let culprit = pod
+            .start(script(
+                "exec dd if=/dev/zero of=/dev/null count=1 bs=$(awk '/MemTotal/ { print $2 }' /proc/meminfo)k",
+            ))
+            .await?;
         let status = culprit.ended().await?;
         ensure(
             status.exit_code == 137 && status.reason == "OOMKilled",
@@ -82,6 +87,25 @@ pub fn guest_is_out_of_memory(bed: &mut Bed) -> Outcome {
         )?;
         let said = witness.exec(&["echo", "unharmed"]).await?;
         ensure(said.stdout == "unharmed\n", format_args!("{said:?}"))?;
+        pod.remove().await
+    })
+}
+
+/// A container writes as fast as it can: its log grows, and nothing else is hurt.
+pub fn container_floods_its_log(bed: &mut Bed) -> Outcome {
+    bed.node.block_on(async {
+        let pod = Pod::run(&bed.runtime, Pod::config(&bed.runtime)).await?;
+        let witness = pod.start(args(&["sleep", "infinity"])).await?;
+        let culprit = pod.start(args(&["yes"])).await?;
+        let start = std::time::Instant::now();
+        while start.elapsed() < std::time::Duration::from_secs(20) {
+            let said = witness.exec(&["echo", "unharmed"]).await?;
+            ensure(said.stdout == "unharmed\n", format_args!("{said:?}"))?;
+        }
+        culprit.stop(0).await?;
+        let written = std::fs::metadata(culprit.log_file())?.len();
+        eprintln!("the flooded log has {written} bytes");
+        ensure(written > 1 << 20, written)?;
         pod.remove().await
     })
 }

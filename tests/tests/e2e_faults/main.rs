@@ -30,6 +30,7 @@ const CASES: &[Case] = &[
     ("guest_panics", guests::guest_panics),
     ("agent_is_lost", guests::agent_is_lost),
     ("guest_is_out_of_memory", guests::guest_is_out_of_memory),
+    ("container_floods_its_log", guests::container_floods_its_log),
     ("no_such_memory", host::no_such_memory),
     ("cni_fails_midway", host::cni_fails_midway),
     ("disk_is_full", host::disk_is_full),
