@@ -319,7 +319,10 @@ impl api::controller_server::Controller for Service {
     }
 
     async fn purge(&self, request: Request<PurgeRequest>) -> Answer<PurgeResponse> {
-        let sandbox = self.find(&request, &request.get_ref().sandbox_id)?;
+        // What is gone with its pod is purged.
+        let Ok(sandbox) = self.find(&request, &request.get_ref().sandbox_id) else {
+            return Ok(Response::new(PurgeResponse {}));
+        };
         let request = request.get_ref();
         if request.exec_id.is_empty() {
             if let Some(service) = sandbox.service() {
