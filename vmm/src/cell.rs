@@ -494,14 +494,14 @@ impl Cell {
     /// Says that the guest is up, for the sake of those that come after it: spares of this cell's kind, or clones of the same
     /// image, will have ready what it has touched by now.
     pub fn note_ready(&self) {
-        let inner = self.shared.lock();
-        if let Some(machine) = &inner.machine {
-            machine.memory.note_working_set();
-        }
-        if let Some(machine) = &inner.machine
-            && let Some(kind) = &machine.kind
-        {
-            self.host.spares.note_touched(kind, &machine.memory);
+        // Not under the lock: the page tables are read.
+        let (memory, kind) = match &self.shared.lock().machine {
+            Some(machine) => (Arc::clone(&machine.memory), machine.kind),
+            None => return,
+        };
+        memory.note_working_set();
+        if let Some(kind) = kind {
+            self.host.spares.note_touched(&kind, &memory);
         }
     }
 
