@@ -370,24 +370,6 @@ impl Own {
     fn agent(&self) -> Agent {
         Agent::over(self.vsock.connect(cloister_protocol::AGENT_PORT).unwrap()).unwrap()
     }
-    fn give_up(&self, why: String) {
-        panic!("{why}");
-    }
-    fn provide_vcpus(&self, _: u8) -> io::Result<u8> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-    fn request_memory(&self, _: u64) -> u64 {
-        0
-    }
-    fn wait_memory(&self, _: Duration) -> u64 {
-        0
-    }
-    fn attach_disk(&self, _: OwnedFd, _: bool) -> io::Result<u32> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
-    fn detach_disk(&self, _: u32) -> io::Result<()> {
-        Err(io::ErrorKind::Unsupported.into())
-    }
 }
 
 /// A container that writes to a file of the host's all the time goes on in a clone, and in the clone's clone, with the file
