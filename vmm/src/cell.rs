@@ -491,14 +491,17 @@ impl Cell {
         self.shared.lock().machine.as_ref()?.memory.resident()
     }
 
-    /// Says that the guest is up, for the sake of spares: those of this cell's kind will have ready what it has touched
-    /// by now.
+    /// Says that the guest is up, for the sake of those that come after it: spares of this cell's kind, or clones of the same
+    /// image, will have ready what it has touched by now.
     pub fn note_ready(&self) {
-        let inner = self.shared.lock();
-        if let Some(machine) = &inner.machine
-            && let Some(kind) = &machine.kind
-        {
-            self.host.spares.note_touched(kind, &machine.memory);
+        // Not under the lock: the page tables are read.
+        let (memory, kind) = match &self.shared.lock().machine {
+            Some(machine) => (Arc::clone(&machine.memory), machine.kind),
+            None => return,
+        };
+        memory.note_working_set();
+        if let Some(kind) = kind {
+            self.host.spares.note_touched(&kind, &memory);
         }
     }
 

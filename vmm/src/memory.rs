@@ -213,13 +213,32 @@ impl Memory {
             regions.push(region);
         }
         let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(Box::new(e)))?;
-        Ok(Self {
+        let memory = Self {
             ram: Arc::new(ram),
             file,
             ram_size: layout.ram_size(),
             ranges,
             image: Some(Arc::clone(image)),
-        })
+        };
+        memory.populate(image.working_set());
+        Ok(memory)
+    }
+
+    /// Tells a clone's image what has been written by now.
+    pub(crate) fn note_working_set(&self) {
+        let Some(image) = &self.image else { return };
+        image.note_working_set(|| {
+            let mut all = Vec::new();
+            for region in self.private() {
+                let offset = self.offset_of(region);
+                let own = pagemap::ranges(region, pagemap::is_own).unwrap_or_default();
+                all.extend(
+                    own.into_iter()
+                        .map(|range| range.start + offset..range.end + offset),
+                );
+            }
+            all
+        });
     }
 
     /// The RAM as devices and the boot loader see it.
@@ -291,7 +310,7 @@ impl Memory {
         ranges.extend(image.extents().iter().cloned());
         for region in self.private() {
             let offset = self.offset_of(region);
-            match pagemap::ranges(region) {
+            match pagemap::ranges(region, pagemap::is_there) {
                 Some(present) => {
                     let in_file = |range: Range<u64>| range.start + offset..range.end + offset;
                     ranges.extend(present.into_iter().map(in_file));

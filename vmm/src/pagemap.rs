@@ -18,7 +18,8 @@ const FILE: u64 = 1 << 61;
 /// Entries read at once.
 const BATCH: u64 = 4096;
 
-fn is_there(entry: u64) -> bool {
+/// A page that has been touched.
+pub(crate) fn is_there(entry: u64) -> bool {
     entry & (PRESENT | SWAPPED) != 0
 }
 
@@ -46,18 +47,18 @@ fn walk(region: &GuestRegionMmap<()>, mut see: impl FnMut(u64, u64)) -> Option<(
     Some(())
 }
 
-/// Bytes of the pages that `counts` of.
+/// Bytes of the pages that count.
 pub(crate) fn count(region: &GuestRegionMmap<()>, counts: impl Fn(u64) -> bool) -> Option<u64> {
     let mut bytes = 0;
     walk(region, |_, entry| bytes += if counts(entry) { PAGE } else { 0 })?;
     Some(bytes)
 }
 
-/// The pages that are there, as ranges of the mapping's bytes.
-pub(crate) fn ranges(region: &GuestRegionMmap<()>) -> Option<Vec<Range<u64>>> {
+/// The pages that count, as ranges of the mapping's bytes.
+pub(crate) fn ranges(region: &GuestRegionMmap<()>, counts: impl Fn(u64) -> bool) -> Option<Vec<Range<u64>>> {
     let mut ranges: Vec<Range<u64>> = Vec::new();
     walk(region, |at, entry| {
-        if !is_there(entry) {
+        if !counts(entry) {
             return;
         }
         match ranges.last_mut() {

@@ -186,10 +186,12 @@ impl PodVm {
         }
         tokio::select! {
             answer = agent.pod.configure(with_duration(QUICK), &request) => {
-                answer.map(|_| ()).map_err(agent_error("configure the pod"))
+                answer.map_err(agent_error("configure the pod"))?;
             }
-            error = self.ended("before its pod was configured") => Err(error),
+            error = self.ended("before its pod was configured") => return Err(error),
         }
+        self.machine.cell().note_ready();
+        Ok(())
     }
 
     /// Serves the Task service on `socket`, made for root alone. The service outlives the VM. An agent that leaves calls

@@ -135,6 +135,31 @@ fn clones_go_on_from_the_same_moment_and_share_nothing_they_write() {
 }
 
 #[test]
+fn what_the_first_clone_wrote_is_ready_for_the_next() {
+    let _alone = alone();
+    let host = host();
+    let image = image_of(&paused(&host, counting()));
+    let own = |cell: &Cell| cell.resident_ram().unwrap();
+    let first = Cell::create(clone_of(&image), &host).unwrap();
+    assert_eq!(own(&first), 0);
+    first.start().unwrap();
+    goes_on(&first);
+    first
+        .ram()
+        .unwrap()
+        .write_obj(8u32, GuestAddress(0x30_0000))
+        .unwrap();
+    first.note_ready();
+    let written = own(&first);
+    let next = Cell::create(clone_of(&image), &host).unwrap();
+    assert_eq!(own(&next), written);
+    // The pages, not what the first wrote into them.
+    assert_eq!(read_u32(&next, 0x30_0000), 0);
+    next.start().unwrap();
+    goes_on(&next);
+}
+
+#[test]
 fn a_clone_can_be_cloned() {
     let _alone = alone();
     let host = host();
@@ -177,6 +202,9 @@ fn clones_come_and_go_and_leave_nothing() {
         }
         for cell in &cells {
             goes_on(cell);
+        }
+        if count == 1 {
+            println!("{:#?}", cells[0].phases());
         }
         assert!(maps() >= count);
         for cell in &cells {

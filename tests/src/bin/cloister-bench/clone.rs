@@ -146,6 +146,7 @@ fn start(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io
     }
     let answer = pod.ask()?;
     let seconds = begin.elapsed().as_secs_f64();
+    pod.cell.note_ready();
     let start = Start {
         seconds,
         vcpu: pod.vcpu_seconds()?,
