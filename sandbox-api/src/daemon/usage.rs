@@ -108,7 +108,10 @@ mod tests {
     #[test]
     fn a_thread_has_run() {
         let own = rustix::thread::gettid().as_raw_nonzero().get();
-        assert!(cpu_time(own).unwrap() > 0);
+        // The kernel adds up at its ticks and when another thread gets its turn.
+        while cpu_time(own).unwrap() == 0 {
+            std::thread::yield_now();
+        }
         assert_eq!(cpu_time(i32::MAX), None);
     }
 }
