@@ -21,3 +21,4 @@ pub mod template;
 pub mod terminal;
 pub mod vigil;
 pub mod vm;
+pub mod volumes;

@@ -26,6 +26,18 @@ pub struct Share {
     pub follows_mounts: bool,
 }
 
+/// Has the mounts of what was to be shared as `from` come from `to`.
+pub fn rename(spec: &mut Spec, from: &str, to: &str) {
+    let (from, to) = (Path::new(SHARED_DIR).join(from), Path::new(SHARED_DIR).join(to));
+    let mut mounts = spec.mounts().clone().unwrap_or_default();
+    for mount in &mut mounts {
+        if mount.source().as_ref() == Some(&from) {
+            mount.set_source(Some(to.clone()));
+        }
+    }
+    spec.set_mounts(Some(mounts));
+}
+
 /// The name under which a container's root file system is shared.
 pub fn root_name(id: &str) -> String {
     format!("rootfs-{id}")

@@ -25,6 +25,7 @@ use super::state::EXIT_KILLED;
 use super::streams::{Hub, Pumps, Stdio};
 use super::vigil::Vigil;
 use super::vm::QUICK;
+use super::volumes::Volumes;
 use crate::clock::{self, Millis};
 use crate::runtime::{image_mount, overlay};
 use async_trait::async_trait;
@@ -127,6 +128,7 @@ pub struct TaskService {
     /// Root file systems of containers whose Create brings none, by id.
     prepared: Mutex<HashMap<String, Vec<api::Mount>>>,
     started: OnceLock<Started>,
+    volumes: Volumes,
     disks: Disks,
     /// Of a VM whose size follows its containers' limits.
     resizer: OnceLock<Resizer>,
@@ -213,6 +215,7 @@ impl TaskService {
     ) -> Arc<Self> {
         let disks = Disks::new(Arc::clone(&guest), agent.pod.clone(), disks::open);
         Arc::new(Self {
+            volumes: Volumes::new(Arc::clone(&guest)),
             vigil: Vigil::new(Arc::clone(&guest), agent.pod.clone(), dead.clone(), patience),
             guest,
             agent,
@@ -364,7 +367,8 @@ impl TaskService {
                 read_only: share.read_only,
                 follows_mounts: share.follows_mounts,
             };
-            self.share(container, &share.name, opened, options)?;
+            let name = self.share(container, &share.name, opened, options)?;
+            rewrite::rename(&mut spec, &share.name, &name);
         }
         let names = stdio.names.clone();
         let (pumps, streams) = Pumps::start(&self.hub, stdio, terminal).map_err(|e| unknown("stdio", e))?;
@@ -400,12 +404,20 @@ impl TaskService {
         Ok(response.pid)
     }
 
-    fn share(&self, container: &Container, name: &str, tree: OwnedFd, options: ShareOptions) -> Result<()> {
-        self.guest
+    /// Answers the name under which the container has it: another one's, if that has the same.
+    fn share(
+        &self,
+        container: &Container,
+        name: &str,
+        tree: OwnedFd,
+        options: ShareOptions,
+    ) -> Result<String> {
+        let name = self
+            .volumes
             .attach(name, tree, options)
             .map_err(|e| unknown(&format!("share {name} with the VM"), e))?;
-        lock(&container.shared).push(name.to_owned());
-        Ok(())
+        lock(&container.shared).push(name.clone());
+        Ok(name)
     }
 
     /// Brings the block devices of the host that a specification names into the VM, and gives them their numbers there.
@@ -424,7 +436,7 @@ impl TaskService {
     /// Takes from the VM what a container had that is gone.
     async fn part_with(&self, id: &str, container: &Container) {
         for name in std::mem::take(&mut *lock(&container.shared)) {
-            if let Err(error) = self.guest.detach(&name) {
+            if let Err(error) = self.volumes.release(&name) {
                 log::warn!("cannot take {name} from the VM: {error}");
             }
         }
@@ -440,7 +452,6 @@ impl TaskService {
         }
     }
 
-    /// Gives a container other limits, and the VM the size for them.
     /// Changes the limits of a container, and with them the VM's size.
     ///
     /// # Errors

@@ -199,8 +199,8 @@ fn process_things(pid: u32) -> Things {
         if let Ok(target) = fs::read_link(entry.path()) {
             let target = target.to_string_lossy().into_owned();
             let kind = target.split(":[").next().unwrap_or_default().to_owned();
-            // This very listing.
-            if !kind.starts_with("/proc/") {
+            // This very listing; and templates are kept for the next pod of their kind.
+            if !kind.starts_with("/proc/") && !kind.contains("memfd:cloister-image") {
                 add(&mut things, format!("descriptor of {kind}"));
             }
         }

@@ -597,6 +597,45 @@ async fn a_broken_connection_to_the_agent_loses_its_vm() {
     assert!(why.contains("broke"), "{why}");
 }
 
+#[tokio::test]
+async fn containers_with_the_same_volume_have_it_once() {
+    let bed = bed().await;
+    let root = Root::new();
+    let volume = Root::new();
+    let mounts = |options: &[&str]| {
+        let mount = serde_json::json!([{"destination": "/v", "type": "bind", "source": volume.0, "options": options}]);
+        Some(serde_json::from_value(mount).unwrap())
+    };
+    for (id, options) in [("a", &["bind"][..]), ("b", &["bind"]), ("c", &["bind", "ro"])] {
+        let mut new = new(id, &root, Output::Null);
+        new.spec.set_mounts(mounts(options));
+        bed.service.create_container(new).await.unwrap();
+    }
+    let sources: Vec<String> = lock(&bed.agent.created)
+        .iter()
+        .map(|request| {
+            let spec: Spec = serde_json::from_slice(&request.options.value).unwrap();
+            let mounts = spec.mounts().clone().unwrap();
+            let mount = mounts
+                .iter()
+                .find(|mount| mount.destination() == Path::new("/v"))
+                .unwrap();
+            mount.source().as_ref().unwrap().display().to_string()
+        })
+        .collect();
+    assert_eq!(sources[0], sources[1]);
+    assert_ne!(sources[0], sources[2], "what is read-only is another thing");
+    let name = sources[0].strip_prefix(SHARED_DIR).unwrap()[1..].to_owned();
+    for (id, left) in [("a", true), ("c", true), ("b", false)] {
+        let request = api::DeleteRequest {
+            id: id.into(),
+            ..Default::default()
+        };
+        bed.service.delete_container(request).await.unwrap();
+        assert_eq!(lock(&bed.guest.attached).contains_key(&name), left, "{id}");
+    }
+}
+
 const MIB: u64 = 1 << 20;
 
 fn limited(id: &str, root: &Root, mib: i64, quota: i64) -> New {
