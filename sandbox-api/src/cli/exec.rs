@@ -7,6 +7,7 @@ use super::pods::target::{self, Target};
 use super::session::{InputEnd, copy_input, say_detached};
 use super::{Context, Failure, Outcome, client, parse};
 use crate::daemon::report::{Container, Pod};
+use crate::daemon::sandbox::Phase;
 use crate::ids;
 use crate::pod::state::{self, Pods, Record, Status};
 use crate::pod::terminal;
@@ -67,7 +68,8 @@ fn of_pod(
     args: &ExecArgs,
     command: &[String],
 ) -> Outcome<(Place, Process)> {
-    if container.state() != "running" {
+    // The ends of containers are told a moment after their VM's.
+    if container.state() != "running" || pod.phase != Phase::Ready {
         return Err(Failure::new(format!(
             "container {} is not running",
             target::container_name(pod, container)

@@ -149,10 +149,13 @@ fn pods_of_containerd_are_seen_and_debugged() {
     assert_eq!(list.as_array().unwrap().len(), 0, "{list}");
 
     // What others heard meanwhile.
-    let parts = ["POST /v1/traces", "pod_start", "network", "boot", &pod_name];
-    eventually("the trace of the pod's start", || {
-        traces.together(&parts).then_some(())
-    });
+    // Spans go out in batches, whoever has ended by then.
+    for span in [&["pod_start", pod_name.as_str()][..], &["network"], &["boot"]] {
+        let words = [&["POST /v1/traces"][..], span].concat();
+        eventually("the trace of the pod's start", || {
+            traces.together(&words).then_some(())
+        });
+    }
     if let Some(journal) = journal {
         let fields = [
             "POD_ID",
@@ -268,7 +271,7 @@ fn run_in(node: &Node, pod: &Pod, app_name: &str) {
     // A terminal on both sides: script(1) has one for us.
     let dir = node.dir().display();
     let line = format!(
-        "cloister --state {dir}/r --root {dir}/lib exec -it {app_name} sh -c 'tty; stty size; read word; echo got $word'"
+        "cloister --state {dir}/r --root {dir}/lib exec -it {app_name} sh -c 'tty; until stty size | grep \"33 99\"; do sleep 0.2; done; read word; echo got $word'"
     );
     let mut child = std::process::Command::new("script")
         .args(["-qec", &format!("stty rows 33 cols 99; {line}"), "/dev/null"])
