@@ -108,7 +108,7 @@ fn main() {
             let mut bed = bed.lock().unwrap_or_else(PoisonError::into_inner);
             let bed = bed.get_or_insert_with(Bed::start);
             bed.run(name, case).map_err(|error| {
-                eprintln!("{}", bed.node.said());
+                eprintln!("{}\n{name}: {error}", bed.node.said());
                 Failed::from(error.to_string())
             })
         })
