@@ -12,12 +12,7 @@ pub fn twenty_at_once(bed: &mut Bed) -> Outcome {
     let runtime = &bed.runtime;
     bed.node.block_on(async {
         let started = join_all((0..20).map(async |number| -> Outcome<Pod> {
-            let mut config = Pod::config(runtime);
-            let resources = api::LinuxContainerResources {
-                memory_limit_in_bytes: 64 << 20,
-                ..Default::default()
-            };
-            config.linux.get_or_insert_default().resources = Some(resources);
+            let config = Pod::config(runtime);
             let pod = Pod::run(runtime, config).await?;
             let said = pod.output(script(&format!("echo {number}"))).await?.good()?;
             ensure(said == format!("{number}\n"), &said)?;
@@ -137,7 +132,7 @@ fn resident_kib(pid: u32) -> Outcome<u64> {
 pub fn soak(bed: &mut Bed) -> Outcome {
     let count: u64 = match std::env::var("CLOISTER_SOAK") {
         Ok(count) => count.parse()?,
-        Err(_) => 12,
+        Err(_) => 6,
     };
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
     let seed = match std::env::var("CLOISTER_SOAK_SEED") {

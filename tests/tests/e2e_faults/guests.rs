@@ -74,10 +74,10 @@ pub fn guest_is_out_of_memory(bed: &mut Bed) -> Outcome {
     bed.node.block_on(async {
         let pod = Pod::run(&bed.runtime, Pod::config(&bed.runtime)).await?;
         let witness = pod.start(args(&["sleep", "infinity"])).await?;
-        // A buffer as large as all of its memory.
+        // A buffer of nearly all of its memory: more than is free, and less than the kernel refuses at once.
         let culprit = pod
             .start(script(
-                "exec dd if=/dev/zero of=/dev/null count=1 bs=$(awk '/MemTotal/ { print $2 }' /proc/meminfo)k",
+                "exec dd if=/dev/zero of=/dev/null count=1 bs=$(awk '/MemTotal/ { print int($2 * 0.96) }' /proc/meminfo)k",
             ))
             .await?;
         let status = culprit.ended().await?;
