@@ -196,9 +196,9 @@ pub enum HugePages {
 #[serde(rename_all = "lowercase")]
 pub enum Trust {
     /// Nobody: each pod boots.
+    #[default]
     None,
     /// The pods of one namespace of Kubernetes'.
-    #[default]
     Namespace,
     /// All pods of the node.
     Node,

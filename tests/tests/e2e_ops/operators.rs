@@ -247,7 +247,7 @@ fn run_in(node: &Node, pod: &Pod, app_name: &str) {
     assert_eq!(shown.status.code(), Some(7), "{shown:?}");
     assert_eq!(
         (text(&shown.stdout).as_str(), text(&shown.stderr).as_str()),
-        ("given-secret\n/\n", "e\n")
+        ("given-secret\n/home\n", "e\n")
     );
     let mut child = node
         .cloister_command(&[
