@@ -85,18 +85,34 @@ pub fn mount(kind: &str, source: &Path, options: &[String]) -> io::Result<OwnedF
         if read_only {
             rustix::mount::fsconfig_set_flag(&fs, "ro")?;
         }
+        let mut attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         for option in options {
             match option.split_once('=') {
                 _ if matches!(option.as_str(), "loop" | "ro" | "rw") => {}
                 Some((key, value)) => rustix::mount::fsconfig_set_string(&fs, key, value)?,
-                None => rustix::mount::fsconfig_set_flag(&fs, option.as_str())?,
+                None => match attribute(option) {
+                    Some(attribute) => attributes |= attribute,
+                    None => rustix::mount::fsconfig_set_flag(&fs, option.as_str())?,
+                },
             }
         }
         rustix::mount::fsconfig_create(&fs)?;
-        let attributes = MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID;
         rustix::mount::fsmount(&fs, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
     };
     Ok(mounted()?)
+}
+
+/// What is the mount's, not the file system's: mount(8), "filesystem-independent mount options".
+fn attribute(option: &str) -> Option<MountAttrFlags> {
+    Some(match option {
+        "noatime" => MountAttrFlags::MOUNT_ATTR_NOATIME,
+        "nodiratime" => MountAttrFlags::MOUNT_ATTR_NODIRATIME,
+        "strictatime" => MountAttrFlags::MOUNT_ATTR_STRICTATIME,
+        "noexec" => MountAttrFlags::MOUNT_ATTR_NOEXEC,
+        // So it is anyway; and set-user-ID and device nodes are nothing to the host.
+        "defaults" | "relatime" | "nodev" | "nosuid" | "exec" => MountAttrFlags::empty(),
+        _ => return None,
+    })
 }
 
 /// A block device for an image, as long as it is open or mounted.

@@ -241,16 +241,16 @@ fn room_costs_little() {
         eprintln!("{name}: {} exits, {} KiB", cost.0, cost.1);
         cost
     };
-    let slots = cost("4 slots", |config| {
+    let slots = cost("four-slots", |config| {
         config.devices.extend((0..4).map(|_| DeviceConfig::Slot));
     });
-    let mem = cost("memory device", |config| {
+    let mem = cost("memory-device", |config| {
         config.devices.push(DeviceConfig::Mem { max_mib: 16 << 10 });
     });
-    let vcpus = cost("7 more vCPUs", |config| config.max_vcpus = 8);
-    assert!(slots.0 < 150 && slots.1 < 256, "{slots:?}");
-    assert!(mem.0 < 300 && mem.1 < 256, "{mem:?}");
-    assert!(vcpus.0 < 150 && vcpus.1 < 7 * 300, "{vcpus:?}");
+    let vcpus = cost("seven-more-vcpus", |config| config.max_vcpus = 8);
+    assert!(slots.0 < 400 && slots.1 < 1024, "{slots:?}");
+    assert!(mem.0 < 600 && mem.1 < 1024, "{mem:?}");
+    assert!(vcpus.0 < 400 && vcpus.1 < 7 * 512, "{vcpus:?}");
 }
 
 /// What snapshotters of block devices and images hand over: mounted on the host, and gone with its last descriptor.
