@@ -86,7 +86,14 @@ kernel = "{kernel}"
 initrd = "{initrd}"
 init_timeout = "600s"
 answer_timeout = "60s"
+kernel_args = [{kernel_args}]
 "#,
+        // To see more of what a guest says: "loglevel=7".
+        kernel_args = std::env::var("CLOISTER_CRI_KERNEL_ARGS")
+            .unwrap_or_default()
+            .split_whitespace()
+            .map(|word| format!("{word:?}, "))
+            .collect::<String>(),
         dir = dir.display(),
         kernel = guest_file("vmlinux").display(),
         initrd = guest_file("initramfs.cpio").display(),
