@@ -588,7 +588,8 @@ async fn hooks_run_each_at_its_moment() {
         );
         serde_json::json!({"path": "/bin/sh", "args": ["sh", "-c", script]})
     };
-    let mut spec = bed.spec("c1", &["sh", "-c", "cat /tmp/hook"]);
+    // It is there still when poststart looks.
+    let mut spec = bed.spec("c1", &["sh", "-c", "cat /tmp/hook; sleep 2"]);
     spec["hooks"] = serde_json::json!({
         "prestart": [hook("prestart", "true")],
         "createRuntime": [hook("createRuntime", "true")],

@@ -166,7 +166,14 @@ async fn what_isulad_asks_about_pods_that_are_gone() {
     bed.on::<Nothing>("Stop", "none").await.unwrap();
     bed.on::<Nothing>("Shutdown", "none").await.unwrap();
     bed.on::<Nothing>("Platform", "none").await.unwrap();
-    bed.on::<Nothing>("Purge", "none").await.unwrap();
+    let purge = Prepare {
+        sandboxer: "cloister".into(),
+        sandbox_id: "none".into(),
+        container_id: "c".into(),
+        exec_id: String::new(),
+        spec: json("{}"),
+    };
+    bed.call::<_, Nothing>("Purge", purge).await.unwrap();
     // For it the pod's end.
     assert_eq!(code(bed.on::<Exit>("Wait", "none").await).0, Code::NotFound);
     bed.create_draft("b", "{}").await.unwrap();
