@@ -606,11 +606,11 @@ fn a_restored_guest_is_told_and_starts_anew() {
     guest.expect_silence();
     guest.event.add(&[Descriptor::writable(event_buffer, 4)]);
     guest.driver.kick(2);
-    let _early = guest.accept_connection(9);
-    drop(early);
+    let _accepted_early = guest.accept_connection(9);
     let (again, _host) = connected(&mut guest, &handle, 7);
     assert_ne!(again.host_port, stream.host_port);
     assert_asleep(&handle);
+    drop(early);
 }
 
 #[test]
