@@ -12,9 +12,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use cloister_boot::x86_64::Description;
-use cloister_devices::fs::{AttachOptions, Fs, FsConfig};
-use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle};
 use cloister_protocol::SPEC_TYPE_URL;
 use cloister_protocol::pod::{ConfigureRequest, InfoRequest, PingRequest};
 use cloister_protocol::protobuf::MessageField;
@@ -26,10 +23,9 @@ use cloister_sandbox_api::pod::guest::{Guest, ShareOptions};
 use cloister_sandbox_api::pod::machine::{MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::template::{self, Kind};
 use cloister_sandbox_api::pod::vm::PodVm;
-use cloister_tests::e2e::{Footprint, PATIENCE, ProcessFootprint, Stage, archive, eventually, guest_file};
-use cloister_vmm::config::BASE_COMMAND_LINE;
+use cloister_tests::e2e::{Footprint, PATIENCE, ProcessFootprint, Stage, archive, guest_file};
 use cloister_vmm::image::Image;
-use cloister_vmm::{Boot, Cell, CellConfig, CellHost, CellHostConfig, DeviceConfig, HugePages, KernelBoot};
+use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 use serde_json::json;
 
 /// The agent's initramfs with a root file system for a container: /pod.
@@ -329,99 +325,4 @@ fn cloister_run_clones_what_template_built() {
     stage.cloister(&["template", "rm", name]).expect(0);
     assert!(!is_clone(&run(&[], &["true"]).stderr));
     stage.cloister(&["template", "rm", name]).expect(1);
-}
-
-/// A cell with a file system, without a pod around it.
-struct Own {
-    cell: Cell,
-    vsock: VsockHandle,
-}
-
-impl Own {
-    fn start(bed: &Bed, name: &str, boot: Boot, out: &Path) -> Self {
-        let config = FsConfig {
-            tag: cloister_protocol::SHARED_TAG.to_owned(),
-            ..FsConfig::default()
-        };
-        // Attached before the guest's state is restored: it has files open there.
-        let fs = Fs::new(config, Arc::clone(bed.host.workers()), None).unwrap();
-        let tree = OwnedFd::from(File::open(out).unwrap());
-        fs.handle()
-            .attach("out", &tree, AttachOptions::default())
-            .unwrap();
-        let (device, vsock) = Vsock::new(VsockConfig::new(3)).unwrap();
-        let mut config = CellConfig::new(name, boot);
-        config.memory_mib = 256;
-        config.huge_pages = HugePages::No;
-        let custom = |name: &str, device| DeviceConfig::Custom {
-            name: name.into(),
-            device,
-        };
-        config.devices = vec![
-            custom("fs", Box::new(fs)),
-            custom("vsock", Box::new(device)),
-            DeviceConfig::Rng,
-        ];
-        let cell = Cell::create(config, &bed.host).unwrap();
-        cell.start().unwrap();
-        Self { cell, vsock }
-    }
-
-    fn agent(&self) -> Agent {
-        Agent::over(self.vsock.connect(cloister_protocol::AGENT_PORT).unwrap()).unwrap()
-    }
-}
-
-/// A container that writes to a file of the host's all the time goes on in a clone, and in the clone's clone, with the file
-/// open, and no line is lost or there twice.
-#[test]
-fn a_container_goes_on_in_a_clone_with_its_open_file() {
-    runtime().block_on(async {
-        let bed = Bed::new();
-        let out = folder("log");
-        let lines = || -> Vec<u32> {
-            let text = fs::read_to_string(out.join("log")).unwrap_or_default();
-            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-            whole.lines().map(|line| line.parse().unwrap()).collect()
-        };
-        let more = |than: usize| eventually("more lines", || (lines().len() > than + 5).then_some(()));
-        let boot = Boot::Kernel(KernelBoot {
-            kernel: File::open(&bed.kernel).unwrap(),
-            initrd: Some(File::open(&bed.initrd).unwrap()),
-            command_line: format!("console=ttyS0 {BASE_COMMAND_LINE}"),
-            description: Description::MpTable,
-        });
-        let mut own = Own::start(&bed, "original", boot, &out);
-        let agent = own.agent();
-        let script = "exec >>/out/log; i=0; while :; do i=$((i+1)); echo $i; done";
-        start_script(&agent, script).await;
-        more(0);
-        drop(agent);
-        let path = out.join("image");
-        for generation in 0..3 {
-            own.cell.pause().unwrap();
-            own.cell.save_image(&path).unwrap();
-            own.cell.stop();
-            assert!(own.cell.wait_taken_down(Some(PATIENCE)));
-            let written = lines().len();
-            let image = Image::open(File::open(&path).unwrap()).unwrap();
-            image.verify().unwrap();
-            own = Own::start(&bed, &format!("clone-{generation}"), Boot::Clone { image }, &out);
-            more(written);
-            // It can be spoken with, too.
-            let agent = own.agent();
-            let info = agent
-                .pod
-                .info(with_duration(PATIENCE), &InfoRequest::new())
-                .await
-                .unwrap();
-            assert_eq!(info.containers, ["script"]);
-        }
-        own.cell.stop();
-        assert!(own.cell.wait_taken_down(Some(PATIENCE)));
-        let lines = lines();
-        let expected: Vec<u32> = (1..).take(lines.len()).collect();
-        assert_eq!(lines, expected);
-        fs::remove_dir_all(out).unwrap();
-    });
 }
