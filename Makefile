@@ -6,6 +6,7 @@
 #   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME
 #   make deb             the Debian package, checked: target/deb/cloister_VERSION_amd64.deb
 #   make cri             every case of CRI, on runc and on Cloister
+#   make faults          everything that can be made to fail on a node
 #   make setup, build, guest, lint, unit, kvm-host-test, clean: the steps of the above
 #
 # Wherever Linux guests run, ci/with-kvm chooses between this machine's KVM and the emulated host, and says so.
@@ -28,7 +29,7 @@ export CLOISTER_GUEST := $(guest)
 kvm_options ?= --cpus 2 --memory 12288
 
 .NOTPARALLEL:
-.PHONY: setup build guest run test unit e2e kvm-host-test bench lint deb clean
+.PHONY: setup build guest run test unit e2e cri faults kvm-host-test bench lint deb clean
 
 setup:
 	ci/setup
@@ -73,6 +74,11 @@ e2e: build
 cri: build
 	tests/demo/prepare
 	CLOISTER_CRI_ALL=1 ci/e2e --timeout 3600 --env CLOISTER_CRI_ALL $(kvm_options) -- cri::
+
+# All that can be made to fail on a node; `make faults SOAK=500` for a long soak.
+faults: build
+	tests/demo/prepare
+	CLOISTER_FAULTS_ALL=1 CLOISTER_SOAK=$(or $(SOAK),12) ci/e2e --timeout 7200 $(kvm_options) -- faults::
 
 # The guest side of the benchmarks boots in place of the agent.
 bench: build
