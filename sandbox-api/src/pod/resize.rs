@@ -30,14 +30,6 @@ pub enum Error {
     /// The sandboxer allows less.
     #[error(transparent)]
     TooMuch(#[from] TooMuch),
-    /// vCPUs.
-    #[error("the virtual machine has {online} of {wanted} processors online")]
-    Processors {
-        /// Asked for.
-        wanted: u8,
-        /// What came of it.
-        online: u8,
-    },
     /// Memory that the guest does not take.
     #[error(
         "the guest has taken {plugged} of the {wanted} bytes of memory that it was given (does its kernel have virtio-mem?)"
@@ -239,11 +231,13 @@ impl Resizer {
                 .await
                 .map_err(Error::Host)?;
             now.cpus = self.online(target.cpus).await?;
+            // The limit holds all the same, and on fewer processors it is still a limit.
             if now.cpus < target.cpus {
-                return Err(Error::Processors {
-                    wanted: target.cpus,
-                    online: now.cpus,
-                });
+                log::warn!(
+                    "the virtual machine has {} of {} processors online",
+                    now.cpus,
+                    target.cpus
+                );
             }
         }
         if target.memory > now.memory {
