@@ -51,7 +51,6 @@ const AGREED: &[&str] = &[
     "no_such_memory",
     "cni_fails_midway",
     "disk_is_full",
-    "callers_give_up",
 ];
 
 async fn bystander(runtime: &Runtime) -> Outcome<Container> {
