@@ -63,6 +63,19 @@ impl SavedState {
         Ok(Self { version, bytes })
     }
 
+    /// The state of what keeps none.
+    pub const fn nothing() -> Self {
+        Self {
+            version: 0,
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Sees that this is [`nothing`](Self::nothing).
+    pub fn expect_nothing(&self, what: &'static str) -> Result<(), StateError> {
+        self.decode(what, 0)
+    }
+
     /// Decodes a state of exactly version `expected`.
     pub fn decode<T: DeserializeOwned>(&self, what: &'static str, expected: u16) -> Result<T, StateError> {
         if self.version != expected {

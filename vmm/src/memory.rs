@@ -103,6 +103,28 @@ pub struct SlotRange {
     pub host: u64,
 }
 
+/// What a layout asks for.
+struct Plan {
+    mib: u64,
+    ranges: Vec<(u64, u64, u64)>,
+    /// Of the file.
+    size: u64,
+}
+
+impl Plan {
+    fn new(layout: &Layout, overcommit: bool) -> Result<Self, Error> {
+        // What can be plugged later is not there yet: it may be more than the host has.
+        let mib = layout.ram_size() >> 20;
+        let host_mib = host_memory_mib();
+        if !overcommit && mib > host_mib {
+            return Err(Error::MoreThanHost { mib, host_mib });
+        }
+        let ranges = in_file(layout);
+        let size = ranges.last().map_or(0, |(offset, _, len)| offset + len);
+        Ok(Self { mib, ranges, size })
+    }
+}
+
 impl Memory {
     /// Makes RAM for `layout`, from `file` when one is given (the RAM of a saved cell).
     pub fn new(
@@ -112,14 +134,7 @@ impl Memory {
         file: Option<OwnedFd>,
         huge_mount: Option<BorrowedFd>,
     ) -> Result<Self, Error> {
-        // What can be plugged later is not there yet: it may be more than the host has.
-        let mib = layout.ram_size() >> 20;
-        let ranges = in_file(layout);
-        let size = ranges.last().map_or(0, |(offset, _, len)| offset + len);
-        let host_mib = host_memory_mib();
-        if !overcommit && mib > host_mib {
-            return Err(Error::MoreThanHost { mib, host_mib });
-        }
+        let Plan { mib, ranges, size } = Plan::new(layout, overcommit)?;
         if huge_pages == HugePages::Reserved && !size.is_multiple_of(HUGE_PAGE) {
             return Err(Error::HugePageMultiple { mib });
         }
@@ -161,13 +176,7 @@ impl Memory {
         image: &Arc<Image>,
         huge_mount: Option<BorrowedFd>,
     ) -> Result<Self, Error> {
-        let mib = layout.ram_size() >> 20;
-        let ranges = in_file(layout);
-        let size = ranges.last().map_or(0, |(offset, _, len)| offset + len);
-        let host_mib = host_memory_mib();
-        if !overcommit && mib > host_mib {
-            return Err(Error::MoreThanHost { mib, host_mib });
-        }
+        let Plan { mib, ranges, size } = Plan::new(layout, overcommit)?;
         if image.ram_len() != size {
             return Err(Error::WrongFile {
                 found: image.ram_len(),

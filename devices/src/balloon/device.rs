@@ -10,13 +10,12 @@ use super::BalloonMetrics;
 use super::handler::BalloonHandler;
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
-    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, RestoreError, VirtioDevice,
-    copy_config,
+    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, VirtioDevice, copy_config,
 };
 use crate::worker_pool::WorkerPool;
 
-pub(super) const WHAT: &str = "balloon";
-pub(super) const STATE_VERSION: u16 = 1;
+const WHAT: &str = "balloon";
+const STATE_VERSION: u16 = 1;
 /// Inflate, deflate, free page reporting. The numbers of queues that are not offered are not left free (5.5.2).
 const QUEUE_SIZES: [u16; 3] = [128, 128, 32];
 /// Offset of `actual` in configuration space.
@@ -175,14 +174,5 @@ impl VirtioDevice for Balloon {
         self.common.target.store(state.target, Ordering::Release);
         self.common.actual.store(state.actual, Ordering::Release);
         Ok(())
-    }
-
-    fn restore_active(
-        &mut self,
-        context: ActivationContext,
-        state: &SavedState,
-    ) -> Result<Arc<Mutex<dyn ActiveDevice>>, RestoreError> {
-        state.decode::<()>(WHAT, STATE_VERSION)?;
-        Ok(self.activate(context)?)
     }
 }

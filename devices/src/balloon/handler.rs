@@ -6,13 +6,11 @@ use std::sync::Arc;
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::QueueState;
 
-use super::device::{STATE_VERSION, WHAT};
 use super::{BalloonMetrics, PAGE_SIZE};
 use crate::GuestRam;
 use crate::discard::{DiscardError, discard};
 use crate::host_io::MAX_SLICES;
 use crate::lanes::Lanes;
-use crate::state::{SavedState, StateError};
 use crate::virtio::{ActiveDevice, ActiveQueue, Buffers, Chain, Health, Outcome};
 use crate::worker_pool::WorkerPool;
 
@@ -203,10 +201,6 @@ impl ActiveDevice for BalloonHandler {
         if let Some(report) = &self.report {
             report.quiesce();
         }
-    }
-
-    fn save(&self) -> Result<SavedState, StateError> {
-        SavedState::encode(WHAT, STATE_VERSION, &())
     }
 
     fn queues(&self) -> Vec<Option<QueueState>> {

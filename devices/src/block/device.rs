@@ -14,13 +14,12 @@ use super::request::{
 use super::{BlockMetrics, SECTOR_SIZE};
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
-    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, RestoreError, VirtioDevice,
-    copy_config,
+    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, VirtioDevice, copy_config,
 };
 use crate::worker_pool::WorkerPool;
 
-pub(super) const WHAT: &str = "block";
-pub(super) const STATE_VERSION: u16 = 1;
+const WHAT: &str = "block";
+const STATE_VERSION: u16 = 1;
 const QUEUE_SIZE: u16 = 256;
 const MAX_QUEUES: u16 = 16;
 /// A header, a status and this many data descriptors fit into a queue.
@@ -276,14 +275,5 @@ impl VirtioDevice for Block {
         }
         self.common.writeback.store(state.writeback, Ordering::Release);
         Ok(())
-    }
-
-    fn restore_active(
-        &mut self,
-        context: ActivationContext,
-        state: &SavedState,
-    ) -> Result<Arc<Mutex<dyn ActiveDevice>>, RestoreError> {
-        state.decode::<()>(WHAT, STATE_VERSION)?;
-        Ok(self.start(context)?)
     }
 }

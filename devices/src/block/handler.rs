@@ -8,11 +8,9 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_queue::QueueState;
 
 use super::BlockMetrics;
-use super::device::{STATE_VERSION, WHAT};
 use super::disk::Disk;
 use super::request::{self, SERIAL_SIZE, Target};
 use crate::lanes::Lanes;
-use crate::state::{SavedState, StateError};
 use crate::virtio::{ActiveDevice, ActiveQueue, Buffers, Chain, Health};
 use crate::worker_pool::WorkerPool;
 
@@ -98,10 +96,6 @@ impl ActiveDevice for BlockHandler {
         for queue in self.queues.iter().flatten() {
             queue.quiesce();
         }
-    }
-
-    fn save(&self) -> Result<SavedState, StateError> {
-        SavedState::encode(WHAT, STATE_VERSION, &())
     }
 
     fn queues(&self) -> Vec<Option<QueueState>> {

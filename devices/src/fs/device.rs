@@ -12,14 +12,12 @@ use super::root::{AttachError, AttachOptions};
 use super::server::Server;
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
-    ActivateError, ActivationContext, ActiveDevice, DeviceType, RestoreError, SharedMemory, VirtioDevice,
-    copy_config,
+    ActivateError, ActivationContext, ActiveDevice, DeviceType, SharedMemory, VirtioDevice, copy_config,
 };
 use crate::worker_pool::WorkerPool;
 
 pub(super) const WHAT: &str = "virtio-fs";
 /// Version of the data side's state.
-pub(super) const STATE_VERSION: u16 = 1;
 
 /// Shared-memory region 0 is the DAX window (virtio 1.3, section 5.11.5).
 const DAX_REGION: u8 = 0;
@@ -163,14 +161,5 @@ impl VirtioDevice for Fs {
 
     fn restore(&mut self, state: &SavedState) -> Result<(), StateError> {
         self.server.restore(state)
-    }
-
-    fn restore_active(
-        &mut self,
-        context: ActivationContext,
-        state: &SavedState,
-    ) -> Result<Arc<Mutex<dyn ActiveDevice>>, RestoreError> {
-        state.decode::<()>(WHAT, STATE_VERSION)?;
-        Ok(self.start(context)?)
     }
 }

@@ -30,10 +30,8 @@ use vmm_sys_util::timerfd::TimerFd;
 use zerocopy::IntoBytes;
 
 use super::abi::{InHeader, OutHeader};
-use super::device::{STATE_VERSION, WHAT};
 use super::message::{Reader, Writer};
 use super::server::{Outcome, Server};
-use crate::state::{SavedState, StateError};
 use crate::virtio::{ActiveDevice, ActiveQueue, Buffers, Chain, Health, QueueError};
 use crate::worker_pool::{Task, Watch, WorkerPool};
 
@@ -510,10 +508,6 @@ impl ActiveDevice for FsHandler {
             self.common.health.fail(error);
         }
         self.common.arm();
-    }
-
-    fn save(&self) -> Result<SavedState, StateError> {
-        SavedState::encode(WHAT, STATE_VERSION, &())
     }
 
     fn queues(&self) -> Vec<Option<QueueState>> {

@@ -11,13 +11,12 @@ use super::handler::MemHandler;
 use super::{BLOCK_SIZE, MemMetrics};
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
-    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, RestoreError, VirtioDevice,
-    copy_config,
+    ActivateError, ActivationContext, ActiveDevice, ConfigSignal, DeviceType, VirtioDevice, copy_config,
 };
 use crate::worker_pool::WorkerPool;
 
-pub(super) const WHAT: &str = "mem";
-pub(super) const STATE_VERSION: u16 = 1;
+const WHAT: &str = "mem";
+const STATE_VERSION: u16 = 1;
 const QUEUE_SIZES: [u16; 1] = [64];
 /// Feature bit (5.15.3): the driver does not touch unplugged memory.
 pub(super) const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
@@ -253,14 +252,5 @@ impl VirtioDevice for Mem {
             blocks: state.blocks,
         };
         Ok(())
-    }
-
-    fn restore_active(
-        &mut self,
-        context: ActivationContext,
-        state: &SavedState,
-    ) -> Result<Arc<Mutex<dyn ActiveDevice>>, RestoreError> {
-        state.decode::<()>(WHAT, STATE_VERSION)?;
-        Ok(self.activate(context)?)
     }
 }

@@ -8,12 +8,11 @@ use event_manager::{EventOps, Events, MutEventSubscriber};
 use virtio_queue::QueueState;
 
 use super::blocks::Found;
-use super::device::{Common, STATE_VERSION, WHAT, bytes};
+use super::device::{Common, bytes};
 use super::{BLOCK_SIZE, MemMetrics};
 use crate::GuestRam;
 use crate::discard::discard;
 use crate::lanes::Lanes;
-use crate::state::{SavedState, StateError};
 use crate::virtio::{ActiveDevice, ActiveQueue, Buffers, Chain, Health};
 use crate::worker_pool::WorkerPool;
 
@@ -230,10 +229,6 @@ impl MutEventSubscriber for MemHandler {
 impl ActiveDevice for MemHandler {
     fn quiesce(&mut self) {
         self.queue.quiesce();
-    }
-
-    fn save(&self) -> Result<SavedState, StateError> {
-        SavedState::encode(WHAT, STATE_VERSION, &())
     }
 
     fn queues(&self) -> Vec<Option<QueueState>> {

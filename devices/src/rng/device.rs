@@ -5,11 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use super::RngMetrics;
 use super::handler::RngHandler;
-use crate::state::{SavedState, StateError};
-use crate::virtio::{ActivateError, ActivationContext, ActiveDevice, DeviceType, RestoreError, VirtioDevice};
+use crate::virtio::{ActivateError, ActivationContext, ActiveDevice, DeviceType, VirtioDevice};
 
-pub(super) const WHAT: &str = "rng";
-pub(super) const STATE_VERSION: u16 = 1;
 const QUEUE_SIZES: [u16; 1] = [64];
 
 /// A virtio entropy device.
@@ -43,8 +40,6 @@ impl VirtioDevice for Rng {
         0
     }
 
-    fn read_config(&self, _offset: u32, _data: &mut [u8]) {}
-
     fn activate(
         &mut self,
         mut context: ActivationContext,
@@ -55,21 +50,4 @@ impl VirtioDevice for Rng {
     }
 
     fn reset(&mut self) {}
-
-    fn save(&self) -> Result<SavedState, StateError> {
-        SavedState::encode(WHAT, STATE_VERSION, &())
-    }
-
-    fn restore(&mut self, state: &SavedState) -> Result<(), StateError> {
-        state.decode(WHAT, STATE_VERSION)
-    }
-
-    fn restore_active(
-        &mut self,
-        context: ActivationContext,
-        state: &SavedState,
-    ) -> Result<Arc<Mutex<dyn ActiveDevice>>, RestoreError> {
-        state.decode::<()>(WHAT, STATE_VERSION)?;
-        Ok(self.activate(context)?)
-    }
 }

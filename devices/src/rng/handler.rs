@@ -7,9 +7,7 @@ use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use virtio_queue::QueueState;
 
 use super::RngMetrics;
-use super::device::{STATE_VERSION, WHAT};
 use crate::host_io;
-use crate::state::{SavedState, StateError};
 use crate::virtio::{ActiveDevice, ActiveQueue, Buffers, Chain, Health, Outcome, QueueError};
 
 /// Most bytes given per chain.
@@ -103,10 +101,6 @@ impl MutEventSubscriber for RngHandler {
 }
 
 impl ActiveDevice for RngHandler {
-    fn save(&self) -> Result<SavedState, StateError> {
-        SavedState::encode(WHAT, STATE_VERSION, &())
-    }
-
     fn queues(&self) -> Vec<Option<QueueState>> {
         vec![Some(self.queue.state())]
     }

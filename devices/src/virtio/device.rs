@@ -33,6 +33,23 @@ pub enum DeviceType {
     Fs = 26,
 }
 
+impl DeviceType {
+    /// What errors call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::Net => "net",
+            Self::Block => "block",
+            Self::Console => "console",
+            Self::Rng => "rng",
+            Self::Balloon => "balloon",
+            Self::Vsock => "vsock",
+            Self::Mem => "mem",
+            Self::Fs => "virtio-fs",
+        }
+    }
+}
+
 /// A shared-memory region of a device (section 2.10), for example the DAX window of a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SharedMemory {
@@ -115,8 +132,8 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
 
     /// Reads configuration space at `offset`. Bytes beyond the device's configuration read as zero; `data` comes
-    /// zeroed.
-    fn read_config(&self, offset: u32, data: &mut [u8]);
+    /// zeroed. The default is for a device without one.
+    fn read_config(&self, _offset: u32, _data: &mut [u8]) {}
 
     /// Writes configuration space. The default ignores it, as most fields are read-only.
     fn write_config(&mut self, _offset: u32, _data: &[u8]) {}
@@ -133,19 +150,26 @@ pub trait VirtioDevice: Send {
     /// The driver reset the device. Its data side is off the event loop and may be dropped.
     fn reset(&mut self);
 
-    /// The control side's own state, beyond what transport and data side save.
-    fn save(&self) -> Result<SavedState, StateError>;
+    /// The control side's own state, beyond what transport and data side save; none by default.
+    fn save(&self) -> Result<SavedState, StateError> {
+        Ok(SavedState::nothing())
+    }
 
     /// Puts back what `save` gave, before any activation.
-    fn restore(&mut self, state: &SavedState) -> Result<(), StateError>;
+    fn restore(&mut self, state: &SavedState) -> Result<(), StateError> {
+        state.expect_nothing(self.device_type().name())
+    }
 
     /// Puts the data side's saved state back into a freshly activated one. The queues in `context` already stand
-    /// where they stood.
+    /// where they stood. The default is for a data side that keeps no state.
     fn restore_active(
         &mut self,
         context: ActivationContext,
         state: &SavedState,
-    ) -> Result<Arc<Mutex<dyn ActiveDevice>>, RestoreError>;
+    ) -> Result<Arc<Mutex<dyn ActiveDevice>>, RestoreError> {
+        state.expect_nothing(self.device_type().name())?;
+        Ok(self.activate(context)?)
+    }
 }
 
 /// Why an active device could not be restored.
@@ -169,8 +193,11 @@ pub trait ActiveDevice: MutEventSubscriber + Send {
     /// stand still; called with the vCPUs paused. The default has none.
     fn quiesce(&mut self) {}
 
-    /// The data side's state: queue positions are saved by [`ActiveDevice::queues`], this is the rest.
-    fn save(&self) -> Result<SavedState, StateError>;
+    /// The data side's state: queue positions are saved by [`ActiveDevice::queues`], this is the rest, which
+    /// most devices lack.
+    fn save(&self) -> Result<SavedState, StateError> {
+        Ok(SavedState::nothing())
+    }
 
     /// The state of each queue, in order; `None` where the driver left one out.
     fn queues(&self) -> Vec<Option<virtio_queue::QueueState>>;

@@ -17,35 +17,30 @@
 
 use super::config::Config;
 use super::event_log::Event;
+use super::http_server::{self, Body, Limits, Listener, refusal, respond, text, told};
 use super::metrics::CONTENT_TYPE;
 use super::node::Node;
 use super::report;
 use super::sandbox::{Phase, Sandbox};
 use futures_util::stream;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full, StreamBody};
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
+use tokio::net::UnixListener;
 use tokio::sync::broadcast::error::RecvError;
 
-/// Connections at once.
-const MAX_CONNECTIONS: usize = 64;
-/// Time for a request's header.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+/// What is followed has no end.
+const LIMITS: Limits = Limits {
+    connections: 64,
+    time: None,
+};
 /// How often a console that is followed is looked at.
 const CONSOLE_PACE: Duration = Duration::from_millis(100);
-
-type Body = UnsyncBoxBody<Bytes, Infallible>;
 
 /// Where a daemon with this state folder listens.
 pub fn socket(state_dir: &Path) -> PathBuf {
@@ -54,45 +49,11 @@ pub fn socket(state_dir: &Path) -> PathBuf {
 
 /// Answers until it is dropped.
 pub async fn serve(listener: UnixListener, node: Arc<Node>) {
-    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    loop {
-        // Nobody closes the semaphore.
-        let Ok(permit) = Arc::clone(&connections).acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let node = Arc::clone(&node);
-                tokio::spawn(async move {
-                    connection(stream, node).await;
-                    drop(permit);
-                });
-            }
-            Err(error) => {
-                log::warn!("admin: cannot accept a connection: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
+    let answer = move |request| answer(request, Arc::clone(&node));
+    http_server::serve("admin", Listener::Unix(listener), LIMITS, answer).await;
 }
 
-async fn connection(stream: UnixStream, node: Arc<Node>) {
-    let answer = service_fn(move |request| {
-        let node = Arc::clone(&node);
-        async move { Ok::<_, Infallible>(answer(&request, node).await) }
-    });
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(16 << 10)
-        .serve_connection(TokioIo::new(stream), answer)
-        .await;
-    if let Err(error) = served {
-        log::debug!("admin: {error}");
-    }
-}
-
-async fn answer(request: &Request<Incoming>, node: Arc<Node>) -> Response<Body> {
+async fn answer(request: Request<Incoming>, node: Arc<Node>) -> Response<Body> {
     if request.method() != Method::GET {
         return refusal(StatusCode::METHOD_NOT_ALLOWED, "only GET");
     }
@@ -116,13 +77,6 @@ async fn answer(request: &Request<Incoming>, node: Arc<Node>) -> Response<Body> 
     }
 }
 
-/// Off the event loops: it asks VMs, which may have to wait for a lock.
-async fn told(ask: impl FnOnce() -> Response<Body> + Send + 'static) -> Response<Body> {
-    tokio::task::spawn_blocking(ask)
-        .await
-        .unwrap_or_else(|e| refusal(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()))
-}
-
 fn pods(node: &Node) -> Vec<report::Pod> {
     let mut pods: Vec<report::Pod> = node.all().iter().map(|pod| report::Pod::new(pod)).collect();
     pods.sort_by(|a, b| a.created.cmp(&b.created).then_with(|| a.id.cmp(&b.id)));
@@ -133,28 +87,11 @@ fn found(node: &Node, id: &str) -> Option<Arc<Sandbox>> {
     node.all().into_iter().find(|sandbox| sandbox.id() == id)
 }
 
-fn respond(kind: &'static str, body: Body) -> Response<Body> {
-    let mut response = Response::new(body);
-    let kind = HeaderValue::from_static(kind);
-    response.headers_mut().insert(header::CONTENT_TYPE, kind);
-    response
-}
-
-fn text(kind: &'static str, text: impl Into<Bytes>) -> Response<Body> {
-    respond(kind, Full::new(text.into()).boxed_unsync())
-}
-
 fn json(value: &impl serde::Serialize) -> Response<Body> {
     match serde_json::to_vec(value) {
         Ok(json) => text("application/json", json),
         Err(error) => refusal(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
     }
-}
-
-fn refusal(status: StatusCode, why: &str) -> Response<Body> {
-    let mut response = text("text/plain", format!("{why}\n"));
-    *response.status_mut() = status;
-    response
 }
 
 fn frame(bytes: impl Into<Bytes>) -> Result<Frame<Bytes>, Infallible> {

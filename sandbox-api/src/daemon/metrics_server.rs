@@ -1,40 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Serves the metrics over HTTP/1.1: `GET /metrics`. Who asks has no rights and is not trusted: headers come within
-//! seconds or not at all, bodies are not read, and connections are bounded.
+//! Serves the metrics over HTTP/1.1: `GET /metrics`.
 
+use super::http_server::{self, Body, Limits, Listener};
 use super::metrics::{CONTENT_TYPE, Metrics};
 use super::quantity::Listen;
 use crate::files::SocketPath;
-use http::{Method, Request, Response, StatusCode, header};
-use http_body_util::Full;
-use hyper::body::{Bytes, Incoming};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use std::convert::Infallible;
+use http::{Method, Request, Response, StatusCode};
+use hyper::body::Incoming;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
-use tokio::sync::Semaphore;
 
-/// Connections at once; scrapers have one.
-const MAX_CONNECTIONS: usize = 16;
-/// Time for a request's header, and for the whole of a connection.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(300);
+/// Scrapers have one connection.
+const LIMITS: Limits = Limits {
+    connections: 16,
+    time: Some(Duration::from_secs(300)),
+};
 
 /// A server that is bound and does not answer yet.
 #[derive(Debug)]
-pub enum Server {
-    /// On a TCP address.
-    Tcp(TcpListener),
-    /// On a unix socket, root's only.
-    Unix(UnixListener),
-}
+pub struct Server(Listener);
 
 impl Server {
     /// Binds the address, so that its errors are told when the daemon starts. To be called in a runtime.
@@ -42,10 +29,10 @@ impl Server {
     /// # Errors
     /// It is taken, or not ours to take.
     pub async fn bind(listen: &Listen) -> io::Result<Self> {
-        match listen {
-            Listen::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
-            Listen::Unix(path) => bind_unix(path).await.map(Self::Unix),
-        }
+        Ok(Self(match listen {
+            Listen::Tcp(address) => Listener::Tcp(TcpListener::bind(address).await?),
+            Listen::Unix(path) => Listener::Unix(bind_unix(path).await?),
+        }))
     }
 
     /// Where it listens, for an address whose port was 0.
@@ -53,50 +40,17 @@ impl Server {
     /// # Errors
     /// getsockname(2) failed; it is a unix socket.
     pub fn tcp_address(&self) -> io::Result<std::net::SocketAddr> {
-        match self {
-            Self::Tcp(listener) => listener.local_addr(),
-            Self::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
+        match &self.0 {
+            Listener::Tcp(listener) => listener.local_addr(),
+            Listener::Unix(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 
     /// Answers until it is dropped.
     pub async fn serve(self, metrics: Metrics) {
-        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        loop {
-            // Nobody closes the semaphore.
-            let Ok(permit) = Arc::clone(&connections).acquire_owned().await else {
-                return;
-            };
-            let accepted = match &self {
-                Self::Tcp(listener) => listener.accept().await.map(|(stream, _)| Stream::Tcp(stream)),
-                Self::Unix(listener) => listener.accept().await.map(|(stream, _)| Stream::Unix(stream)),
-            };
-            let metrics = metrics.clone();
-            match accepted {
-                Ok(stream) => {
-                    tokio::spawn(async move {
-                        let served = async {
-                            match stream {
-                                Stream::Tcp(stream) => connection(stream, metrics).await,
-                                Stream::Unix(stream) => connection(stream, metrics).await,
-                            }
-                        };
-                        let _ = tokio::time::timeout(CONNECTION_TIMEOUT, served).await;
-                        drop(permit);
-                    });
-                }
-                Err(error) => {
-                    log::warn!("metrics: cannot accept a connection: {error}");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
+        let answer = move |request| answer(request, metrics.clone());
+        http_server::serve("metrics", self.0, LIMITS, answer).await;
     }
-}
-
-enum Stream {
-    Tcp(tokio::net::TcpStream),
-    Unix(tokio::net::UnixStream),
 }
 
 /// A socket that nobody answers on is left over and replaced.
@@ -113,43 +67,21 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn connection(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, metrics: Metrics) {
-    let answer = service_fn(move |request| answer(request, metrics.clone()));
-    let served = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEADER_TIMEOUT)
-        .max_buf_size(16 << 10)
-        .serve_connection(TokioIo::new(stream), answer)
-        .await;
-    if let Err(error) = served {
-        log::debug!("metrics: {error}");
-    }
-}
-
-async fn answer(request: Request<Incoming>, metrics: Metrics) -> Result<Response<Full<Bytes>>, Infallible> {
-    let (status, body) = match (request.method(), request.uri().path()) {
+async fn answer(request: Request<Incoming>, metrics: Metrics) -> Response<Body> {
+    match (request.method(), request.uri().path()) {
         (&Method::GET, "/metrics") => {
-            // It asks each VM, which may have to wait for a lock.
-            match tokio::task::spawn_blocking(move || metrics.encode()).await {
-                Ok(text) => (StatusCode::OK, text),
-                Err(_) => (StatusCode::INTERNAL_SERVER_ERROR, String::new()),
-            }
+            http_server::told(move || http_server::text(CONTENT_TYPE, metrics.encode())).await
         }
-        (_, "/metrics") => (StatusCode::METHOD_NOT_ALLOWED, "only GET\n".to_owned()),
-        _ => (StatusCode::NOT_FOUND, "metrics are at /metrics\n".to_owned()),
-    };
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    let content_type = http::HeaderValue::from_static(CONTENT_TYPE);
-    response.headers_mut().insert(header::CONTENT_TYPE, content_type);
-    Ok(response)
+        (_, "/metrics") => http_server::refusal(StatusCode::METHOD_NOT_ALLOWED, "only GET"),
+        _ => http_server::refusal(StatusCode::NOT_FOUND, "metrics are at /metrics"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::metrics::tests::metrics;
     use super::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
     async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> String {
         stream.write_all(request.as_bytes()).await.unwrap();

@@ -18,6 +18,7 @@ pub mod config;
 pub mod controller;
 pub mod event_log;
 pub mod events;
+pub mod http_server;
 pub mod isulad;
 pub mod log_format;
 pub mod metrics;

@@ -4,8 +4,8 @@
 use crate::e2e::guest_file;
 use std::path::Path;
 
-/// Of containerd: both handlers, and everything in the node's folder.
-pub(super) fn containerd(dir: &Path) -> String {
+/// Of a containerd that knows runc, with everything in the node's folder.
+pub fn containerd_with_runc(dir: &Path) -> String {
     let dir = dir.display();
     format!(
         r#"
@@ -47,15 +47,25 @@ disabled_plugins = [
     default_runtime_name = "runc"
     [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
       runtime_type = "io.containerd.runc.v2"
-    [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.cloister]
-      runtime_type = "io.containerd.cloister.v1"
-      sandboxer = "cloister"
+"#,
+        restricted = !may_lower_oom_score(),
+    )
+}
+
+/// Of one that knows Cloister as well.
+pub(super) fn containerd(dir: &Path) -> String {
+    let known = containerd_with_runc(dir);
+    let dir = dir.display();
+    format!(
+        r#"{known}
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.cloister]
+  runtime_type = "io.containerd.cloister.v1"
+  sandboxer = "cloister"
 
 [proxy_plugins.cloister]
   type = "sandbox"
   address = "{dir}/cloister/sandboxer.sock"
-"#,
-        restricted = !may_lower_oom_score(),
+"#
     )
 }
 

@@ -21,7 +21,7 @@ mod pod;
 mod runtime;
 mod stream;
 
-pub use config::cni;
+pub use config::{cni, containerd_with_runc};
 pub use container::{Container, Output, Security, args, script, security};
 pub use k8s_cri::v1 as api;
 pub use log::Line;

@@ -2,7 +2,7 @@
 //! `cloister install` on a node that has a containerd of its own, and away again. It writes where nodes have these files: this
 //! is for a host that is thrown away, which the emulated one is.
 
-use cloister_tests::cri::{Pod, Runtime, cni, containerd_bin, script};
+use cloister_tests::cri::{Pod, Runtime, cni, containerd_bin, containerd_with_runc, script};
 use cloister_tests::e2e::{PATIENCE, checkout, eventually, guest_file};
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -11,41 +11,6 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
 const CONFIG: &str = "/etc/containerd/config.toml";
-
-/// The node's own containerd, as it was before.
-fn own_config(dir: &Path) -> String {
-    let dir = dir.display();
-    format!(
-        r#"version = 3
-root = "{dir}/root"
-state = "{dir}/state"
-disabled_plugins = [
-  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper",
-  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs", "io.containerd.differ.v1.erofs",
-  "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing",
-]
-
-[grpc]
-  address = "{dir}/containerd.sock"
-
-[plugins."io.containerd.internal.v1.opt"]
-  path = "{dir}/opt"
-[plugins."io.containerd.nri.v1.nri"]
-  disable = true
-[plugins."io.containerd.cri.v1.images".pinned_images]
-  sandbox = "localhost/pause:latest"
-[plugins."io.containerd.cri.v1.runtime"]
-  disable_apparmor = true
-  enable_cdi = false
-  netns_mounts_under_state_dir = true
-  [plugins."io.containerd.cri.v1.runtime".cni]
-    bin_dirs = ["/usr/lib/cni"]
-    conf_dir = "{dir}/cni"
-  [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.runc]
-    runtime_type = "io.containerd.runc.v2"
-"#
-    )
-}
 
 /// Ended when dropped.
 struct Daemon(Child);
@@ -124,7 +89,7 @@ fn what_install_writes_makes_containerd_use_it() {
     }
     fs::write(dir.join("cni/10-install.conflist"), cni(&dir)).unwrap();
     fs::create_dir_all("/etc/containerd").unwrap();
-    fs::write(CONFIG, own_config(&dir)).unwrap();
+    fs::write(CONFIG, containerd_with_runc(&dir)).unwrap();
     // The node's administrator has this already; it stays.
     fs::create_dir_all("/etc/cloister").unwrap();
     let daemon_config = format!(
@@ -187,7 +152,7 @@ fn what_install_writes_makes_containerd_use_it() {
     drop(cloisterd);
 
     good(command("cloister").arg("uninstall").output().unwrap());
-    assert_eq!(fs::read_to_string(CONFIG).unwrap(), own_config(&dir));
+    assert_eq!(fs::read_to_string(CONFIG).unwrap(), containerd_with_runc(&dir));
     for path in [
         "/etc/containerd/conf.d/cloister.toml",
         "/etc/cloister/runtimeclass.yaml",

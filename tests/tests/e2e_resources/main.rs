@@ -56,6 +56,9 @@ fn processors_come_and_go() {
         );
     };
     sees("one", 1);
+    // One by one: each is found without another one's help.
+    assert_eq!(pod.cell.provide_vcpus(2).unwrap(), 2);
+    assert_eq!(online(&pod, 2), 2);
     assert_eq!(pod.cell.provide_vcpus(3).unwrap(), 3);
     assert_eq!(online(&pod, 3), 3);
     sees("three", 3);

@@ -48,6 +48,7 @@ impl Cell {
             .and_then(|fd| {
                 vcpu_state::set_cpuid(&fd, &cpuid::for_vcpu(&cpuid, index))?;
                 vcpu_state::prepare_boot(&fd, None)?;
+                vcpu_state::publish_lapic(&fd)?;
                 Ok(Arc::new(Mutex::new(fd)))
             })
             .map_err(|source| LifecycleError::Vcpu {

@@ -64,6 +64,15 @@ pub(crate) fn prepare_boot(vcpu: &VcpuFd, entry: Option<&EntryPoint>) -> Result<
     Ok(())
 }
 
+/// Makes KVM look for the destinations of interrupts again. Its map of local APICs is made when one is reset, at which time a
+/// vCPU that is being created is not in the VM's list yet: without this, INIT and SIPI for one that is created while the VM
+/// runs would go nowhere (Linux 6.1). KVM_SET_LAPIC makes the map anew.
+pub(crate) fn publish_lapic(vcpu: &VcpuFd) -> Result<(), CreateError> {
+    let kvm = |what| move |source| CreateError::Kvm { what, source };
+    let lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
+    vcpu.set_lapic(&lapic).map_err(kvm("KVM_SET_LAPIC"))
+}
+
 /// MSRs that describe the processor rather than its state: they follow from CPUID and the host.
 fn is_description(index: u32) -> bool {
     // Platform id, microcode, MTRR capabilities, ARCH_CAPABILITIES, PERF_CAPABILITIES, VMX capabilities, AMD's
