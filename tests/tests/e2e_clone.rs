@@ -4,53 +4,29 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "common/container.rs"]
+mod container;
+
 use std::collections::HashSet;
 use std::fs::{self, File};
-use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use cloister_protocol::SPEC_TYPE_URL;
 use cloister_protocol::pod::{ConfigureRequest, InfoRequest, PingRequest};
-use cloister_protocol::protobuf::MessageField;
-use cloister_protocol::protobuf::well_known_types::any::Any;
-use cloister_protocol::task::{CreateTaskRequest, Mount, StartRequest, WaitRequest};
+use cloister_protocol::task::WaitRequest;
 use cloister_protocol::ttrpc::context::with_duration;
 use cloister_sandbox_api::pod::agent::Agent;
 use cloister_sandbox_api::pod::guest::{Guest, ShareOptions};
 use cloister_sandbox_api::pod::machine::{MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::template::{self, Kind};
 use cloister_sandbox_api::pod::vm::PodVm;
-use cloister_tests::e2e::{Footprint, PATIENCE, ProcessFootprint, Stage, archive, guest_file};
+use cloister_tests::e2e::{Footprint, PATIENCE, ProcessFootprint, Stage, guest_file};
 use cloister_vmm::image::Image;
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
+use container::{Script, pod_initramfs};
 use serde_json::json;
-
-/// The agent's initramfs with a root file system for a container: /pod.
-fn initramfs() -> File {
-    let busybox = fs::read("/bin/busybox").expect("busybox-static is missing: run ci/setup");
-    let mut image = fs::read(guest_file("initramfs.cpio")).unwrap();
-    image.resize(image.len().next_multiple_of(4), 0);
-    let mut entries: Vec<(String, &[u8])> = vec![("pod/bin/busybox".into(), &busybox)];
-    let script = b"#!/bin/busybox sh\nexec /bin/busybox \"${0##*/}\" \"$@\"\n";
-    for file in ["sh", "cat", "head", "date", "hostname", "sync"] {
-        entries.push((format!("pod/bin/{file}"), script));
-    }
-    for folder in ["proc", "dev", "out"] {
-        entries.push((format!("pod/{folder}/.keep"), b""));
-    }
-    let entries: Vec<(&str, &[u8])> = entries
-        .iter()
-        .map(|(name, data)| (name.as_str(), *data))
-        .collect();
-    image.extend(archive(&entries));
-    let file = rustix::fs::memfd_create("initramfs", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let mut file = File::from(file);
-    file.write_all(&image).unwrap();
-    file
-}
 
 struct Bed {
     host: CellHost,
@@ -61,7 +37,8 @@ struct Bed {
 
 impl Bed {
     fn new() -> Self {
-        let file = initramfs();
+        let programs = ["sh", "cat", "head", "date", "hostname", "sync"];
+        let file = pod_initramfs(&programs, &["proc", "dev", "out"], &[]);
         Self {
             host: CellHost::new(CellHostConfig::default()).unwrap(),
             kernel: guest_file("vmlinux"),
@@ -116,59 +93,22 @@ fn runtime() -> tokio::runtime::Runtime {
 async fn run_script(vm: &PodVm, agent: &Agent, out: &Path, script: &str) {
     let tree = OwnedFd::from(File::open(out).unwrap());
     vm.machine.attach("out", tree, ShareOptions::default()).unwrap();
-    start_script(agent, script).await;
+    let out = json!({
+        "destination": "/out", "type": "bind", "source": "/run/cloister/shared/out", "options": ["rbind", "rw"],
+    });
+    let container = Script {
+        id: "script",
+        script,
+        capabilities: &[],
+        mounts: vec![out],
+    };
+    container.start(agent).await;
     let request = WaitRequest {
         id: "script".to_owned(),
         ..Default::default()
     };
     let exit = agent.task.wait(with_duration(PATIENCE), &request).await.unwrap();
     assert_eq!(exit.exit_status, 0);
-}
-
-/// Starts a script in a container, with what is shared as `out` at /out.
-async fn start_script(agent: &Agent, script: &str) {
-    let spec = json!({
-        "ociVersion": "1.1.0",
-        "process": {
-            "user": {"uid": 0, "gid": 0},
-            "args": ["/bin/sh", "-c", script],
-            "env": ["PATH=/bin"],
-            "cwd": "/",
-        },
-        "root": {"path": "rootfs"},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
-            {"destination": "/out", "type": "bind", "source": "/run/cloister/shared/out", "options": ["rbind", "rw"]},
-        ],
-        "linux": {"cgroupsPath": "/pod/script", "namespaces": [{"type": "pid"}, {"type": "mount"}]},
-    });
-    let request = CreateTaskRequest {
-        id: "script".into(),
-        bundle: "/ignored".into(),
-        rootfs: vec![Mount {
-            type_: "bind".into(),
-            source: "/pod".into(),
-            options: vec!["rbind".into(), "rw".into()],
-            ..Default::default()
-        }],
-        options: MessageField::some(Any {
-            type_url: SPEC_TYPE_URL.into(),
-            value: serde_json::to_vec(&spec).unwrap(),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    agent
-        .task
-        .create(with_duration(PATIENCE), &request)
-        .await
-        .unwrap();
-    let request = StartRequest {
-        id: "script".to_owned(),
-        ..Default::default()
-    };
-    agent.task.start(with_duration(PATIENCE), &request).await.unwrap();
 }
 
 fn folder(name: &str) -> PathBuf {
@@ -325,4 +265,40 @@ fn cloister_run_clones_what_template_built() {
     stage.cloister(&["template", "rm", name]).expect(0);
     assert!(!is_clone(&run(&[], &["true"]).stderr));
     stage.cloister(&["template", "rm", name]).expect(1);
+}
+
+/// One after the other and several at once, and each answers: no wake-up is lost when they are made.
+#[test]
+fn every_clone_answers() {
+    runtime().block_on(async {
+        let bed = Bed::new();
+        for cpus in [1, 2] {
+            let image = bed.template(cpus).await;
+            for (round, at_once) in [1, 5, 1, 5, 1, 5, 1, 5, 1, 5].into_iter().enumerate() {
+                let mut starting = Vec::new();
+                for number in 0..at_once {
+                    let name = format!("pod-{round}-{number}");
+                    let config = bed.config(&name, cpus, Origin::Clone(Arc::clone(&image)));
+                    let vm = PodVm::start(config, &bed.host).await.unwrap();
+                    starting.push(tokio::spawn(answers(vm, name)));
+                }
+                for started in starting {
+                    started.await.unwrap();
+                }
+            }
+        }
+    });
+}
+
+/// A clone takes its identity and runs to its end.
+async fn answers(mut vm: PodVm, hostname: String) {
+    vm.ready(PATIENCE).await.unwrap();
+    let request = ConfigureRequest {
+        hostname: hostname.clone(),
+        ..Default::default()
+    };
+    if let Err(error) = vm.configure(&request).await {
+        panic!("{hostname}: {error}\n{}", vm.machine.last_words());
+    }
+    vm.shut_down().await;
 }

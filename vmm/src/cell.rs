@@ -1288,8 +1288,8 @@ fn restore(
     if saved.devices.len() != devices.len() {
         return Err(mismatch("devices", saved.devices.len(), devices.len()));
     }
-    for (fd, state) in vcpus.iter().zip(&saved.vcpus) {
-        vcpu_state::restore(&lock_fd(fd), state)?;
+    for (index, (fd, state)) in vcpus.iter().zip(&saved.vcpus).enumerate() {
+        vcpu_state::restore(&lock_fd(fd), state, index == 0)?;
     }
     chip.restore(vm, &saved.chip)?;
     phases.kvm("states of vCPUs and chip");

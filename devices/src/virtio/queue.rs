@@ -146,11 +146,16 @@ impl ActiveQueue {
 
     /// Whether a chain waits. What a hostile driver writes into the index only shows at [`ActiveQueue::pop`].
     pub fn has_available(&self) -> Result<bool, QueueError> {
+        Ok(self.available()? != 0)
+    }
+
+    /// How many chains wait, as far as the driver's index can be believed.
+    pub fn available(&self) -> Result<u16, QueueError> {
         let index = self
             .queue
             .avail_idx(&*self.ram, Ordering::Acquire)
             .map_err(QueueError::Ring)?;
-        Ok(index.0 != self.queue.next_avail())
+        Ok(index.0.wrapping_sub(self.queue.next_avail()))
     }
 
     /// Puts the chain that was popped last back.
@@ -236,7 +241,8 @@ impl ActiveQueue {
             .map_err(QueueError::Ring)
     }
 
-    /// Has the driver notify of the next chain that it makes available, whatever waits already.
+    /// Has the driver notify of the next chain that it makes available, whatever waits already. One that came just before
+    /// is not notified of: compare [`ActiveQueue::available`] with what it was.
     pub fn await_next(&mut self) -> Result<(), QueueError> {
         let mut waiting = 0;
         // A ring holds no more.

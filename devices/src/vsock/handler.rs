@@ -65,8 +65,21 @@ pub(super) struct VsockHandler {
     tx_deadline: Option<Instant>,
     /// The driver is to be interrupted at the end of this turn.
     interrupting: bool,
-    /// The driver is to be told that all connections are gone.
-    transport_reset: bool,
+    reset: Reset,
+}
+
+/// How far the driver of a restored guest is with its connections, which are gone.
+///
+/// It drops all that it has when it takes the event, those that were made since the restore, too, and without a word to
+/// the other side. So the host's own connections are held until it has put the event's buffer back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reset {
+    /// Nothing to be told, or all done.
+    Done,
+    /// It has no buffer yet for the event.
+    Unsaid,
+    /// It has been told; so many buffers for events were left then.
+    Said(u16),
 }
 
 impl VsockHandler {
@@ -94,7 +107,7 @@ impl VsockHandler {
             tx_owed: 0,
             tx_deadline: None,
             interrupting: restored,
-            transport_reset: restored,
+            reset: if restored { Reset::Unsaid } else { Reset::Done },
         })
     }
 
@@ -145,7 +158,7 @@ impl VsockHandler {
 
     /// Tells the driver of the transport reset, once it has a buffer for that.
     fn send_event(&mut self) -> Result<(), QueueError> {
-        if !self.transport_reset {
+        if self.reset != Reset::Unsaid {
             return Ok(());
         }
         for _ in 0..self.event.size() {
@@ -164,8 +177,7 @@ impl VsockHandler {
                 self.event.complete(head, length)?;
                 self.interrupting |= self.event.wants_signal()?;
                 if written {
-                    self.transport_reset = false;
-                    // The driver puts the buffer back once it has dropped its connections.
+                    self.reset = Reset::Said(self.event.available()?);
                     self.event.await_next()?;
                     return Ok(());
                 }
@@ -177,8 +189,32 @@ impl VsockHandler {
         Ok(())
     }
 
+    /// Sees whether the driver has dropped its connections, and reminds it if it has not for long.
+    fn see_reset(&mut self) -> Result<(), QueueError> {
+        let reminding = self.mux.take_reminder();
+        match self.reset {
+            Reset::Done => {}
+            Reset::Said(left) if self.event.available()? != left => self.end_reset(),
+            Reset::Said(_) if reminding => {
+                self.health
+                    .complain("the driver has not taken the event that its connections are gone; interrupted again");
+                self.interrupting = true;
+            }
+            // A driver that takes no events drops nothing, either.
+            Reset::Unsaid if reminding => self.end_reset(),
+            Reset::Said(_) | Reset::Unsaid => {}
+        }
+        Ok(())
+    }
+
+    fn end_reset(&mut self) {
+        self.reset = Reset::Done;
+        self.mux.release();
+    }
+
     /// Ends a turn: packets to the guest, interrupt, epoll.
     fn finish(&mut self) -> Result<(), Failure> {
+        self.see_reset()?;
         self.mux.pump(&mut self.rx)?;
         if self.tx_waits && self.mux.is_unclogged() {
             self.tx_waits = false;
@@ -240,8 +276,7 @@ impl VsockHandler {
         self.host.counters.wakeups.increment();
         match source {
             TX => self.serve_tx()?,
-            EVENT if self.transport_reset => self.send_event()?,
-            EVENT => self.mux.release(),
+            EVENT => self.send_event()?,
             POLL => self.mux.poll()?,
             // RX: there are buffers again, or it is our turn again.
             _ => {}

@@ -46,8 +46,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long accepting rests when the process is out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
-/// How long a restored guest's driver may take to drop its connections before new ones are let through all the same.
-const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a restored guest's driver is reminded to drop its connections while new ones wait for that.
+const REMINDER: Duration = Duration::from_secs(1);
 /// Packets to the guest per turn on the event loop.
 const PUMP_BUDGET: usize = 256;
 /// Rx buffers gathered for one read.
@@ -94,6 +94,8 @@ pub(super) struct Mux {
     starved: bool,
     /// The host's own connections, as long as they would be dropped with the old ones by a restored guest's driver.
     held: Option<VecDeque<Connect>>,
+    /// The driver is to be reminded.
+    reminding: bool,
 }
 
 impl Mux {
@@ -131,6 +133,7 @@ impl Mux {
             credit_given: 0,
             starved: false,
             held: None,
+            reminding: false,
         };
         mux.accept_again()?;
         Ok(mux)
@@ -428,19 +431,34 @@ impl Mux {
         }
     }
 
+    /// Whether the driver is to be reminded, once.
+    pub fn take_reminder(&mut self) -> bool {
+        std::mem::take(&mut self.reminding)
+    }
+
+    /// Ends those held connections that have waited for too long. As long as there are others the driver is reminded.
+    fn review_held(&mut self, now: Instant) {
+        let Some(held) = &mut self.held else { return };
+        let before = held.len();
+        held.retain(|connect| connect.deadline > now);
+        self.host.counters.refused.add(before - held.len());
+        if !held.is_empty() {
+            self.timers.set(now + REMINDER, Timeout::Held);
+        }
+        self.reminding = true;
+    }
+
     fn start_connect(&mut self, connect: Connect) {
-        let held = self
-            .held
-            .as_mut()
-            .filter(|held| held.len() < self.max_connections);
-        if let Some(held) = held {
+        if let Some(held) = &mut self.held
+            && held.len() < self.max_connections
+        {
             if held.is_empty() {
-                self.timers.set(Instant::now() + HOLD_TIMEOUT, Timeout::Held);
+                self.timers.set(Instant::now() + REMINDER, Timeout::Held);
             }
             held.push_back(connect);
             return;
         }
-        if self.table.len() >= self.max_connections {
+        if self.held.is_some() || self.table.len() >= self.max_connections {
             self.host.counters.refused.increment();
             self.health.complain(format_args!(
                 "more than {} connections: the host's own is refused",
@@ -572,7 +590,7 @@ impl Mux {
             match timeout {
                 // The handler looks at that after each turn.
                 Timeout::TxSignal => {}
-                Timeout::Held => self.release(),
+                Timeout::Held => self.review_held(now),
                 Timeout::Accept => self.accept_again()?,
                 Timeout::Handshake(id) => drop(self.end_handshake(id)),
                 Timeout::Connection(token) => {

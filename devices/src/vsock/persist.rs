@@ -3,7 +3,8 @@
 //!
 //! Connections are not saved: their other ends are sockets of this host. A restored guest gets a TRANSPORT_RESET
 //! event (section 5.10.6.6), upon which it resets its connections and reads its CID again, so a clone can have
-//! another one. Its listeners stay, and so do those of the host.
+//! another one. Its listeners stay, and so do those of the host. The host's own connections wait until the driver has
+//! taken the event, for it drops every connection that it has then, and tells nobody (`handler.rs`).
 
 use serde::{Deserialize, Serialize};
 

@@ -4,6 +4,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod bed;
+#[path = "../common/container.rs"]
+mod container;
 mod frames;
 mod vm;
 

@@ -4,22 +4,17 @@
 
 use crate::bed::{Bed, POD, assert_no_thread, link, run};
 use crate::{runtime, test};
-use cloister_protocol::SPEC_TYPE_URL;
 use cloister_protocol::pod::ConfigureRequest;
-use cloister_protocol::protobuf::MessageField;
-use cloister_protocol::protobuf::well_known_types::any::Any;
-use cloister_protocol::task::{CreateTaskRequest, Mount, StartRequest};
-use cloister_protocol::ttrpc::context::with_duration;
 use cloister_sandbox_api::net::cni::{self, PodNet};
 use cloister_sandbox_api::net::forward::Forwarder;
 use cloister_sandbox_api::pod::agent::Agent;
 use cloister_sandbox_api::pod::machine::{Machine, MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::vm::PodVm;
-use cloister_tests::e2e::{PATIENCE, archive, guest_file};
+use crate::container::{Script, pod_initramfs};
+use cloister_tests::e2e::{PATIENCE, guest_file};
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 use rtnetlink::packet_route::link::{LinkAttribute, Stats64};
 use serde_json::json;
-use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
@@ -30,35 +25,10 @@ use std::time::Duration;
 /// Bytes of bulk data.
 const BULK: usize = 8 << 20;
 
-/// The agent's initramfs with a root file system for a container: /pod.
-fn initramfs() -> File {
-    let busybox = fs::read("/bin/busybox").expect("busybox-static is missing: run ci/setup");
-    let mut image = fs::read(guest_file("initramfs.cpio")).unwrap();
-    image.resize(image.len().next_multiple_of(4), 0);
-    let files = ["sh", "httpd", "nc", "sha256sum", "cat", "echo", "sleep", "dd"];
-    let mut entries: Vec<(String, &[u8])> = vec![("pod/bin/busybox".into(), &busybox)];
-    let script = b"#!/bin/busybox sh\nexec /bin/busybox \"${0##*/}\" \"$@\"\n";
-    for file in files {
-        entries.push((format!("pod/bin/{file}"), script));
-    }
-    entries.push(("pod/www/index.html".into(), b"hello from the pod\n"));
-    for folder in ["proc", "dev", "tmp"] {
-        entries.push((format!("pod/{folder}/.keep"), b""));
-    }
-    let entries: Vec<(&str, &[u8])> = entries
-        .iter()
-        .map(|(name, data)| (name.as_str(), *data))
-        .collect();
-    image.extend(archive(&entries));
-    let file = rustix::fs::memfd_create("initramfs", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let mut file = File::from(file);
-    file.write_all(&image).unwrap();
-    file
-}
-
-/// A VM with the pod's network cards, configured.
 async fn start(host: &CellHost, net: &mut PodNet) -> (PodVm, Agent) {
-    let initramfs = initramfs();
+    let programs = ["sh", "httpd", "nc", "sha256sum", "cat", "echo", "sleep", "dd"];
+    let page: (&str, &[u8]) = ("www/index.html", b"hello from the pod\n");
+    let initramfs = pod_initramfs(&programs, &["proc", "dev", "tmp"], &[page]);
     let config = MachineConfig {
         name: "pod".into(),
         cpus: 2,
@@ -83,54 +53,6 @@ async fn start(host: &CellHost, net: &mut PodNet) -> (PodVm, Agent) {
     };
     vm.configure(&request).await.unwrap();
     (vm, agent)
-}
-
-/// Runs a script in a container of the pod.
-async fn run_script(agent: &Agent, id: &str, script: &str) {
-    let capabilities = ["CAP_NET_BIND_SERVICE"];
-    let spec = json!({
-        "ociVersion": "1.1.0",
-        "process": {
-            "user": {"uid": 0, "gid": 0},
-            "args": ["/bin/sh", "-c", script],
-            "env": ["PATH=/bin"],
-            "cwd": "/",
-            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
-        },
-        "root": {"path": "rootfs"},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc"},
-            {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]},
-        ],
-        "linux": {"cgroupsPath": format!("/pod/{id}"), "namespaces": [{"type": "pid"}, {"type": "mount"}]},
-    });
-    let request = CreateTaskRequest {
-        id: id.into(),
-        bundle: "/ignored".into(),
-        rootfs: vec![Mount {
-            type_: "bind".into(),
-            source: "/pod".into(),
-            options: vec!["rbind".into(), "rw".into()],
-            ..Default::default()
-        }],
-        options: MessageField::some(Any {
-            type_url: SPEC_TYPE_URL.into(),
-            value: serde_json::to_vec(&spec).unwrap(),
-            ..Default::default()
-        }),
-        ..Default::default()
-    };
-    agent
-        .task
-        .create(with_duration(PATIENCE), &request)
-        .await
-        .unwrap();
-    let request = StartRequest {
-        id: id.into(),
-        ..Default::default()
-    };
-    agent.task.start(with_duration(PATIENCE), &request).await.unwrap();
 }
 
 fn dial(address: &str, port: u16) -> TcpStream {
@@ -216,7 +138,14 @@ fn a_pod_vm_on_its_network() {
 
         let script = "httpd -p 80 -h /www; nc -ll -p 5000 -e /bin/sha256sum & nc -ll -p 5001 -e /bin/cat & \
             while :; do sleep 1000; done";
-        run_script(&agent, "servers", script).await;
+        let tmp = json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"});
+        let servers = Script {
+            id: "servers",
+            script,
+            capabilities: &["CAP_NET_BIND_SERVICE"],
+            mounts: vec![tmp],
+        };
+        servers.start(&agent).await;
         for pod in POD {
             let page = run(&bed.node, async move |_| exchange(dial(pod, 80), GET).unwrap()).await;
             assert_page(&page);

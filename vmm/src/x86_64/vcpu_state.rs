@@ -21,6 +21,8 @@ const WHAT: &str = "vCPU";
 const STATE_VERSION: u16 = 1;
 const IA32_TSC: u32 = 0x10;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// More cycles than any processor has in a second.
+const FAR_TSC: u64 = 1 << 40;
 
 #[derive(Serialize, Deserialize)]
 struct VcpuState {
@@ -133,8 +135,13 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, StateE
     Ok(found)
 }
 
-/// Puts back what `save` gave, into a vCPU that has its CPUID and has not run.
-pub(crate) fn restore(vcpu: &VcpuFd, saved: &SavedState) -> Result<(), StateError> {
+/// Puts back what `save` gave, into a vCPU that has its CPUID and has not run. `first`: no other one of the VM has been
+/// restored yet.
+///
+/// KVM takes a TSC that is within a second of what another vCPU has for an attempt to make both the same, and before
+/// Linux 6.7 that of a new VM counts, too: the TSC of a guest that was saved in its first second would begin anew, behind
+/// what the guest has seen. So the first one is set far away before it is set.
+pub(crate) fn restore(vcpu: &VcpuFd, saved: &SavedState, first: bool) -> Result<(), StateError> {
     let refused = |what: &str, error: kvm_ioctls::Error| StateError::Invalid {
         what: WHAT,
         why: format!("{what} refused it: {error}"),
@@ -160,6 +167,10 @@ pub(crate) fn restore(vcpu: &VcpuFd, saved: &SavedState) -> Result<(), StateErro
         .map_err(|e| refused("KVM_SET_DEBUGREGS", e))?;
     vcpu.set_lapic(&state.lapic)
         .map_err(|e| refused("KVM_SET_LAPIC", e))?;
+    if first && let Some(tsc) = state.msrs.iter().find(|msr| msr.index == IA32_TSC) {
+        let data = tsc.data.wrapping_add(FAR_TSC);
+        set_msrs(vcpu, &[kvm_msr_entry { data, ..*tsc }])?;
+    }
     set_msrs(vcpu, &state.msrs)?;
     vcpu.set_vcpu_events(&state.events)
         .map_err(|e| refused("KVM_SET_VCPU_EVENTS", e))
