@@ -54,7 +54,7 @@ pub struct Limits {
 }
 
 /// Answers until it is dropped. `name` is the server's in the log.
-pub async fn serve<A: Future<Output = Response<Body>> + Send>(
+pub async fn serve<A: Future<Output = Response<Body>> + Send + 'static>(
     name: &'static str,
     listener: Listener,
     limits: Limits,
@@ -76,7 +76,10 @@ pub async fn serve<A: Future<Output = Response<Body>> + Send>(
         };
         let answer = answer.clone();
         tokio::spawn(async move {
-            let answered = async |request| Ok::<_, Infallible>(answer(request).await);
+            let answered = move |request| {
+                let answer = answer(request);
+                async move { Ok::<_, Infallible>(answer.await) }
+            };
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)

@@ -46,6 +46,12 @@ use tracing::Instrument;
 
 /// File of the last words of a VM that ended by itself.
 const CONSOLE: &str = "console.txt";
+/// What containerd sets in pods that it makes itself, unless it is told not to (`enable_unprivileged_ports`,
+/// `enable_unprivileged_icmp`).
+const UNPRIVILEGED: [(&str, &str); 2] = [
+    ("net.ipv4.ip_unprivileged_port_start", "0"),
+    ("net.ipv4.ping_group_range", "0 2147483647"),
+];
 /// Longest path of a unix socket that containerd can dial (`sun_path`, with its NUL).
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -740,7 +746,11 @@ impl Sandbox {
             routes: net.map(|net| net.routes.clone()).unwrap_or_default(),
             neighbors: net.map(|net| net.neighbors.clone()).unwrap_or_default(),
             files: MessageField::some(plan.files(&net.map(PodNet::addresses).unwrap_or_default())),
-            sysctls: plan.sysctls.clone().into_iter().collect(),
+            sysctls: UNPRIVILEGED
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into_iter()
+                .chain(plan.sysctls.clone())
+                .collect(),
             unix_time_ns: clock::unix_ns(),
             entropy,
             ..Default::default()

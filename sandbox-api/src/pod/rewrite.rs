@@ -57,6 +57,7 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
         }
     }
     let shm = Path::new("/dev/shm");
+    mounts.retain(|mount| !is_own_shared_memory(mount));
     if !mounts.iter().any(|mount| mount.destination() == shm) {
         mounts.push(bind(shm, Path::new(SHM_DIR), "rw")?);
     }
@@ -110,6 +111,15 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
     });
     spec.set_hooks(hooks);
     Ok(shares)
+}
+
+/// containerd shares one /dev/shm between the containers of a pod only where it makes the pod's sandbox itself. Elsewhere each
+/// gets the one that specifications begin with, which is the pod's here. One that somebody asked for stays.
+fn is_own_shared_memory(mount: &Mount) -> bool {
+    let is_default = |options: &Vec<String>| options.iter().any(|option| option == "size=65536k");
+    mount.destination() == Path::new("/dev/shm")
+        && mount.typ().as_deref() == Some("tmpfs")
+        && mount.options().as_ref().is_some_and(is_default)
 }
 
 fn bind(destination: &Path, source: &Path, mode: &str) -> Result<Mount, String> {
@@ -211,6 +221,7 @@ mod tests {
         "process":{"user":{"uid":0,"gid":0},"cwd":"/","args":["a"],"apparmorProfile":"p","selinuxLabel":"l"},
         "hooks":{"prestart":[{"path":"/bin/evil"}],"startContainer":[{"path":"/bin/own"}]},
         "mounts":[{"destination":"/proc","type":"proc","source":"proc"},
+                  {"destination":"/dev/shm","type":"tmpfs","source":"shm","options":["nosuid","mode=1777","size=65536k"]},
                   {"destination":"/data","type":"bind","source":"/srv/data","options":["rbind","ro"]},
                   {"destination":"/etc/hosts","type":"bind","source":"/srv/hosts","options":["rbind","rw"]}],
         "linux":{"cgroupsPath":"/k8s/x","namespaces":[{"type":"pid"},{"type":"network","path":"/proc/1/ns/net"},

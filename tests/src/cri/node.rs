@@ -5,7 +5,6 @@ use super::{PATIENCE, Runtime, config};
 use crate::e2e::{Footprint, ProcessFootprint, checkout, eventually};
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -69,10 +68,9 @@ impl Node {
         for folder in ["bin", "cni", "cloister", "ipam", "pods", "opt"] {
             fs::create_dir(node.path(folder)).unwrap();
         }
-        // containerd looks for a program of this name, and after a restart runs it to clean up.
-        let stub = node.path("bin/containerd-shim-cloister-v1");
-        fs::write(&stub, "#!/bin/sh\nexit 0\n").unwrap();
-        fs::set_permissions(&stub, fs::Permissions::from_mode(0o755)).unwrap();
+        // containerd asks a program of this name what the runtime can do, and after a restart runs it to clean up.
+        let shim = node.path("bin/containerd-shim-cloister-v1");
+        std::os::unix::fs::symlink(program("cloister"), shim).unwrap();
         fs::write(node.path("cni/10-cri-e2e.conflist"), config::cni(&node.dir)).unwrap();
 
         if handlers.contains(&"cloister") {
@@ -260,6 +258,15 @@ impl Node {
             .map(|daemon| format!("--- {}\n{}\n", daemon.name, tail(&daemon.log, 60)))
             .collect()
     }
+}
+
+/// A program of ours, as PATH has it.
+fn program(name: &str) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(name))
+        .find(|file| file.exists())
+        .unwrap_or_else(|| panic!("{name} is not in PATH: run make build"))
 }
 
 /// Where containerd and its tools are.

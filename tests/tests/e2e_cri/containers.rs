@@ -218,19 +218,23 @@ pub async fn process(runtime: &Runtime) -> Outcome<Value> {
 pub async fn surroundings(runtime: &Runtime) -> Outcome<Value> {
     let pod = &runtime.shared().await?.pod;
     let output = pod.output(script(
-        "ls /proc/self/fd | xargs; umask; cat /proc/self/oom_score_adj; ulimit -c; ulimit -s; \
-         [ $(ulimit -n) -ge 1024 ] && echo enough files; awk '/^Sig(Blk|Ign)/ { print $1 substr($2, 9) }' /proc/self/status; \
-         ls -A / | xargs; ls -A /dev | xargs; ls -l /dev/fd /dev/stdin /dev/stdout /dev/stderr /dev/ptmx /dev/core 2>/dev/null | awk '{ print $9, $11 }'; \
-         stat -c '%n %a %u:%g %t:%T' /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty; readlink /proc/self/exe",
+        "echo files $(ls /proc/self/fd); echo umask $(umask); echo oom_score_adj $(cat /proc/self/oom_score_adj); echo core $(ulimit -c); \
+         echo stack $(ulimit -s); [ $(ulimit -n) -ge 1024 ] && echo enough files; awk '/^Sig(Blk|Ign)/ { print $1, substr($2, 9) }' /proc/self/status; \
+         echo / $(ls -A /); for file in /dev/*; do echo $file $(readlink $file); done; \
+         stat -c '%n %a %u:%g %t:%T' /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty; echo exe $(readlink /proc/self/exe)",
     )).await?;
     let mounts = pod.output(script(
         "awk '$3 != \"overlay\" && $2 != \"/\" { split($4, all, \",\"); kept = \"\"; for (i in all) if (all[i] ~ /^(rw|ro|nosuid|nodev|noexec|mode=.*|ptmxmode=.*|size=.*)$/) kept = kept \" \" all[i]; \
          n = split(kept, one, \" \"); asort(one); printf \"%s %s\", $2, $3; for (i = 1; i <= n; i++) printf \" %s\", one[i]; print \"\" }' /proc/mounts | sort",
     )).await?;
-    Ok(json!({
-        "surroundings": output.good()?.lines().collect::<Vec<_>>(),
-        "mounts": mounts.good()?.lines().collect::<Vec<_>>(),
-    }))
+    let by_name = |text: String| -> Value {
+        let named = |line: &str| match line.split_once(' ') {
+            Some((name, what)) => (name.replace('/', "."), what.into()),
+            None => (line.replace('/', "."), true.into()),
+        };
+        Value::Object(text.lines().map(named).collect())
+    };
+    Ok(json!({ "process": by_name(output.good()?), "mounts": by_name(mounts.good()?) }))
 }
 
 /// What is written to the root is seen by its container alone, and lost with it.

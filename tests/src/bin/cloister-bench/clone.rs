@@ -25,7 +25,8 @@ use crate::report::{Figure, median};
 
 const AGENT_PORT: u32 = 1024;
 const READY_PORT: u32 = 1025;
-const MEMORY_MIB: u64 = 256;
+/// Of each VM.
+pub const MEMORY_MIB: u64 = 256;
 const ROUNDS: u32 = 10;
 /// Clones at once, for what each of them costs.
 const MANY: u32 = 20;
@@ -33,13 +34,15 @@ const MANY: u32 = 20;
 const IDLE: Duration = Duration::from_secs(10);
 
 /// A VM as pods have it.
-struct Pod {
-    cell: Cell,
+pub struct Pod {
+    /// The VM.
+    pub cell: Cell,
     vsock: VsockHandle,
     ready: VsockListener,
 }
 
-fn pod(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io::Result<Pod> {
+/// Makes one, and starts it.
+pub fn pod(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io::Result<Pod> {
     let (device, vsock) = Vsock::new(VsockConfig::new(3)).map_err(io::Error::other)?;
     let mut config = CellConfig::new(name, boot);
     config.memory_mib = MEMORY_MIB;
@@ -79,7 +82,7 @@ fn kernel(context: &Context) -> io::Result<Boot> {
 
 impl Pod {
     /// One request to the agent, and its answer: ttrpc by hand, so that nothing but the guest takes time.
-    fn ask(&self) -> io::Result<UnixStream> {
+    pub fn ask(&self) -> io::Result<UnixStream> {
         // A Request of two fields: service and method.
         let mut request = Vec::new();
         for (tag, text) in [(0x0a, "cloister.agent.v1.Pod"), (0x12, "Ping")] {
@@ -113,7 +116,7 @@ impl Pod {
 }
 
 /// A template, as `cloisterd` makes them.
-fn template(context: &Context, host: &CellHost, huge_pages: HugePages) -> io::Result<Arc<Image>> {
+pub fn template(context: &Context, host: &CellHost, huge_pages: HugePages) -> io::Result<Arc<Image>> {
     let pod = pod(host, "template".to_owned(), kernel(context)?, huge_pages)?;
     pod.booted()?;
     pod.ask()?;
@@ -160,7 +163,7 @@ fn start(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io
 }
 
 /// KiB of `field` of /proc/self/smaps_rollup.
-fn rollup(field: &str) -> io::Result<u64> {
+pub fn rollup(field: &str) -> io::Result<u64> {
     let text = fs::read_to_string(Path::new("/proc/self/smaps_rollup"))?;
     let line = text
         .lines()
@@ -170,7 +173,8 @@ fn rollup(field: &str) -> io::Result<u64> {
         .unwrap_or(0))
 }
 
-fn float(value: u64) -> f64 {
+/// For figures.
+pub fn float(value: u64) -> f64 {
     f64::from(u32::try_from(value).unwrap_or(u32::MAX))
 }
 
@@ -338,7 +342,7 @@ fn idle(context: &mut Context, host: &CellHost) -> io::Result<()> {
 }
 
 /// KiB of the process's page tables.
-fn page_tables() -> io::Result<u64> {
+pub fn page_tables() -> io::Result<u64> {
     let text = fs::read_to_string("/proc/self/status")?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmPTE:"));
     Ok(line

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The benchmarks: our cells and their peers side by side, in one run on one host.
 //!
-//! `cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list]`, as root on a host whose KVM runs Linux (`make bench`
+//! `cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list] [--plot FOLDER]`, as root on a host whose KVM runs Linux (`make bench`
 //! finds or makes one). Prints a table and writes one JSON object per figure. `--counting` says that the host's clock counts
-//! instructions: other figures then. `--list` only names the parts that would run.
+//! instructions: other figures then. `--list` only names the parts that would run. `--plot` draws what is in FILE, and measures nothing.
 
 mod boot;
 mod cells;
 mod clone;
 mod cri;
+mod density;
 mod fs;
 mod guest_lines;
 mod ours;
+mod plot;
 mod qemu;
 mod report;
 mod vsock;
@@ -37,13 +39,14 @@ pub struct Context {
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 7] = [
+const PARTS: [(&str, Part); 8] = [
     ("boot", boot::run),
     ("clone", clone::run),
     ("cell", cells::run),
     ("fs", fs::run),
     ("vsock", vsock::run),
     ("sizes", sizes),
+    ("density", density::run),
     ("cri", cri::run),
 ];
 
@@ -94,7 +97,7 @@ fn host_conditions() -> String {
 
 fn run() -> io::Result<usize> {
     let (mut only, mut out) = (String::new(), PathBuf::from("target/bench/results.jsonl"));
-    let (mut counting, mut list) = (false, false);
+    let (mut counting, mut list, mut plots) = (false, false, None);
     let mut args = std::env::args().skip(1);
     while let Some(option) = args.next() {
         let mut value = || {
@@ -106,14 +109,19 @@ fn run() -> io::Result<usize> {
             "--out" => out = value()?.into(),
             "--counting" => counting = true,
             "--list" => list = true,
+            "--plot" => plots = Some(PathBuf::from(value()?)),
             _ => {
                 return Err(io::Error::other(
-                    "usage: cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list]",
+                    "usage: cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list] [--plot FOLDER]",
                 ));
             }
         }
     }
     // ONLY=fs runs fs; ONLY=fs.seq runs all of fs, as its figures come out of one guest.
+    if let Some(folder) = plots {
+        plot::run(&folder, &out)?;
+        return Ok(0);
+    }
     let parts = if counting { &COUNTING_PARTS[..] } else { &PARTS[..] };
     let wanted = parts
         .iter()
