@@ -196,8 +196,9 @@ impl VsockHandler {
             Reset::Done => {}
             Reset::Said(left) if self.event.available()? != left => self.end_reset(),
             Reset::Said(_) if reminding => {
-                self.health
-                    .complain("the driver has not taken the event that its connections are gone; interrupted again");
+                self.health.complain(
+                    "the driver has not taken the event that its connections are gone; interrupted again",
+                );
                 self.interrupting = true;
             }
             // A driver that takes no events drops nothing, either.

@@ -3,6 +3,7 @@
 //! into it.
 
 use crate::bed::{Bed, POD, assert_no_thread, link, run};
+use crate::container::{Script, pod_initramfs};
 use crate::{runtime, test};
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_sandbox_api::net::cni::{self, PodNet};
@@ -10,7 +11,6 @@ use cloister_sandbox_api::net::forward::Forwarder;
 use cloister_sandbox_api::pod::agent::Agent;
 use cloister_sandbox_api::pod::machine::{Machine, MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::vm::PodVm;
-use crate::container::{Script, pod_initramfs};
 use cloister_tests::e2e::{PATIENCE, guest_file};
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 use rtnetlink::packet_route::link::{LinkAttribute, Stats64};
