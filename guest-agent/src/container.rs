@@ -709,13 +709,29 @@ impl Container {
             .await
             .map_err(|e| unknown(format!("cgroup.freeze: {e}")))?;
         lock(&self.inner).paused = paused;
+        // A running process may need its streams to get where it can be frozen.
+        self.each_process(|process| process.hold_io(paused));
         Ok(())
+    }
+
+    fn each_process(&self, act: impl Fn(&Process)) {
+        act(&self.init);
+        lock(&self.inner)
+            .execs
+            .values()
+            .for_each(|exec| act(&exec.process));
+    }
+
+    /// Has its streams dial the host again: the VM is a copy with a host of its own.
+    pub fn renew_io(&self) {
+        self.each_process(Process::renew_io);
     }
 
     /// Thaws it without asking, so that it can die.
     pub fn thaw(&self) {
         if std::mem::take(&mut lock(&self.inner).paused) {
             self.cgroup.thaw();
+            self.each_process(|process| process.hold_io(false));
         }
     }
 }

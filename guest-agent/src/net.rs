@@ -101,6 +101,13 @@ impl Netlink {
         };
         self.set_link(index, attributes, Some(true))
             .map_err(context(format!("interface {name} up with MTU {}", interface.mtu)))?;
+        for address in &interface.former_addresses {
+            let mut message = address_message(index, address)?.1;
+            message.attributes.truncate(1);
+            if let Err(error) = self.request(RouteNetlinkMessage::DelAddress(message), 0) {
+                log::info!("address {address} of interface {name} was not removed: {error}");
+            }
+        }
         for address in &interface.addresses {
             self.address(index, address, interface.no_prefix_routes)
                 .map_err(context(format!("address {address} of interface {name}")))?;
@@ -117,17 +124,8 @@ impl Netlink {
     }
 
     fn address(&self, index: u32, text: &str, no_prefix_route: bool) -> io::Result<()> {
-        let (ip, prefix) = parse_prefix(text)?;
-        let mut message = AddressMessage::default();
-        message.header.family = family(ip);
-        message.header.prefix_len = prefix;
-        message.header.index = index;
-        message.header.scope = if ip.is_loopback() {
-            AddressScope::Host
-        } else {
-            AddressScope::Universe
-        };
-        message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+        let (ip, mut message) = address_message(index, text)?;
+        let prefix = message.header.prefix_len;
         let mut flags = AddressFlags::empty();
         if no_prefix_route {
             flags |= AddressFlags::Noprefixroute;
@@ -190,6 +188,22 @@ impl Netlink {
         )
         .map_err(context(format!("neighbour {}", neighbor.address)))
     }
+}
+
+/// What both the adding and the removal of an address say, its local address first.
+fn address_message(index: u32, text: &str) -> io::Result<(IpAddr, AddressMessage)> {
+    let (ip, prefix) = parse_prefix(text)?;
+    let mut message = AddressMessage::default();
+    message.header.family = family(ip);
+    message.header.prefix_len = prefix;
+    message.header.index = index;
+    message.header.scope = if ip.is_loopback() {
+        AddressScope::Host
+    } else {
+        AddressScope::Universe
+    };
+    message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+    Ok((ip, message))
 }
 
 /// Starts the loopback device.

@@ -234,6 +234,7 @@ impl Pod for PodService {
         }
         if request.cloned {
             self.0.events.renew();
+            self.0.all().iter().for_each(|container| container.renew_io());
         }
         for card in request.cards {
             disk::bind(card).map_err(failed("network card"))?;

@@ -181,6 +181,20 @@ impl Process {
         })
     }
 
+    /// Has its streams stand still, or go on.
+    pub fn hold_io(&self, held: bool) {
+        if let Some(io) = &self.inner().io {
+            io.hold(held);
+        }
+    }
+
+    /// Has its streams dial the host again, which is another one.
+    pub fn renew_io(&self) {
+        if let Some(io) = &self.inner().io {
+            io.renew();
+        }
+    }
+
     /// CloseIO of stdin.
     pub fn close_input(&self) {
         if let Some(io) = &self.inner().io {

@@ -16,6 +16,11 @@
 //! does, and then takes what is in the pipe at that moment and ends the stream.
 //!
 //! When the host closes a connection early, output is read and thrown away: a process must not die of it.
+//!
+//! While a container is paused its streams are held: no byte is taken from a pipe, none given to a connection. So the VM
+//! can be copied then: what a stream has given away has reached the host before the answer to Pause, and what it has not
+//! is in the copy. There ([`Io::renew`]) each stream dials its host under its old name before it goes on; one that is
+//! not known there is treated as closed.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -34,6 +39,17 @@ use tokio::task::JoinHandle;
 use crate::error::{Result, invalid_argument, unknown};
 use crate::fd::Fd;
 use crate::transport::{Conn, Host};
+
+/// What the streams of a process are told.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    /// The process is gone: end with what is there.
+    finish: bool,
+    /// Stand still.
+    held: bool,
+    /// How often the host has become another one.
+    hosts: u32,
+}
 
 /// Bytes a stream's task holds.
 const BUFFER: usize = 32 * 1024;
@@ -94,18 +110,78 @@ impl Names {
     }
 }
 
-async fn connect(host: &Host, id: Option<StreamId>) -> io::Result<Option<Conn>> {
-    let Some(id) = id else { return Ok(None) };
-    let mut conn = host.connect(STREAM_PORT).await?;
-    conn.write_all(&id.header()).await?;
-    Ok(Some(conn))
+async fn connect(host: &Host, id: Option<StreamId>) -> io::Result<Option<Line>> {
+    match id {
+        Some(id) => Line::dial(host.clone(), id).await.map(Some),
+        None => Ok(None),
+    }
+}
+
+/// A stream's connection, and how it was made.
+struct Line {
+    conn: Conn,
+    host: Host,
+    id: StreamId,
+}
+
+impl Line {
+    async fn dial(host: Host, id: StreamId) -> io::Result<Self> {
+        let mut conn = host.connect(STREAM_PORT).await?;
+        conn.write_all(&id.header()).await?;
+        Ok(Self { conn, host, id })
+    }
+}
+
+/// What a stream hears of its process.
+struct Hearing {
+    told: watch::Receiver<Told>,
+    /// The host that its connection goes to.
+    host: u32,
+    /// Nothing more will be said.
+    ended: bool,
+}
+
+impl Hearing {
+    fn new(told: &watch::Sender<Told>) -> Self {
+        let told = told.subscribe();
+        let host = told.borrow().hosts;
+        Self {
+            told,
+            host,
+            ended: false,
+        }
+    }
+
+    /// Waits until the stream may go on, over a new connection if the host is another one.
+    async fn may_go_on(&mut self, line: &mut Line) -> io::Result<()> {
+        // The sender dropped is the end of the process.
+        let _ = self.told.wait_for(|told| !told.held).await;
+        let hosts = self.told.borrow_and_update().hosts;
+        if hosts != self.host {
+            self.host = hosts;
+            *line = Line::dial(line.host.clone(), line.id).await?;
+        }
+        Ok(())
+    }
+
+    /// Something has been said, or nothing more will be; the latter once.
+    async fn changed(&mut self) {
+        if self.ended {
+            std::future::pending::<()>().await;
+        }
+        self.ended = self.told.changed().await.is_err();
+    }
+
+    fn is_finishing(&self) -> bool {
+        self.ended || self.told.borrow().finish
+    }
 }
 
 /// Streams connected to the host.
 pub struct Connections {
-    stdin: Option<Conn>,
-    stdout: Option<Conn>,
-    stderr: Option<Conn>,
+    stdin: Option<Line>,
+    stdout: Option<Line>,
+    stderr: Option<Line>,
 }
 
 /// The agent's ends of a process's pipes.
@@ -204,28 +280,40 @@ pub struct Io {
     input: Option<JoinHandle<()>>,
     close_input: Arc<Notify>,
     outputs: Vec<JoinHandle<()>>,
-    finish: watch::Sender<bool>,
+    told: watch::Sender<Told>,
 }
 
 impl Io {
     fn new(master: Option<OwnedFd>) -> Self {
-        let (finish, _) = watch::channel(false);
         Self {
             master,
             input: None,
             close_input: Arc::default(),
             outputs: Vec::new(),
-            finish,
+            told: watch::Sender::default(),
         }
     }
 
-    fn take_input(&mut self, from: Conn, to: Fd) {
-        self.input = Some(tokio::spawn(copy_input(from, to, Arc::clone(&self.close_input))));
+    fn take_input(&mut self, from: Line, to: Fd) {
+        let hearing = Hearing::new(&self.told);
+        let close = Arc::clone(&self.close_input);
+        self.input = Some(tokio::spawn(copy_input(from, to, close, hearing)));
     }
 
-    fn give_output(&mut self, to: Conn, from: Fd) {
-        self.outputs
-            .push(tokio::spawn(copy_output(from, to, self.finish.subscribe())));
+    fn give_output(&mut self, to: Line, from: Fd) {
+        let hearing = Hearing::new(&self.told);
+        self.outputs.push(tokio::spawn(copy_output(from, to, hearing)));
+    }
+
+    /// Has the streams stand still, or go on.
+    pub fn hold(&self, held: bool) {
+        self.told.send_modify(|told| told.held = held);
+    }
+
+    /// The host is another one from now on.
+    pub fn renew(&self) {
+        self.told
+            .send_modify(|told| told.hosts = told.hosts.wrapping_add(1));
     }
 
     /// CloseIO: no more input will come.
@@ -263,7 +351,6 @@ impl Io {
     /// still be on their way to a slow host when this returns: the tasks go on until the host has them.
     pub async fn finish(mut self) {
         self.process_gone();
-        let finish = self.finish;
         let all = async {
             for output in &mut self.outputs {
                 // A task that was cancelled has ended as well.
@@ -271,18 +358,23 @@ impl Io {
             }
         };
         if tokio::time::timeout(LINGER, all).await.is_err() {
-            finish.send_replace(true);
+            self.told.send_modify(|told| told.finish = true);
         }
     }
 }
 
-async fn copy_input(mut from: Conn, mut to: Fd, close: Arc<Notify>) {
+async fn copy_input(mut from: Line, mut to: Fd, close: Arc<Notify>, mut hearing: Hearing) {
     let mut buffer = vec![0; BUFFER];
-    let mut closing = false;
+    // A connection that breaks is no end of input: a copy of the VM gets another one.
+    let (mut closing, mut broken) = (false, false);
     loop {
         let got = tokio::select! {
             biased;
-            got = from.read(&mut buffer) => got,
+            () = hearing.changed() => {
+                broken = hearing.may_go_on(&mut from).await.is_err();
+                continue;
+            }
+            got = from.conn.read(&mut buffer), if !broken => got,
             () = close.notified(), if !closing => {
                 closing = true;
                 continue;
@@ -290,7 +382,8 @@ async fn copy_input(mut from: Conn, mut to: Fd, close: Arc<Notify>) {
             () = tokio::time::sleep(CLOSE_SILENCE), if closing => break,
         };
         match got {
-            Ok(0) | Err(_) => break,
+            Ok(0) => break,
+            Err(_) => broken = true,
             Ok(n) => {
                 if to.write_all(&buffer[..n]).await.is_err() {
                     break;
@@ -300,37 +393,56 @@ async fn copy_input(mut from: Conn, mut to: Fd, close: Arc<Notify>) {
     }
 }
 
-async fn copy_output(mut from: Fd, mut to: Conn, mut finish: watch::Receiver<bool>) {
+async fn copy_output(mut from: Fd, mut to: Line, mut hearing: Hearing) {
+    if give_all(&mut from, &mut to, &mut hearing).await.is_err() {
+        discard(from).await;
+        return;
+    }
+    drop(from);
+    if to.conn.shutdown().await.is_ok() {
+        // Hold the connection until the host has read all and closes: a close of ours may turn into a reset, and
+        // that may overtake bytes the host has buffered.
+        while !matches!(to.conn.read(&mut [0; 64]).await, Ok(0) | Err(_)) {}
+    }
+}
+
+/// Copies to the end of the output; an error when the host takes no more.
+async fn give_all(from: &mut Fd, to: &mut Line, hearing: &mut Hearing) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     // Bytes to take yet, once told to finish.
     let mut left: Option<usize> = None;
     while left != Some(0) {
+        if left.is_none() && hearing.is_finishing() {
+            left = Some(from.waiting());
+            continue;
+        }
         let room = left.unwrap_or(BUFFER).min(BUFFER);
         let got = tokio::select! {
             biased;
-            got = from.read(&mut buffer[..room]) => got,
-            // The sender dropped counts as told.
-            _ = finish.wait_for(|told| *told), if left.is_none() => {
-                left = Some(from.waiting());
+            () = hearing.changed() => {
+                hearing.may_go_on(to).await?;
                 continue;
             }
+            got = from.read(&mut buffer[..room]) => got,
         };
         let n = match got {
             Ok(0) | Err(_) => break,
             Ok(n) => n,
         };
         left = left.map(|left| left - n);
-        if to.write_all(&buffer[..n]).await.is_err() {
-            discard(from).await;
-            return;
+        let mut rest = &buffer[..n];
+        while !rest.is_empty() {
+            tokio::select! {
+                biased;
+                () = hearing.changed() => hearing.may_go_on(to).await?,
+                written = to.conn.write(rest) => match written? {
+                    0 => return Err(io::ErrorKind::WriteZero.into()),
+                    n => rest = &rest[n..],
+                },
+            }
         }
     }
-    drop(from);
-    if to.shutdown().await.is_ok() {
-        // Hold the connection until the host has read all and closes: a close of ours may turn into a reset, and
-        // that may overtake bytes the host has buffered.
-        while !matches!(to.read(&mut buffer[..64]).await, Ok(0) | Err(_)) {}
-    }
+    Ok(())
 }
 
 async fn discard(mut from: impl AsyncRead + Unpin) {

@@ -78,6 +78,7 @@ fn main() -> Result<()> {
     config.devices.push(DeviceConfig::Fs {
         config: fs,
         dax_window,
+        attached: Vec::new(),
     });
     config.devices.push(DeviceConfig::Rng);
     let host = CellHost::new(CellHostConfig::default())?;

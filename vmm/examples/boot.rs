@@ -105,6 +105,7 @@ fn options() -> Result<Options> {
     config.devices.push(DeviceConfig::Fs {
         config: FsConfig::default(),
         dax_window,
+        attached: Vec::new(),
     });
     config.devices.push(DeviceConfig::Vsock(VsockConfig::new(3)));
     config.devices.push(DeviceConfig::Rng);

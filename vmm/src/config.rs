@@ -9,7 +9,7 @@ use cloister_boot::x86_64::layout::{self, Layout};
 use cloister_boot::x86_64::{Description, cpuid::MAX_VCPUS};
 use cloister_devices::block::BlockConfig;
 use cloister_devices::console::TerminalSize;
-use cloister_devices::fs::FsConfig;
+use cloister_devices::fs::{AttachOptions, FsConfig};
 use cloister_devices::net::NetConfig;
 use cloister_devices::virtio::VirtioDevice;
 use cloister_devices::vsock::VsockConfig;
@@ -149,6 +149,8 @@ pub enum DeviceConfig {
         config: FsConfig,
         /// Size of its DAX window in bytes, a multiple of 2 MiB; none without one.
         dax_window: Option<u64>,
+        /// What is attached from the beginning: name, what it is, how. A restored guest has files open there.
+        attached: Vec<(String, OwnedFd, AttachOptions)>,
     },
     /// Sockets between guest and host.
     Vsock(VsockConfig),

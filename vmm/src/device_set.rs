@@ -207,7 +207,11 @@ fn make_one(
             let handle = DeviceHandle::Console(console.handle());
             (Box::new(console), handle, None)
         }
-        DeviceConfig::Fs { config, dax_window } => {
+        DeviceConfig::Fs {
+            config,
+            dax_window,
+            attached,
+        } => {
             let window = match dax_window {
                 None => None,
                 Some(size) => {
@@ -219,8 +223,11 @@ fn make_one(
                 }
             };
             let fs = Fs::new(config, Arc::clone(around.workers), window.clone())?;
-            let handle = DeviceHandle::Fs(fs.handle());
-            (Box::new(fs), handle, window)
+            let handle = fs.handle();
+            for (name, tree, options) in &attached {
+                handle.attach(name, tree, *options)?;
+            }
+            (Box::new(fs), DeviceHandle::Fs(handle), window)
         }
         DeviceConfig::Vsock(config) => {
             let (vsock, handle) = Vsock::new(config)?;

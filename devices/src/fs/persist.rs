@@ -148,6 +148,8 @@ impl Server {
         if state.next_node.max(state.next_handle) > u64::MAX / 2 {
             return Err(invalid("its numbers are used up".to_owned()));
         }
+        // How files are opened depends on them.
+        self.set_features(state.features);
         self.inodes().skip_to(state.next_node);
         self.handles().skip_to(state.next_handle);
         for node in &state.nodes {
@@ -180,7 +182,6 @@ impl Server {
         } else if !state.mappings.is_empty() {
             return Err(invalid("it has mappings, but there is no window".to_owned()));
         }
-        self.set_features(state.features);
         Ok(())
     }
 

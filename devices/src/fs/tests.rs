@@ -1501,7 +1501,10 @@ fn a_snapshot_holds_nodes_handles_and_mappings() {
     let directory = TempDir::new();
     std::fs::create_dir(directory.path().join("sub")).unwrap();
     std::fs::write(directory.path().join("sub/f"), "data").unwrap();
-    let config = FsConfig::default();
+    let config = FsConfig {
+        writeback: true,
+        ..FsConfig::default()
+    };
     let window = || Some(Arc::new(DaxWindow::new(64 << 10).unwrap()));
     let driver = Driver::with_server(Server::new(config.clone(), window()).unwrap());
     driver
@@ -1512,6 +1515,7 @@ fn a_snapshot_holds_nodes_handles_and_mappings() {
     let sub = driver.lookup(root, "sub").unwrap();
     let file = driver.lookup(sub, "f").unwrap();
     let fh = driver.open(file, libc::O_RDWR).unwrap();
+    let appending = driver.open(file, libc::O_WRONLY | libc::O_APPEND).unwrap();
     let (gone, _) = driver.create(root, "gone", libc::O_RDWR, 0o644).unwrap();
     driver.call(Opcode::Unlink, root, &[b"gone\0"]).unwrap();
     let map = SetupmappingIn {
@@ -1535,6 +1539,9 @@ fn a_snapshot_holds_nodes_handles_and_mappings() {
         gid: 0,
     };
     assert_eq!(restored.read(file, fh, 0, 10).unwrap(), b"data");
+    // With its page cache written back later, the guest reads and places by itself whatever it is open for.
+    assert_eq!(restored.write(file, appending, 0, b"D").unwrap(), 1);
+    assert_eq!(restored.read(file, appending, 0, 10).unwrap(), b"Data");
     assert_eq!(restored.write(file, fh, 4, b"!").unwrap(), 1);
     assert_eq!(restored.lookup(sub, "f").unwrap(), file);
     assert_eq!(restored.getattr(gone.nodeid).unwrap_err(), Errno::STALE);

@@ -102,6 +102,12 @@ pub enum Command {
     /// Make, list and remove what `run` clones virtual machines from
     #[command(subcommand)]
     Template(TemplateArgs),
+    /// Write a running container with its virtual machine into a file; it goes on afterwards
+    Snapshot(SnapshotArgs),
+    /// Have a container go on from a snapshot, in the background
+    Restore(RestoreArgs),
+    /// Copy a running container with its virtual machine; each copy goes on in the background
+    Fork(ForkArgs),
     /// Say whether this host can run virtual machines, and what to do if not
     Check(JsonArg),
     /// Have containerd make pods through cloisterd: its drop-in, the shim's name, RuntimeClasses, a unit
@@ -123,7 +129,63 @@ pub enum Command {
         /// Start the container when somebody has attached
         #[arg(long)]
         awaited: bool,
+        /// Go on from this snapshot
+        #[arg(long)]
+        snapshot: Option<PathBuf>,
     },
+}
+
+/// `snapshot`.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// The container
+    pub container: String,
+    /// Where to write it; a file that is there is replaced when all is written
+    pub file: PathBuf,
+    /// Print what was written as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `restore`.
+#[derive(Debug, Args)]
+pub struct RestoreArgs {
+    /// The snapshot
+    pub file: PathBuf,
+    /// Name of the container; made up if left out
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Remove the container when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Network: nat, or tap=NAME; what the snapshot has if left out, but a tap has to be named
+    #[arg(long, visible_alias = "network", value_parser = parse::network)]
+    pub net: Option<Network>,
+    /// Publish a port of the pod: [[IP:]HOSTPORT:]PORT. Those of the original are not published
+    #[arg(short, long, value_name = "PORTS", value_parser = parse::publish)]
+    pub publish: Vec<Publish>,
+    /// Give it the folders of this host that the snapshot names; without this a snapshot that names some is refused
+    #[arg(long)]
+    pub allow_folders: bool,
+    /// Print the container's id and name as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `fork`.
+#[derive(Debug, Args)]
+pub struct ForkArgs {
+    /// The container
+    pub container: String,
+    /// How many copies
+    #[arg(short = 'n', long, default_value = "1", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub copies: u16,
+    /// Remove each copy when it ends
+    #[arg(long)]
+    pub rm: bool,
+    /// Print the copies' ids and names as JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `template`.

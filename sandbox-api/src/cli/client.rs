@@ -35,7 +35,7 @@ impl Place {
     /// Of a container of `cloister run`.
     pub fn own(pods: &Pods, record: &Record) -> Self {
         Self {
-            id: record.id.clone(),
+            id: record.container_id().to_owned(),
             name: record.name.clone(),
             socket: pods.socket(&record.id),
             dir: pods.state_dir(&record.id),

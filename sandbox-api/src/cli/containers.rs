@@ -13,7 +13,7 @@ use std::io;
 use std::time::Duration;
 
 /// Time for a hosting process to end its VM once the container has ended.
-const HOST_END: Duration = Duration::from_secs(30);
+pub const HOST_END: Duration = Duration::from_secs(30);
 
 pub(super) fn status_text(record: &Record, now: clock::Millis) -> String {
     let ago = |time: Option<clock::Millis>| clock::human(now.saturating_sub(time.unwrap_or(now)));
@@ -172,10 +172,10 @@ pub fn stop(context: &Context, name: &str, seconds: u64, signal: Option<i32>) ->
             let task = client::connect(&pods, &record).await?;
             let signal = signal.unwrap_or(record.plan.stop_signal);
             // One that has just ended is what is wanted.
-            let _ = client::kill(&task, &record.id, signal, false).await;
-            if !client::wait_exit(&task, &record.id, Duration::from_secs(seconds)).await? {
-                let _ = client::kill(&task, &record.id, libc::SIGKILL, true).await;
-                client::wait_exit(&task, &record.id, Duration::from_secs(10)).await?;
+            let _ = client::kill(&task, record.container_id(), signal, false).await;
+            if !client::wait_exit(&task, record.container_id(), Duration::from_secs(seconds)).await? {
+                let _ = client::kill(&task, record.container_id(), libc::SIGKILL, true).await;
+                client::wait_exit(&task, record.container_id(), Duration::from_secs(10)).await?;
             }
             Ok::<(), Failure>(())
         });
@@ -192,7 +192,7 @@ pub fn kill(context: &Context, name: &str, signal: i32) -> Outcome<()> {
         .map_err(|failure| Failure::new(format!("cannot kill container: {name}: {}", failure.message)))?;
     client::runtime()?.block_on(async {
         let task = client::connect(&pods, &record).await?;
-        client::kill(&task, &record.id, signal, false).await
+        client::kill(&task, record.container_id(), signal, false).await
     })?;
     if signal == libc::SIGKILL {
         client::wait_ended(&pods, &record.id, Some(HOST_END))?;
@@ -215,7 +215,7 @@ pub fn rm(context: &Context, name: &str, force: bool) -> Outcome<()> {
         }
         let asked = client::runtime()?.block_on(async {
             let task = client::connect(&pods, &record).await?;
-            client::kill(&task, &record.id, libc::SIGKILL, true).await
+            client::kill(&task, record.container_id(), libc::SIGKILL, true).await
         });
         if let Err(failure) = asked {
             log::debug!("{}", failure.message);

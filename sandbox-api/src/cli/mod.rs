@@ -17,6 +17,7 @@ mod pods;
 mod run;
 mod session;
 mod shim;
+mod snapshot;
 mod start;
 mod stats;
 pub mod table;
@@ -67,7 +68,8 @@ failures!(
     state::Error,
     io::Error,
     serde_json::Error,
-    crate::runtime::user::Error
+    crate::runtime::user::Error,
+    crate::pod::snapshot::Error
 );
 
 impl From<host::Error> for Failure {
@@ -144,7 +146,11 @@ pub fn main() -> ExitCode {
 fn dispatch(context: &Context, command: Command) -> Outcome {
     match command {
         Command::Run(args) => run::run(context, *args),
-        Command::HostPod { id, awaited } => run::host_pod(context, &id, awaited),
+        Command::HostPod {
+            id,
+            awaited,
+            snapshot,
+        } => run::host_pod(context, &id, awaited, snapshot.as_deref()),
         Command::Create(args) => run::create(context, *args),
         Command::Start(args) => start::start(context, &args),
         Command::Restart(args) => each(&args.containers, |name| start::restart(context, name, &args)),
@@ -171,6 +177,9 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
         Command::Pull(args) => images::pull(context, &args),
         Command::Load(args) => images::load(context, &args),
         Command::Template(args) => template::template(context, args),
+        Command::Snapshot(args) => snapshot::snapshot(context, &args),
+        Command::Restore(args) => snapshot::restore(context, args),
+        Command::Fork(args) => snapshot::fork(context, &args),
         Command::Check(args) => info::check(args.json),
         Command::Install(args) => install::install(&args),
         Command::Uninstall(args) => install::uninstall(&args),

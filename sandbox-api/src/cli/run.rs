@@ -12,6 +12,7 @@ use crate::host_check;
 use crate::ids;
 use crate::image::{self, Image, Progress, PullOptions, Source, Store};
 use crate::pod::host::{self, Attach, Moment};
+use crate::pod::snapshot::Snapshot;
 use crate::pod::state::{Alive, Plan, Pods, Record, Status};
 use crate::pod::terminal;
 use crate::runtime::spec::{self, Security, Wishes};
@@ -122,6 +123,7 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
         exit_code: None,
         error: None,
         net: None,
+        guest_id: None,
     };
     let (record, alive) = pods.reserve(record, args.name.as_deref())?;
     drop(hold);
@@ -131,7 +133,7 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
         return Ok(0);
     }
     if args.detach {
-        launch(context, &pods, &record, alive, false)?.ready()?;
+        launch(context, &pods, &record, alive, Launch::default())?.ready()?;
         print(&format!("{}\n", record.id))?;
         return Ok(0);
     }
@@ -142,7 +144,7 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
             sig_proxy: true,
             keys: args.detach_keys,
         };
-        return launch(context, &pods, &record, alive, true)?.attached(&pods, &record, options);
+        return launch(context, &pods, &record, alive, AWAITED)?.attached(&pods, &record, options);
     }
     let own = |fd: std::os::fd::BorrowedFd<'_>| fd.try_clone_to_owned();
     let attach = Attach {
@@ -155,7 +157,7 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
         stderr: Some(own(io::stderr().as_fd())?),
         awaited: false,
     };
-    let code = host::host(&pods, &store, record, alive, attach, |_| ())?;
+    let code = host::host(&pods, &store, record, alive, attach, None, |_| ())?;
     Ok(u8::try_from(code).unwrap_or(125))
 }
 
@@ -345,13 +347,28 @@ pub struct Launched {
     log: PathBuf,
 }
 
-/// Starts a process in the background that hosts the pod; `awaited` makes it wait for somebody to attach.
+/// How a pod is launched.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Launch<'a> {
+    /// It waits for somebody to attach before its container starts.
+    pub awaited: bool,
+    /// It goes on from this snapshot.
+    pub snapshot: Option<&'a Path>,
+}
+
+/// For who attaches at once.
+pub const AWAITED: Launch<'static> = Launch {
+    awaited: true,
+    snapshot: None,
+};
+
+/// Starts a process in the background that hosts the pod.
 pub fn launch(
     context: &Context,
     pods: &Pods,
     record: &Record,
     alive: Alive,
-    awaited: bool,
+    how: Launch<'_>,
 ) -> Outcome<Launched> {
     let log_path = pods.data_dir(&record.id).join("host.log");
     let log = File::options()
@@ -367,7 +384,9 @@ pub fn launch(
         .arg("--state")
         .arg(context.state.canonicalize()?)
         .args(["--log-level", &level, "host-pod", &record.id])
-        .args(awaited.then_some("--awaited"))
+        .args(how.awaited.then_some("--awaited"))
+        .args(how.snapshot.map(|_| "--snapshot"))
+        .args(how.snapshot)
         .current_dir("/")
         .stdin(Stdio::from(alive.into_file()))
         .stdout(Stdio::piped())
@@ -453,7 +472,7 @@ impl Launched {
 }
 
 /// The background copy.
-pub fn host_pod(context: &Context, id: &str, awaited: bool) -> Outcome {
+pub fn host_pod(context: &Context, id: &str, awaited: bool, snapshot: Option<&Path>) -> Outcome {
     let alive = Alive::from_file(File::from(io::stdin().as_fd().try_clone_to_owned()?));
     // Its end is what the parent waits for.
     let report = Mutex::new(Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)));
@@ -486,7 +505,14 @@ pub fn host_pod(context: &Context, id: &str, awaited: bool) -> Outcome {
         }
         Moment::Started => tell(&report, READY),
     };
-    let result = host::host(&pods, &store, record, alive, attach, at);
+    // Whoever launched this has looked at all of it.
+    let opened = snapshot.map(|path| -> Result<Snapshot, host::Error> {
+        let file = File::open(path).map_err(host::io_error("open the snapshot"))?;
+        Ok(Snapshot::open(file, false)?)
+    });
+    let result = opened
+        .transpose()
+        .and_then(|snapshot| host::host(&pods, &store, record, alive, attach, snapshot, at));
     match result {
         Ok(code) => Ok(u8::try_from(code).unwrap_or(125)),
         Err(error) => {

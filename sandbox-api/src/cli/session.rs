@@ -131,7 +131,7 @@ async fn follow(pods: &Pods, record: &Record, stream: &UnixStream, options: Opti
     let mut window = signal(SignalKind::window_change())?;
     let mut signals = options.sig_proxy.then(exec::signals).transpose()?;
     if tty {
-        exec::resize(&task, &record.id, "").await;
+        exec::resize(&task, record.container_id(), "").await;
     }
     loop {
         let number = tokio::select! {
@@ -154,7 +154,7 @@ async fn follow(pods: &Pods, record: &Record, stream: &UnixStream, options: Opti
                 continue;
             }
             _ = window.recv(), if tty => {
-                exec::resize(&task, &record.id, "").await;
+                exec::resize(&task, record.container_id(), "").await;
                 continue;
             }
             number = exec::next_signal(&mut signals) => number,
@@ -163,7 +163,7 @@ async fn follow(pods: &Pods, record: &Record, stream: &UnixStream, options: Opti
             // The terminal is gone; the container is not.
             return Ok(129);
         }
-        let _ = client::kill(&task, &record.id, number, false).await;
+        let _ = client::kill(&task, record.container_id(), number, false).await;
     }
 }
 

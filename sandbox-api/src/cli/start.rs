@@ -33,7 +33,7 @@ pub fn start(context: &Context, args: &StartArgs) -> Outcome {
         names => each(names, |name| {
             let (pods, record, alive) = revive(context, name)?;
             if let Some(alive) = alive {
-                run::launch(context, &pods, &record, alive, false)?
+                run::launch(context, &pods, &record, alive, run::Launch::default())?
                     .ready()
                     .map_err(failed)?;
             }
@@ -56,7 +56,7 @@ fn start_attached(context: &Context, name: &str, args: &StartArgs) -> Outcome {
     };
     check_terminal(&record, options.stdin)?;
     match alive {
-        Some(alive) => run::launch(context, &pods, &record, alive, true)?
+        Some(alive) => run::launch(context, &pods, &record, alive, run::AWAITED)?
             .attached(&pods, &record, options)
             .map_err(|failure| {
                 if failure.code == 125 {
@@ -76,7 +76,7 @@ pub fn restart(context: &Context, name: &str, args: &RestartArgs) -> Outcome<()>
     containers::stop(context, name, args.time, args.signal)?;
     let (pods, record, alive) = revive(context, name)?;
     if let Some(alive) = alive {
-        run::launch(context, &pods, &record, alive, false)?
+        run::launch(context, &pods, &record, alive, run::Launch::default())?
             .ready()
             .map_err(failed)?;
     }

@@ -167,12 +167,12 @@ struct Unpacker<'a> {
     limits: Limits,
 }
 
-const OPAQUE: &str = "trusted.overlay.opaque";
-const DIRECTORY: OFlags = OFlags::RDONLY
+pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
+pub(super) const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
-const MAX_DEPTH: usize = 1024;
+pub(super) const MAX_DEPTH: usize = 1024;
 
 /// Opens a path below `root`, symbolic links resolved as if `root` were `/`.
 pub(crate) fn open_in(root: impl AsFd, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
@@ -647,7 +647,7 @@ fn attributes<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Attributes> {
 }
 
 /// Capabilities and the users' own attributes; nothing that steers the host's file systems or security modules.
-fn xattr_allowed(name: &str) -> bool {
+pub(super) fn xattr_allowed(name: &str) -> bool {
     name == "security.capability" || (name.starts_with("user.") && !name.starts_with("user.overlay."))
 }
 

@@ -38,6 +38,12 @@ pub trait Guest: Send + Sync + 'static {
 
     /// Ends the VM as it is: what runs in it does not respond any more.
     fn give_up(&self, why: String);
+
+    /// Whether it is paused: nothing in it can answer.
+    fn stands_still(&self) -> bool {
+        false
+    }
+
     /// Makes vCPUs until the guest can set `count` online. Answers how many there are now, which may be more or fewer.
     ///
     /// # Errors

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The life of a pod in the process that hosts it: [`start`] is the straight line from a record to a running process,
-//! [`run`] follows it to its end, and whatever was made is undone on every way out.
+//! [`restore`] the one from a snapshot, [`run`] follows it to its end, and whatever was made is undone on every way out.
 
 use super::attach;
+use super::guest::ShareOptions;
 use super::log::Writer;
-use super::machine::{MachineConfig, Origin, Room};
+use super::machine::{MachineConfig, Origin, Room, Shared};
+use super::rewrite;
 use super::shelf::Shelf;
+use super::snapshot::{self, Card, Snapshot, Taker};
 use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
-use super::task::{New, TaskService};
+use super::task::{self, Adopted, New, TaskService};
 use super::template::{self, Kind};
 use super::terminal;
 use super::vigil;
@@ -22,6 +25,7 @@ use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, Route};
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::task::DeleteRequest;
 use cloister_vmm::{CellHost, CellHostConfig, HugePages, StopReason};
+use oci_spec::runtime::Spec;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, OwnedFd};
@@ -82,6 +86,9 @@ pub enum Error {
     /// Its VM, or the agent in it.
     #[error(transparent)]
     Vm(#[from] vm::Error),
+    /// What it is restored from.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
     /// A signal came first.
     #[error("interrupted by signal {0}")]
     Interrupted(i32),
@@ -121,7 +128,8 @@ impl Error {
     }
 }
 
-fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+/// Words an error of the host's kernel.
+pub fn io_error(what: &'static str) -> impl FnOnce(io::Error) -> Error {
     move |source| Error::Io { what, source }
 }
 
@@ -152,14 +160,15 @@ struct Pod<'a> {
     pods: &'a Pods,
     record: Record,
     made_net: bool,
+    card: Option<Card>,
     vm: Option<PodVm>,
     service: Option<Arc<TaskService>>,
     attach: Option<attach::Server>,
     relays: Option<publish::Relays>,
 }
 
-/// Hosts a pod from its record to its end, and leaves the record ended, or nothing with `--rm`. `tell` is called at each
-/// [`Moment`]. Answers the exit status of the container.
+/// Hosts a pod from its record, and from the `snapshot` if there is one, to its end, and leaves the record ended, or
+/// nothing with `--rm`. `tell` is called at each [`Moment`]. Answers the exit status of the container.
 ///
 /// # Errors
 /// Why it could not run, or was lost.
@@ -169,6 +178,7 @@ pub fn host(
     record: Record,
     alive: Alive,
     attach: Attach,
+    snapshot: Option<Snapshot>,
     tell: impl Fn(Moment),
 ) -> Result<u32, Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -181,13 +191,14 @@ pub fn host(
         pods,
         record,
         made_net: false,
+        card: None,
         vm: None,
         service: None,
         attach: None,
         relays: None,
     };
     let (result, clients) = runtime.block_on(async {
-        let result = run(&mut pod, store, attach, tell).await;
+        let result = run(&mut pod, store, attach, snapshot, tell).await;
         let clients = pod.attach.as_ref().map(|attach| Arc::clone(&attach.clients));
         pod.undo().await;
         (result, clients)
@@ -226,13 +237,24 @@ pub fn host(
     result
 }
 
-async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, tell: impl Fn(Moment)) -> Result<u32, Error> {
+async fn run(
+    pod: &mut Pod<'_>,
+    store: &Store,
+    attach: Attach,
+    snapshot: Option<Snapshot>,
+    tell: impl Fn(Moment),
+) -> Result<u32, Error> {
     let mut signals = signals().map_err(io_error("listen to signals"))?;
     let (interrupt, interrupted) = watch::channel(None);
-    let id = pod.record.id.clone();
+    let id = pod.record.container_id().to_owned();
     let is_attached = attach.stdout.is_some();
     {
-        let starting = start(pod, store, attach, interrupted, &tell);
+        let starting = async {
+            match &snapshot {
+                None => start(&mut *pod, store, attach, interrupted, &tell).await,
+                Some(snapshot) => restore(&mut *pod, store, snapshot, interrupted, &tell).await,
+            }
+        };
         tokio::pin!(starting);
         loop {
             tokio::select! {
@@ -245,7 +267,8 @@ async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, tell: impl Fn(Mom
             }
         }
     }
-    tell(Moment::Started);
+    // Its copies have been made of it: it is not needed any more.
+    drop(snapshot);
     let (Some(service), Some(machine)) = (
         pod.service.clone(),
         pod.vm.as_ref().map(|vm| Arc::clone(&vm.machine)),
@@ -255,6 +278,20 @@ async fn run(pod: &mut Pod<'_>, store: &Store, attach: Attach, tell: impl Fn(Mom
             source: io::ErrorKind::NotFound.into(),
         });
     };
+    let taker = Arc::new(Taker {
+        machine: Arc::clone(&machine),
+        service: Arc::downgrade(&service),
+        record: pod.record.clone(),
+        upper: pod.pods.data_dir(&pod.record.id).join("upper"),
+        card: pod.card.clone(),
+        one: tokio::sync::Mutex::default(),
+    });
+    service.follow_checkpoints(move |path| {
+        let taker = Arc::clone(&taker);
+        let take = async move { taker.take(path).await.map_err(|e| crate::error::chain(&e)) };
+        Box::pin(take)
+    });
+    tell(Moment::Started);
 
     let raw = (pod.record.plan.wishes.terminal && is_attached && terminal::stdin_is_terminal())
         .then(terminal::Raw::stdin)
@@ -344,56 +381,16 @@ async fn start(
 ) -> Result<(), Error> {
     let plan = pod.record.plan.clone();
     let id = pod.record.id.clone();
-    let hold = store.hold()?;
-
-    // The root file system, and what in it the specification needs.
-    let data = pod.pods.data_dir(&id);
-    let layers = match &plan.rootfs {
-        Some(dir) => vec![open_root(dir)?],
-        None => store.layer_roots(&pod.record.layers)?,
-    };
-    let upper =
-        overlay::make_upper(&data, layers.first().map(AsFd::as_fd)).map_err(|source| Error::Root {
-            what: data.display().to_string(),
-            source,
-        })?;
-    let root = overlay::mount(&layers, &upper)?;
-    drop((layers, upper));
-    let image_config = image_config(store, &pod.record)?;
-    let user_text = plan
-        .wishes
-        .user
-        .clone()
-        .or_else(|| image_config.user().clone())
-        .unwrap_or_default();
-    let user = user::resolve(root.as_fd(), &user_text)?;
-    let spec = spec::build(&image_config, &plan.wishes, &user, &plan.hostname, &id)?;
-    let bundle = pod.pods.state_dir(&id);
-    let json = serde_json::to_vec_pretty(&spec).unwrap_or_default();
-    crate::files::replace(&bundle.join("config.json"), &json)
-        .map_err(io_error("write the container's config.json"))?;
-    drop(hold);
+    let (root, spec) = root(pod, store, None)?;
     check(&interrupted)?;
 
     // The network of the pod.
-    let network = connect(pod, &plan.network).await?;
+    let network = connect(pod, &plan.network, None).await?;
     check(&interrupted)?;
 
     // The virtual machine, up to its agent's first word.
     let cells = CellHost::new(CellHostConfig::default())?;
-    let mut config = MachineConfig {
-        name: format!("pod-{}", pod.record.short_id()),
-        cpus: plan.cpus,
-        memory: plan.memory,
-        huge_pages: HugePages::default(),
-        dax: plan.dax,
-        kernel: &plan.kernel,
-        initrd: &plan.initrd,
-        kernel_args: &plan.kernel_args,
-        nics: network.nics,
-        room: Room::default(),
-        origin: Origin::Boot,
-    };
+    let mut config = machine_config(&pod.record, network.nics, Origin::Boot);
     if let Some(kind) = Kind::of(&config, template::NODE)
         && let Some(image) = pod.pods.templates().find(&kind, &cells)
     {
@@ -416,6 +413,7 @@ async fn start(
     // The container.
     let service = vm.serve(&pod.pods.socket(&id), vigil::PATIENCE).await?;
     pod.service = Some(Arc::clone(&service));
+    let bundle = pod.pods.state_dir(&id);
     let socket = bundle.join(attach::SOCKET);
     // Input that is a descriptor's is that one's alone.
     let shared_input = plan.interactive && attach.stdin.is_none();
@@ -466,11 +464,165 @@ async fn start(
         created = create => created?,
         error = ended => return Err(error.into()),
     }
+    note_running(pod)
+}
+
+/// From a snapshot to a running process: the one that was saved goes on.
+async fn restore(
+    pod: &mut Pod<'_>,
+    store: &Store,
+    snapshot: &Snapshot,
+    mut interrupted: watch::Receiver<Option<i32>>,
+    tell: &impl Fn(Moment),
+) -> Result<(), Error> {
+    let plan = pod.record.plan.clone();
+    let id = pod.record.id.clone();
+    let guest_id = pod.record.container_id().to_owned();
+    let facts = &snapshot.facts;
+
+    // All that the guest has open is there before its devices are.
+    let (root, mut spec) = root(pod, store, Some(snapshot))?;
+    let shares = rewrite::for_guest(&mut spec, &guest_id).map_err(snapshot::Error::Impossible)?;
+    let read_only = spec.root().as_ref().and_then(|root| root.readonly()) == Some(true);
+    let mut shared = vec![Shared {
+        name: rewrite::root_name(&guest_id),
+        tree: root,
+        options: ShareOptions {
+            read_only,
+            ..ShareOptions::default()
+        },
+    }];
+    for share in shares {
+        shared.push(Shared {
+            tree: task::open_share(&share).map_err(agent_error("share a volume"))?,
+            options: ShareOptions {
+                read_only: share.read_only,
+                follows_mounts: share.follows_mounts,
+            },
+            name: share.name,
+        });
+    }
+    check(&interrupted)?;
+    let network = connect(pod, &plan.network, facts.card.as_ref()).await?;
+    check(&interrupted)?;
+
+    let cells = CellHost::new(CellHostConfig::default())?;
+    let origin = Origin::Restore(Arc::clone(&snapshot.image), Arc::new(shared));
+    let config = machine_config(&pod.record, network.nics, origin);
+    let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
+    vm.ready(QUICK).await?;
+    let service = vm.serve(&pod.pods.socket(&id), vigil::PATIENCE).await?;
+    pod.service = Some(Arc::clone(&service));
+
+    // The container is frozen until all this is done.
+    let bundle = pod.pods.state_dir(&id);
+    let mut attached = attach::Server::start(&bundle.join(attach::SOCKET), plan.interactive)
+        .map_err(io_error("make the pod's attach.sock"))?;
+    let stdio = stdio(pod.pods, &pod.record, Attach::default(), &mut attached)
+        .map_err(io_error("open the container's log"))?;
+    pod.attach = Some(attached);
+    let adopted = Adopted {
+        id: guest_id.clone(),
+        bundle: bundle.display().to_string(),
+        pid: facts.pid,
+        stdio,
+        streams: facts.streams.clone(),
+        terminal: plan.wishes.terminal,
+    };
+    service
+        .adopt(adopted)
+        .map_err(agent_error("take the container on"))?;
+    tell(Moment::Attachable);
+    let configure = network.configure.into_request(&plan.hostname);
+    let go_on = async {
+        vm.configure(&configure).await?;
+        if let Some(address) = network.address {
+            pod.relays = Some(publish::start(&plan.publish, address).await?);
+        }
+        if !facts.paused {
+            service
+                .set_paused(&guest_id, false)
+                .await
+                .map_err(agent_error("have the container go on"))?;
+        }
+        Ok::<(), Error>(())
+    };
+    tokio::select! {
+        gone_on = go_on => gone_on?,
+        signal = interrupted.wait_for(Option::is_some) => {
+            return Err(Error::Interrupted(signal.ok().and_then(|signal| *signal).unwrap_or(libc::SIGTERM)));
+        }
+    }
+    note_running(pod)
+}
+
+/// The record says that the container runs.
+fn note_running(pod: &mut Pod<'_>) -> Result<(), Error> {
     pod.record.status = Status::Running;
     pod.record.started = Some(clock::now());
     pod.record.pid = Some(std::process::id());
-    pod.pods.save(&pod.record)?;
-    Ok(())
+    Ok(pod.pods.save(&pod.record)?)
+}
+
+/// The VM of a record.
+fn machine_config(record: &Record, nics: Vec<NetConfig>, origin: Origin) -> MachineConfig<'_> {
+    let plan = &record.plan;
+    MachineConfig {
+        name: format!("pod-{}", record.short_id()),
+        cpus: plan.cpus,
+        memory: plan.memory,
+        huge_pages: HugePages::default(),
+        dax: plan.dax,
+        kernel: &plan.kernel,
+        initrd: &plan.initrd,
+        kernel_args: &plan.kernel_args,
+        nics,
+        room: Room::default(),
+        origin,
+    }
+}
+
+/// The container's root file system, with what a snapshot has of it, and its specification.
+fn root(pod: &Pod<'_>, store: &Store, snapshot: Option<&Snapshot>) -> Result<(OwnedFd, Spec), Error> {
+    let plan = &pod.record.plan;
+    let id = &pod.record.id;
+    let hold = store.hold()?;
+    let data = pod.pods.data_dir(id);
+    let layers = match &plan.rootfs {
+        Some(dir) => vec![open_root(dir)?],
+        None => store.layer_roots(&pod.record.layers)?,
+    };
+    let upper =
+        overlay::make_upper(&data, layers.first().map(AsFd::as_fd)).map_err(|source| Error::Root {
+            what: data.display().to_string(),
+            source,
+        })?;
+    if let Some(snapshot) = snapshot {
+        snapshot.unpack(upper.upper.as_fd())?;
+    }
+    let root = overlay::mount(&layers, &upper)?;
+    drop((layers, upper));
+    let image_config = image_config(store, &pod.record)?;
+    let user_text = plan
+        .wishes
+        .user
+        .clone()
+        .or_else(|| image_config.user().clone())
+        .unwrap_or_default();
+    let user = user::resolve(root.as_fd(), &user_text)?;
+    let spec = spec::build(
+        &image_config,
+        &plan.wishes,
+        &user,
+        &plan.hostname,
+        pod.record.container_id(),
+    )?;
+    let bundle = pod.pods.state_dir(id);
+    let json = serde_json::to_vec_pretty(&spec).unwrap_or_default();
+    crate::files::replace(&bundle.join("config.json"), &json)
+        .map_err(io_error("write the container's config.json"))?;
+    drop(hold);
+    Ok((root, spec))
 }
 
 fn open_root(dir: &Path) -> Result<OwnedFd, Error> {
@@ -534,15 +686,20 @@ struct Connected {
     configure: Configure,
 }
 
-async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Error> {
+/// Makes the network. A guest that was restored keeps the hardware address that it `had`, and gives up the other one.
+async fn connect(pod: &mut Pod<'_>, network: &Network, had: Option<&Card>) -> Result<Connected, Error> {
+    let former_addresses: Vec<String> = had.and_then(|card| card.address.clone()).into_iter().collect();
     match network {
         Network::None => Ok(Connected::default()),
         Network::Tap(name) => {
             let mut mac = [0x02, 0xc1, 0, 0, 0, 0];
             crate::ids::fill(&mut mac[2..]);
+            let mac = had.map_or(mac, |card| card.mac);
+            pod.card = Some(Card { mac, address: None });
             let interface = Interface {
                 mac: mac_text(mac),
                 name: "eth0".into(),
+                former_addresses,
                 ..Default::default()
             };
             Ok(Connected {
@@ -562,10 +719,17 @@ async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Erro
             pod.made_net = true;
             pod.pods.save(&pod.record)?;
             drop(guard);
+            let mac = had.map_or(made.mac, |card| card.mac);
+            let own_address = format!("{}/30", made.address);
+            pod.card = Some(Card {
+                mac,
+                address: Some(own_address.clone()),
+            });
             let interface = Interface {
-                mac: mac_text(made.mac),
+                mac: mac_text(mac),
                 name: "eth0".into(),
-                addresses: vec![format!("{}/30", made.address)],
+                addresses: vec![own_address],
+                former_addresses,
                 ..Default::default()
             };
             let route = Route {
@@ -576,7 +740,7 @@ async fn connect(pod: &mut Pod<'_>, network: &Network) -> Result<Connected, Erro
             };
             let address: Ipv4Addr = made.address;
             Ok(Connected {
-                nics: vec![nic(made.tap, made.mac)],
+                nics: vec![nic(made.tap, mac)],
                 address: Some(address.into()),
                 configure: Configure {
                     interface: Some(interface),
@@ -637,7 +801,7 @@ impl Pod<'_> {
     /// Takes apart what was made.
     async fn undo(&mut self) {
         self.relays = None;
-        let id = self.record.id.clone();
+        let id = self.record.container_id().to_owned();
         if let Some(service) = self.service.take() {
             let dead = self
                 .vm

@@ -11,7 +11,8 @@ use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::image::Image;
 use cloister_vmm::{
-    Boot, Cell, CellConfig, CellHost, DeviceConfig, DeviceHandle, HugePages, KernelBoot, StopReason,
+    Boot, Cell, CellConfig, CellHost, CellState, DeviceConfig, DeviceHandle, HugePages, KernelBoot,
+    StopReason,
 };
 use std::collections::HashMap;
 use std::fs::File;
@@ -71,6 +72,19 @@ pub enum Origin {
     },
     /// It is a clone of a template for as many network cards as it has, and otherwise configured alike.
     Clone(Arc<Image>),
+    /// It goes on from where another one was saved, with the same devices and what that had attached.
+    Restore(Arc<Image>, Arc<Vec<Shared>>),
+}
+
+/// Something in the shared directory.
+#[derive(Debug)]
+pub struct Shared {
+    /// Its name there.
+    pub name: String,
+    /// What it is.
+    pub tree: OwnedFd,
+    /// How it is shared.
+    pub options: ShareOptions,
 }
 
 /// What a VM can be given while it runs, beyond what it starts with. Without any it costs nothing.
@@ -139,11 +153,20 @@ impl Machine {
             ..FsConfig::default()
         };
         let boot = match &config.origin {
-            Origin::Clone(image) => Boot::Clone {
+            Origin::Clone(image) | Origin::Restore(image, _) => Boot::Clone {
                 image: Arc::clone(image),
             },
             Origin::Boot | Origin::Template { .. } => kernel_boot(&config)?,
         };
+        let mut attached = HashMap::new();
+        let mut trees = Vec::new();
+        if let Origin::Restore(_, shared) = &config.origin {
+            for one in shared.iter() {
+                attached.insert(one.name.clone(), one.tree.try_clone()?);
+                let options = attach_options(&one.name, one.options);
+                trees.push((one.name.clone(), one.tree.try_clone()?, options));
+            }
+        }
         let mut cell = CellConfig::new(config.name, boot);
         cell.vcpus = config.cpus;
         cell.max_vcpus = config.room.cpus;
@@ -152,6 +175,7 @@ impl Machine {
         cell.devices.push(DeviceConfig::Fs {
             config: fs,
             dax_window: config.dax,
+            attached: trees,
         });
         cell.devices
             .push(DeviceConfig::Vsock(VsockConfig::new(GUEST_CID)));
@@ -202,13 +226,17 @@ impl Machine {
             fs,
             vsock,
             mem,
-            new_cards: matches!(config.origin, Origin::Clone(_)).then_some(cards),
-            attached: Mutex::default(),
+            new_cards: match config.origin {
+                Origin::Clone(_) => Some(cards),
+                Origin::Restore(..) => Some(Vec::new()),
+                Origin::Boot | Origin::Template { .. } => None,
+            },
+            attached: Mutex::new(attached),
             dead,
         }))
     }
 
-    /// Of a clone: the places of its network cards, which the guest has not seen yet.
+    /// Of a VM that did not boot: the places of its network cards that the guest has not seen yet.
     pub fn new_cards(&self) -> Option<&[u32]> {
         self.new_cards.as_deref()
     }
@@ -301,22 +329,8 @@ impl Guest for Machine {
     }
 
     fn attach(&self, name: &str, tree: OwnedFd, share: ShareOptions) -> io::Result<()> {
-        let is_root = name.starts_with(ROOT_PREFIX);
-        let cache = if is_root {
-            CachePolicy::Always
-        } else {
-            CachePolicy::Auto
-        };
-        let options = AttachOptions {
-            read_only: share.read_only,
-            private_mount: !share.follows_mounts,
-            cache,
-            // Volumes are others' too, who could cut a mapped file short, which stops this guest.
-            dax: is_root,
-            ..AttachOptions::default()
-        };
         self.fs
-            .attach(name, &tree, options)
+            .attach(name, &tree, attach_options(name, share))
             .map_err(|e| io::Error::other(crate::error::chain(&e)))?;
         self.attached
             .lock()
@@ -336,6 +350,10 @@ impl Guest for Machine {
 
     fn give_up(&self, why: String) {
         self.cell.give_up(why);
+    }
+
+    fn stands_still(&self) -> bool {
+        self.cell.state() == CellState::Paused
     }
 
     fn provide_vcpus(&self, count: u8) -> io::Result<u8> {
@@ -379,6 +397,22 @@ impl Guest for Machine {
         self.cell
             .detach_block(slot)
             .map_err(|e| io::Error::other(crate::error::chain(&e)))
+    }
+}
+
+fn attach_options(name: &str, share: ShareOptions) -> AttachOptions {
+    let is_root = name.starts_with(ROOT_PREFIX);
+    AttachOptions {
+        read_only: share.read_only,
+        private_mount: !share.follows_mounts,
+        cache: if is_root {
+            CachePolicy::Always
+        } else {
+            CachePolicy::Auto
+        },
+        // Volumes are others' too, who could cut a mapped file short, which stops this guest.
+        dax: is_root,
+        ..AttachOptions::default()
     }
 }
 

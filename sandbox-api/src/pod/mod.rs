@@ -14,6 +14,7 @@ pub mod resize;
 pub mod rewrite;
 pub mod shelf;
 pub mod size;
+pub mod snapshot;
 pub mod state;
 pub mod streams;
 pub mod task;

@@ -139,12 +139,20 @@ pub struct Record {
     pub error: Option<String>,
     /// What the network left on the host.
     pub net: Option<NetRecord>,
+    /// The container's id in its VM, of one that was restored: the original's.
+    #[serde(default)]
+    pub guest_id: Option<String>,
 }
 
 impl Record {
     /// The 12 digits that docker shows.
     pub fn short_id(&self) -> &str {
         self.id.get(..12).unwrap_or(&self.id)
+    }
+
+    /// The id by which the pod's Task service knows the container.
+    pub fn container_id(&self) -> &str {
+        self.guest_id.as_deref().unwrap_or(&self.id)
     }
 
     /// Some process should host it. One that `create` made waits for `start` instead.
@@ -446,6 +454,8 @@ impl Pods {
         record.finished = None;
         record.exit_code = None;
         record.error = None;
+        // It boots.
+        record.guest_id = None;
         self.save(&record)?;
         Ok(Some((record, alive)))
     }
@@ -566,6 +576,7 @@ pub(crate) mod tests {
             exit_code: None,
             error: None,
             net: None,
+            guest_id: None,
         }
     }
 

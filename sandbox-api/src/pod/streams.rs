@@ -58,7 +58,11 @@ impl Hub {
     pub fn expect(self: &Arc<Self>) -> Expected {
         let mut bytes = [0; 16];
         crate::ids::fill(&mut bytes);
-        let id = StreamId::from_random(bytes);
+        self.expect_again(StreamId::from_random(bytes))
+    }
+
+    /// Waits for an id that a copied VM knows from where it was copied.
+    fn expect_again(self: &Arc<Self>, id: StreamId) -> Expected {
         let (sender, connection) = oneshot::channel();
         self.lock().insert(id, sender);
         Expected {
@@ -206,6 +210,24 @@ impl Pumps {
     /// # Errors
     /// A fifo cannot be opened.
     pub fn start(hub: &Arc<Hub>, stdio: Stdio, terminal: bool) -> io::Result<(Self, [String; 3])> {
+        Self::begin(stdio, terminal, |_| Some(hub.expect()))
+    }
+
+    /// The same for a process that has its streams already, under these names. What it has none for is left out.
+    ///
+    /// # Errors
+    /// A fifo cannot be opened.
+    pub fn resume(hub: &Arc<Hub>, stdio: Stdio, terminal: bool, names: &[String; 3]) -> io::Result<Self> {
+        let known = |at: usize| names.get(at).and_then(|name| StreamId::from_name(name));
+        Self::begin(stdio, terminal, |at| known(at).map(|id| hub.expect_again(id))).map(|(pumps, _)| pumps)
+    }
+
+    /// `expect` answers for stdin, stdout, stderr by their numbers.
+    fn begin(
+        stdio: Stdio,
+        terminal: bool,
+        expect: impl Fn(usize) -> Option<Expected>,
+    ) -> io::Result<(Self, [String; 3])> {
         let (close_input, _) = watch::channel(false);
         let (give_up, _) = watch::channel(false);
         let mut names = [String::new(), String::new(), String::new()];
@@ -236,7 +258,7 @@ impl Pumps {
                     copy: copy.map(|fd| tokio::fs::File::from_std(fd.into())),
                 },
             };
-            let expected = hub.expect();
+            let Some(expected) = expect(name) else { continue };
             names[name] = expected.name();
             pumps.outputs.push(tokio::spawn(pump_output(
                 expected,
@@ -250,8 +272,9 @@ impl Pumps {
             Input::Descriptor(fd) => Some(Source::Descriptor(fd)),
             Input::Channel(receiver) => Some(Source::Channel(receiver)),
         };
-        if let Some(source) = source {
-            let expected = hub.expect();
+        if let Some(source) = source
+            && let Some(expected) = expect(0)
+        {
             names[0] = expected.name();
             let close = pumps.close_input.subscribe();
             pumps.input = Some(tokio::spawn(pump_input(
@@ -570,6 +593,32 @@ mod tests {
             });
             assert_eq!(read.await.unwrap(), "one two");
             pumps.finish(Duration::from_secs(1)).await;
+            std::fs::remove_file(path).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_copied_process_comes_under_the_names_that_it_had() {
+        runtime().block_on(async {
+            let hub = Hub::new();
+            let path = fifo();
+            let reader_path = path.clone();
+            let text = path.to_str().unwrap();
+            let stdio = Stdio::from_request(text, text, text).unwrap();
+            let names = [
+                String::new(),
+                StreamId::from_random([7; 16]).name(),
+                String::new(),
+            ];
+            let pumps = Pumps::resume(&hub, stdio, false, &names).unwrap();
+            // It has no others, so none is waited for.
+            assert_eq!(hub.lock().len(), 1);
+            let reader = tokio::task::spawn_blocking(move || std::fs::read_to_string(reader_path).unwrap());
+            let mut guest = dial(&hub, &names[1]);
+            guest.write_all(b"on it goes").unwrap();
+            drop(guest);
+            pumps.finish(Duration::from_secs(10)).await;
+            assert_eq!(reader.await.unwrap(), "on it goes");
             std::fs::remove_file(path).unwrap();
         });
     }

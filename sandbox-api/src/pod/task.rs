@@ -38,6 +38,7 @@ use cloister_protocol::ttrpc::asynchronous::TtrpcContext;
 use cloister_protocol::ttrpc::context::{Context, with_duration};
 use cloister_protocol::ttrpc::{self, Code, Error};
 use cloister_protocol::{ETC_DIR, SHARED_DIR, SPEC_TYPE_URL};
+use futures_util::future::BoxFuture;
 use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -90,6 +91,25 @@ pub trait Running: Send + Sync {
     fn ended(self: Box<Self>, exit: &Exit);
 }
 
+/// A container that runs in a copied VM already.
+pub struct Adopted {
+    /// Its id.
+    pub id: String,
+    /// The folder of its configuration on the host, for State.
+    pub bundle: String,
+    /// Its process in the guest.
+    pub pid: u32,
+    /// Its streams.
+    pub stdio: Stdio,
+    /// The names under which it has them.
+    pub streams: [String; 3],
+    /// Whether it has a terminal.
+    pub terminal: bool,
+}
+
+/// Takes a snapshot of the pod into a file.
+type Checkpoint = Box<dyn Fn(PathBuf) -> BoxFuture<'static, std::result::Result<(), String>> + Send + Sync>;
+
 /// Hears of a process that has started, by the ids of its container and, if it is not that itself, of the exec.
 type Started = Box<dyn Fn(&str, &str) -> Box<dyn Running> + Send + Sync>;
 
@@ -128,6 +148,7 @@ pub struct TaskService {
     /// Root file systems of containers whose Create brings none, by id.
     prepared: Mutex<HashMap<String, Vec<api::Mount>>>,
     started: OnceLock<Started>,
+    checkpoint: OnceLock<Checkpoint>,
     volumes: Volumes,
     disks: Disks,
     /// Of a VM whose size follows its containers' limits.
@@ -148,6 +169,8 @@ struct Container {
 struct Process {
     pid: AtomicU32,
     names: [String; 3],
+    /// As the agent knows them.
+    streams: [String; 3],
     terminal: bool,
     pumps: Mutex<Option<Pumps>>,
     started: OnceLock<Millis>,
@@ -224,6 +247,7 @@ impl TaskService {
             containers: Mutex::default(),
             prepared: Mutex::default(),
             started: OnceLock::new(),
+            checkpoint: OnceLock::new(),
             disks,
             resizer: OnceLock::new(),
         })
@@ -233,6 +257,17 @@ impl TaskService {
     /// itself, of the exec; what it answers hears of the process's end. Only the first call counts.
     pub fn follow_processes(&self, started: impl Fn(&str, &str) -> Box<dyn Running> + Send + Sync + 'static) {
         let _ = self.started.set(Box::new(started));
+    }
+
+    /// Has snapshots of the pod be taken by `checkpoint`. Only the first call counts.
+    pub fn follow_checkpoints(
+        &self,
+        checkpoint: impl Fn(PathBuf) -> BoxFuture<'static, std::result::Result<(), String>>
+        + Send
+        + Sync
+        + 'static,
+    ) {
+        let _ = self.checkpoint.set(Box::new(checkpoint));
     }
 
     /// Has a container that is created without a root file system get this one.
@@ -372,7 +407,7 @@ impl TaskService {
         }
         let names = stdio.names.clone();
         let (pumps, streams) = Pumps::start(&self.hub, stdio, terminal).map_err(|e| unknown("stdio", e))?;
-        let [stdin, stdout, stderr] = streams;
+        let [stdin, stdout, stderr] = streams.clone();
         let value = serde_json::to_vec(&spec).map_err(|e| unknown("the specification", e))?;
         let root_mount = api::Mount {
             type_: "bind".into(),
@@ -399,9 +434,89 @@ impl TaskService {
             .vigil
             .over(self.agent.task.create(no_deadline(), &request))
             .await?;
-        let process = self.watch(container, &id, "", names, terminal, pumps);
+        let process = self.watch(container, &id, "", names, streams, terminal, pumps);
         process.pid.store(response.pid, Ordering::Relaxed);
         Ok(response.pid)
+    }
+
+    /// Takes a container on that runs in the VM already, which is a copy.
+    ///
+    /// # Errors
+    /// InvalidArgument, or its streams cannot be opened.
+    pub fn adopt(self: &Arc<Self>, adopted: Adopted) -> Result<()> {
+        let Adopted {
+            id,
+            bundle,
+            pid,
+            stdio,
+            streams,
+            terminal,
+        } = adopted;
+        check_id(&id)?;
+        let container = Arc::new(Container {
+            name: String::new(),
+            image: String::new(),
+            bundle,
+            // Attached with the VM, for as long as it lives.
+            shared: Mutex::default(),
+            disks: Mutex::default(),
+            processes: Mutex::default(),
+        });
+        let names = stdio.names.clone();
+        let pumps = Pumps::resume(&self.hub, stdio, terminal, &streams).map_err(|e| unknown("stdio", e))?;
+        let process = self.watch(&container, &id, "", names, streams, terminal, pumps);
+        process.pid.store(pid, Ordering::Relaxed);
+        let _ = process.started.set(clock::now());
+        lock(&self.containers).insert(id, container);
+        Ok(())
+    }
+
+    /// The process of a container in the guest, and the names of its streams there: what [`Self::adopt`] needs.
+    ///
+    /// # Errors
+    /// NotFound.
+    pub fn known_to_guest(&self, id: &str) -> Result<(u32, [String; 3])> {
+        let process = self.process(id, "")?;
+        Ok((process.pid.load(Ordering::Relaxed), process.streams.clone()))
+    }
+
+    /// Whether a container is paused.
+    ///
+    /// # Errors
+    /// What the agent says.
+    pub async fn is_paused(&self, id: &str) -> Result<bool> {
+        let request = api::StateRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let state = self
+            .vigil
+            .over(self.agent.task.state(no_deadline(), &request))
+            .await?;
+        Ok(state.status == EnumOrUnknown::new(api::Status::PAUSED))
+    }
+
+    /// Pauses a container, its streams included, or has it go on.
+    ///
+    /// # Errors
+    /// What the agent says.
+    pub async fn set_paused(&self, id: &str, paused: bool) -> Result<()> {
+        let id = id.to_owned();
+        if paused {
+            let request = api::PauseRequest {
+                id,
+                ..Default::default()
+            };
+            let call = self.agent.task.pause(no_deadline(), &request);
+            self.vigil.over(call).await.map(drop)
+        } else {
+            let request = api::ResumeRequest {
+                id,
+                ..Default::default()
+            };
+            let call = self.agent.task.resume(no_deadline(), &request);
+            self.vigil.over(call).await.map(drop)
+        }
     }
 
     /// Answers the name under which the container has it: another one's, if that has the same.
@@ -491,12 +606,14 @@ impl TaskService {
     }
 
     /// Keeps a process and follows it to its end.
+    #[expect(clippy::too_many_arguments, reason = "all that there is to know of a process")]
     fn watch(
         self: &Arc<Self>,
         container: &Arc<Container>,
         id: &str,
         exec: &str,
         names: [String; 3],
+        streams: [String; 3],
         terminal: bool,
         pumps: Pumps,
     ) -> Arc<Process> {
@@ -504,6 +621,7 @@ impl TaskService {
         let process = Arc::new(Process {
             pid: AtomicU32::new(0),
             names,
+            streams,
             terminal,
             pumps: Mutex::new(Some(pumps)),
             started: OnceLock::new(),
@@ -658,7 +776,7 @@ impl TaskService {
         let names = stdio.names.clone();
         let (pumps, streams) =
             Pumps::start(&self.hub, stdio, request.terminal).map_err(|e| unknown("stdio", e))?;
-        [request.stdin, request.stdout, request.stderr] = streams;
+        [request.stdin, request.stdout, request.stderr] = streams.clone();
         let response = self
             .vigil
             .over(self.agent.task.exec(no_deadline(), &request))
@@ -668,6 +786,7 @@ impl TaskService {
             &request.id,
             &request.exec_id,
             names,
+            streams,
             request.terminal,
             pumps,
         );
@@ -750,7 +869,11 @@ pub fn check_id(id: &str) -> Result<()> {
     }
 }
 
-fn open_share(share: &Share) -> Result<OwnedFd> {
+/// Opens what is to be shared.
+///
+/// # Errors
+/// It is not there.
+pub fn open_share(share: &Share) -> Result<OwnedFd> {
     // The device takes its own clone of the mount, read-only if it is to be.
     rustix::fs::openat(CWD, &share.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(|e| {
         unknown(
@@ -1091,8 +1214,19 @@ impl api::Task for Served {
             .await
     }
 
-    async fn checkpoint(&self, _: &TtrpcContext, _: api::CheckpointTaskRequest) -> Result<Empty> {
-        Err(status(Code::UNIMPLEMENTED, "checkpoint is not supported"))
+    async fn checkpoint(&self, _: &TtrpcContext, request: api::CheckpointTaskRequest) -> Result<Empty> {
+        self.0.container(&request.id)?;
+        let service = Arc::clone(&self.0);
+        let work = async move {
+            let Some(checkpoint) = service.checkpoint.get() else {
+                return Err(status(Code::UNIMPLEMENTED, "checkpoint is not supported"));
+            };
+            checkpoint(PathBuf::from(request.path))
+                .await
+                .map_err(|why| status(Code::UNKNOWN, why))
+        };
+        through(work).await?;
+        Ok(Empty::new())
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: api::ShutdownRequest) -> Result<Empty> {

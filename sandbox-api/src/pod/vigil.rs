@@ -57,12 +57,14 @@ impl Vigil {
                     return Err(self.broken(&error).await);
                 }
                 Ok(answer) => return answer,
+                // Nobody can answer while a snapshot is taken.
+                Err(_) if self.guest.stands_still() => {}
                 Err(_) => {
                     let ping = self
                         .agent
                         .ping(with_duration(self.patience), &PingRequest::new())
                         .await;
-                    if ping.is_err() {
+                    if ping.is_err() && !self.guest.stands_still() {
                         let seconds = self.patience.as_secs();
                         self.guest.give_up(format!(
                             "its agent left a call and then a ping unanswered for {seconds} s each"

@@ -40,7 +40,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use format::Header;
 pub use format::Shape;
 pub(crate) use map::{copy_into, map_over};
-pub(crate) use new_file::NewFile;
+pub use new_file::NewFile;
 pub use write::Written;
 pub(crate) use write::{Whole, write};
 
@@ -168,6 +168,11 @@ impl Image {
         self.file.read_exact_at(&mut first, 0).map_err(io_error("read"))?;
         new.file().write_all_at(&first, 0).map_err(io_error("write"))?;
         new.finish().map_err(io_error("write"))
+    }
+
+    /// Bytes of the file that are the image's. What comes behind them is somebody else's.
+    pub fn file_len(&self) -> u64 {
+        self.header.file_len()
     }
 
     /// What kind of cell it is of.

@@ -47,6 +47,8 @@ pub struct Written {
     pub ram_bytes: u64,
     /// Bytes of everything else.
     pub state_bytes: u64,
+    /// Bytes of the file that are the image's, holes included.
+    pub file_bytes: u64,
 }
 
 /// The runs of pages that are not zero in a piece of RAM, as ranges of its bytes.
@@ -136,6 +138,7 @@ pub fn write(file: &File, whole: Whole<'_>) -> Result<Written, ImageError> {
     Ok(Written {
         ram_bytes: header.ram_sum.bytes(),
         state_bytes: first.len() as u64,
+        file_bytes: header.file_len(),
     })
 }
 

@@ -37,6 +37,8 @@ pub enum Verb {
     Attach,
     /// `wait`.
     Wait,
+    /// `snapshot`, `fork`.
+    Snapshot,
 }
 
 /// A pod's full name.
@@ -108,6 +110,12 @@ impl Target {
             (Verb::Remove, false) => ("removes", format!("`crictl rm {id}`")),
             (Verb::Attach, _) => ("attaches to", format!("{}`crictl attach`", kubectl("attach -it"))),
             (Verb::Wait, _) => ("reports the end of", "`cloister events`".to_owned()),
+            (Verb::Snapshot, _) => {
+                return Failure::new(format!(
+                    "{} was made by containerd: only containers of `cloister run` can be copied",
+                    self.describe()
+                ));
+            }
         };
         Failure::new(format!(
             "{} was made by containerd, which alone {done} it: use {instead}",

@@ -56,6 +56,7 @@ pub fn pod(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> 
         DeviceConfig::Fs {
             config: fs,
             dax_window: None,
+            attached: Vec::new(),
         },
         DeviceConfig::Custom {
             name: "vsock".into(),
@@ -178,6 +179,22 @@ pub fn float(value: u64) -> f64 {
     f64::from(u32::try_from(value).unwrap_or(u32::MAX))
 }
 
+/// Reports a figure of ours: name, value, unit, goal.
+fn add(
+    context: &mut Context,
+    (name, value, unit, goal): (&str, f64, &'static str, &'static str),
+    conditions: String,
+) -> io::Result<()> {
+    context.report.add(Figure {
+        name: name.into(),
+        value,
+        unit,
+        peer: String::new(),
+        conditions,
+        goal,
+    })
+}
+
 /// Times, and what the host has to do.
 pub fn run(context: &mut Context) -> io::Result<()> {
     let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
@@ -212,14 +229,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         image.ram_bytes() >> 10
     );
     let mut add = |name: &str, value: f64, unit, goal, conditions: &str| {
-        context.report.add(Figure {
-            name: name.into(),
-            value,
-            unit,
-            peer: String::new(),
-            conditions: conditions.into(),
-            goal,
-        })
+        add(context, (name, value, unit, goal), conditions.to_owned())
     };
     let (clone, boot) = (of(&clones, |s| s.seconds), of(&boots, |s| s.seconds));
     add("clone.vs_cold_boot", clone / boot, "ratio", "<= 0.1", &how)?;
@@ -323,14 +333,7 @@ fn idle(context: &mut Context, host: &CellHost) -> io::Result<()> {
             }
             _ => "KVM's count, median; the look itself costs one",
         };
-        context.report.add(Figure {
-            name: name.into(),
-            value,
-            unit,
-            peer: String::new(),
-            conditions: format!("{how}; {what}"),
-            goal,
-        })?;
+        add(context, (name, value, unit, goal), format!("{how}; {what}"))?;
     }
     for pod in &pods {
         pod.cell.stop();
@@ -398,14 +401,7 @@ pub fn count(context: &mut Context) -> io::Result<()> {
             all,
         ),
     ] {
-        context.report.add(Figure {
-            name: name.into(),
-            value,
-            unit,
-            peer: String::new(),
-            conditions: format!("{how}; {what}"),
-            goal,
-        })?;
+        add(context, (name, value, unit, goal), format!("{how}; {what}"))?;
     }
     Ok(())
 }

@@ -42,6 +42,7 @@ fn ours(
         devices: vec![DeviceConfig::Fs {
             config: FsConfig::default(),
             dax_window: Some(DAX_WINDOW),
+            attached: Vec::new(),
         }],
         cid,
         huge_pages: HugePages::Transparent,

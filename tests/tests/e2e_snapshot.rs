@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Snapshots of running containers, as a user takes them: what runs goes on where it is restored, once or many times, with
+//! its memory, its files and its output; copies share nothing; what is no snapshot is refused.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+use cloister_tests::e2e::{Footprint, Stage, eventually};
+
+/// Counts to its standard output and to a file that it keeps open; each line has a word from its memory.
+const COUNTING: &str = "word=$(head -c 16 /dev/urandom | md5sum | cut -c1-8); echo kept >/kept; exec 3>/counted; i=0; \
+     while :; do i=$((i+1)); echo $word $i; echo $word $i >&3; sleep 0.05; done";
+
+/// Prints random numbers.
+const RANDOM: &str = "while :; do head -c 32 /dev/urandom | md5sum; sleep 0.05; done";
+
+fn run(stage: &Stage, options: &[&str], script: &str) {
+    let words = ["localhost/busybox", "sh", "-c", script];
+    let args = [&["run", "-d"], options, &words].concat();
+    stage.cloister(&args).expect(0);
+}
+
+fn logs(stage: &Stage, name: &str) -> Vec<String> {
+    let text = stage.cloister(&["logs", name]).expect(0).stdout;
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().map(str::to_owned).collect()
+}
+
+/// Waits until it has printed so many more lines.
+fn prints_on(stage: &Stage, name: &str) -> Vec<String> {
+    let before = logs(stage, name).len();
+    eventually("more output", || {
+        let lines = logs(stage, name);
+        (lines.len() > before + 4).then_some(lines)
+    })
+}
+
+/// The word, and the numbers, which follow each other.
+fn counted(lines: &[String]) -> (String, u32, u32) {
+    let parsed: Vec<(&str, u32)> = lines
+        .iter()
+        .map(|line| line.split_once(' ').unwrap())
+        .map(|(word, number)| (word, number.parse().unwrap()))
+        .collect();
+    let (word, first) = parsed[0];
+    for ((own, number), expected) in parsed.iter().zip(first..) {
+        assert_eq!((*own, *number), (word, expected), "{lines:#?}");
+    }
+    (word.to_owned(), first, parsed.last().unwrap().1)
+}
+
+#[test]
+fn a_container_goes_on_in_its_snapshot() {
+    let stage = Stage::with_busybox("snapshot");
+    let before = Footprint::of_host(&stage);
+    run(&stage, &["--name", "original"], COUNTING);
+    prints_on(&stage, "original");
+    let file = stage.folder("snapshots").join("counting");
+    let path = file.to_str().unwrap();
+    let written = stage.json(&["snapshot", "--json", "original", path]);
+    assert_eq!(written["bytes"], fs::metadata(&file).unwrap().len());
+    // The original goes on, and nothing of its output is lost.
+    let lines = prints_on(&stage, "original");
+    let (word, first, _) = counted(&lines);
+    assert_eq!(first, 1);
+    stage.cloister(&["stop", "-t", "0", "original"]).expect(0);
+    let (_, _, last) = counted(&logs(&stage, "original"));
+    // Twice from the same moment, each with its own name, and once from a copy's own snapshot.
+    let mut from = path.to_owned();
+    for name in ["one", "other", "grandchild"] {
+        let told = stage.json(&["restore", "--json", "--name", name, &from]);
+        assert_eq!(told["name"], name);
+        let lines = prints_on(&stage, name);
+        let (own, resumed, _) = counted(&lines);
+        assert_eq!(own, word, "the memory is another");
+        if name != "grandchild" {
+            // What had been printed before is with the original.
+            assert!((2..=last + 1).contains(&resumed), "{resumed} after {last}");
+        }
+        let kept = stage.cloister(&["exec", name, "cat", "/kept"]).expect(0);
+        assert_eq!(kept.stdout, "kept\n");
+        let text = stage
+            .cloister(&["exec", name, "cat", "/counted"])
+            .expect(0)
+            .stdout;
+        let whole: Vec<String> = text.lines().map(str::to_owned).collect();
+        let (_, first, reached) = counted(&whole);
+        assert!(
+            first == 1 && reached > resumed,
+            "the open file: {first} to {reached}"
+        );
+        let listed = stage.json(&["ps", "--json"]);
+        assert!(listed.to_string().contains(name));
+        if name == "other" {
+            from = stage
+                .scratch("snapshots")
+                .join("again")
+                .to_str()
+                .unwrap()
+                .to_owned();
+            stage.cloister(&["snapshot", name, &from]).expect(0);
+        }
+    }
+    for name in ["one", "other", "grandchild"] {
+        stage.cloister(&["stop", "-t", "0", name]).expect(0);
+        stage.cloister(&["rm", name]).expect(0);
+    }
+    stage.cloister(&["rm", "original"]).expect(0);
+    fs::remove_dir_all(stage.scratch("snapshots")).unwrap();
+    before.assert_unchanged();
+}
+
+#[test]
+fn forks_share_nothing() {
+    let stage = Stage::with_busybox("fork");
+    let before = Footprint::of_host(&stage);
+    run(&stage, &["--name", "original"], RANDOM);
+    prints_on(&stage, "original");
+    let forks = stage.json(&["fork", "--json", "-n", "3", "original"]);
+    let names: Vec<&str> = forks
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|fork| fork["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names.len(), 3);
+    let (mut seen, mut addresses) = (HashSet::new(), HashSet::new());
+    for name in names.iter().copied().chain(["original"]) {
+        for line in prints_on(&stage, name) {
+            assert!(
+                seen.insert(line.clone()),
+                "{name} printed what another one did: {line}"
+            );
+        }
+        let exec = |script: &str| {
+            let output = stage.cloister(&["exec", name, "sh", "-c", script]).expect(0);
+            output.stdout.trim().to_owned()
+        };
+        assert!(seen.insert(exec("head -c 32 /dev/urandom | md5sum")));
+        // Files of one are not the others'.
+        assert_eq!(exec(&format!("ls / | grep -c own; echo >/own-{name}")), "0");
+        let address = exec("ip -4 -o addr show eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/'");
+        assert!(
+            !address.contains('\n'),
+            "{name} has more than one address: {address}"
+        );
+        assert!(addresses.insert(address), "two have the same address");
+        exec("ping -c 1 -w 60 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')");
+    }
+    for name in names.iter().copied().chain(["original"]) {
+        stage.cloister(&["rm", "-f", name]).expect(0);
+    }
+    before.assert_unchanged();
+}
+
+#[test]
+fn a_full_disk_leaves_the_container_running_and_no_file() {
+    let stage = Stage::with_busybox("full");
+    run(&stage, &["--net", "none", "--name", "original"], COUNTING);
+    prints_on(&stage, "original");
+    let disk = stage.folder("disk");
+    let mount = |args: &[&str]| {
+        let status = Command::new("mount").args(args).arg(&disk).status().unwrap();
+        assert!(status.success());
+    };
+    mount(&["-t", "tmpfs", "-o", "size=4m", "full"]);
+    let file = disk.join("snapshot");
+    let output = stage
+        .cloister(&["snapshot", "original", file.to_str().unwrap()])
+        .expect(1);
+    assert!(output.stderr.contains("No space left"), "{output:#?}");
+    assert_eq!(fs::read_dir(&disk).unwrap().count(), 0);
+    counted(&prints_on(&stage, "original"));
+    // With room it works.
+    mount(&["-o", "remount,size=600m"]);
+    stage
+        .cloister(&["snapshot", "original", file.to_str().unwrap()])
+        .expect(0);
+    counted(&prints_on(&stage, "original"));
+    stage.cloister(&["rm", "-f", "original"]).expect(0);
+    assert!(
+        Command::new("umount")
+            .arg("-l")
+            .arg(&disk)
+            .status()
+            .unwrap()
+            .success()
+    );
+}
+
+/// Changes a byte.
+fn damage(file: &Path, at: u64) {
+    let file = File::options().read(true).write(true).open(file).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+}
+
+#[test]
+fn what_is_no_snapshot_is_refused_by_name() {
+    let stage = Stage::with_busybox("refused");
+    let shared = stage.folder("shared");
+    let volume = format!("{}:/shared", shared.display());
+    run(
+        &stage,
+        &["--net", "none", "--name", "original", "-v", &volume],
+        COUNTING,
+    );
+    prints_on(&stage, "original");
+    let file = stage.scratch("snapshot");
+    let path = file.to_str().unwrap();
+    stage.cloister(&["snapshot", "original", path]).expect(0);
+    let listed = || stage.cloister(&["ps", "-a", "-q"]).expect(0).stdout;
+    let before = listed();
+    let refused = |words: &[&str], why: &str| {
+        let output = stage.cloister(words).expect(1);
+        assert!(output.stderr.contains(why), "{why}: {output:#?}");
+        assert!(!output.stderr.contains("panicked"), "{output:#?}");
+    };
+    // It names a folder of the host's.
+    refused(&["restore", path], shared.to_str().unwrap());
+    let len = fs::metadata(&file).unwrap().len();
+    for (at, why) in [
+        (3, "no image"),
+        (9, "epoch"),
+        (100, "checksum of its header"),
+        (len - 1, "checksum of its files"),
+    ] {
+        damage(&file, at);
+        refused(&["restore", "--allow-folders", path], why);
+        damage(&file, at);
+    }
+    // Somewhere in its RAM: the first byte of a page that is stored.
+    let opened = File::open(&file).unwrap();
+    let mut page = vec![0; 4096];
+    let stored = (1..).map(|number| number * 4096).find(|at| {
+        opened.read_exact_at(&mut page, *at + (1 << 20)).unwrap();
+        page.iter().any(|byte| *byte != 0)
+    });
+    let at = stored.unwrap() + (1 << 20);
+    damage(&file, at);
+    refused(&["restore", "--allow-folders", path], "checksum of its RAM");
+    damage(&file, at);
+    let cut = stage.scratch("cut");
+    fs::copy(&file, &cut).unwrap();
+    File::options()
+        .write(true)
+        .open(&cut)
+        .unwrap()
+        .set_len(len - 1)
+        .unwrap();
+    refused(
+        &["restore", "--allow-folders", cut.to_str().unwrap()],
+        "its end is missing",
+    );
+    let other = stage.file("other", b"something else");
+    refused(&["restore", other.to_str().unwrap()], "no image");
+    refused(&["restore", "/nonexistent"], "No such file");
+    refused(&["snapshot", "nobody", path], "nobody");
+    refused(
+        &["restore", "--allow-folders", "--net", "nat", path],
+        "no network card",
+    );
+    assert_eq!(listed(), before);
+    // Whole it is good still, and the volume is the same folder.
+    fs::write(shared.join("hello"), "from the host\n").unwrap();
+    stage
+        .cloister(&["restore", "--allow-folders", "--name", "copy", path])
+        .expect(0);
+    let read = stage
+        .cloister(&["exec", "copy", "cat", "/shared/hello"])
+        .expect(0);
+    assert_eq!(read.stdout, "from the host\n");
+    counted(&prints_on(&stage, "copy"));
+    for name in ["original", "copy"] {
+        stage.cloister(&["rm", "-f", name]).expect(0);
+    }
+}
