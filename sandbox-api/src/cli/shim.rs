@@ -71,8 +71,8 @@ fn words(arguments: &[String]) -> Result<Vec<u8>, String> {
     Err("it starts no pods: cloisterd does, when containerd's runtime names a sandboxer (sandboxer = \"cloister\")".to_owned())
 }
 
-/// What the runtime can do, in the terms of the OCI runtime specification (features.md). containerd 2.1 takes it for granted that
-/// a runtime says so: asked for a recursively read-only mount on one that does not, it crashes.
+/// What the runtime can do, in the terms of the OCI runtime specification (features.md). containerd 2.1 shows it (`ctr plugins
+/// inspect-runtime`); its CRI asks nobody but runc.
 fn features() -> prost_types::Any {
     let features = serde_json::json!({
         "ociVersionMin": "1.0.0",
