@@ -236,6 +236,11 @@ pub fn rest() {
         warn(target, mount_at(kind, target, *flags, data));
     }
     warn("cgroup controllers were not delegated", delegate_controllers());
+    // It looks for fragments twice a second, and wakes an idle VM for that. Who needs large pages still has them made.
+    warn(
+        "proactive compaction",
+        fs::write("/proc/sys/vm/compaction_proactiveness", "0"),
+    );
     let limit = Rlimit {
         current: Some(MAX_FILES),
         maximum: Some(MAX_FILES),

@@ -4,11 +4,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use cloister_tests::e2e::{Footprint, Stage, eventually};
 
@@ -113,6 +114,47 @@ fn a_container_goes_on_in_its_snapshot() {
     stage.cloister(&["rm", "original"]).expect(0);
     fs::remove_dir_all(stage.scratch("snapshots")).unwrap();
     before.assert_unchanged();
+}
+
+/// What was printed before the snapshot is with the original, what is printed later with the copy, to the line, however fast
+/// it comes. How much came before shows in the original's log, which does not grow while the snapshot is written.
+#[test]
+fn no_line_of_a_flood_is_lost_or_there_twice() {
+    let stage = Stage::with_busybox("flood");
+    let flood = "i=0; while :; do i=$((i+1)); echo $i; done";
+    run(&stage, &["--net", "none", "--name", "original"], flood);
+    prints_on(&stage, "original");
+    let id = stage.cloister(&["ps", "-q", "--no-trunc"]).expect(0).stdout;
+    let log = stage.root().join("pods").join(id.trim()).join("container.log");
+    let file = stage.scratch("snapshot");
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    let path = file.to_str().unwrap().to_owned();
+    let mut lengths: HashMap<u64, u32> = HashMap::new();
+    std::thread::scope(|scope| {
+        let snapshot = scope.spawn(|| stage.cloister(&["snapshot", "original", &path]));
+        while !snapshot.is_finished() {
+            *lengths.entry(fs::metadata(&log).unwrap().len()).or_default() += 1;
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        snapshot.join().unwrap().expect(0);
+    });
+    let (still, _) = lengths.into_iter().max_by_key(|(_, times)| *times).unwrap();
+    let mut before = vec![0; usize::try_from(still).unwrap()];
+    File::open(&log).unwrap().read_exact_at(&mut before, 0).unwrap();
+    let before = before.iter().filter(|byte| **byte == b'\n').count();
+    stage.cloister(&["rm", "-f", "original"]).expect(0);
+    stage.cloister(&["restore", "--name", "copy", &path]).expect(0);
+    let lines = prints_on(&stage, "copy");
+    stage.cloister(&["rm", "-f", "copy"]).expect(0);
+    // A line may have been given away in parts.
+    assert!(
+        (before + 1).to_string().ends_with(&lines[0]),
+        "{} after {before}",
+        lines[0]
+    );
+    for (line, number) in lines.iter().zip(before + 1..).skip(1) {
+        assert_eq!(*line, number.to_string());
+    }
 }
 
 #[test]

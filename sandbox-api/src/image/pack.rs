@@ -6,7 +6,9 @@
 //! them. Sockets are left out: nobody listens to them in another place. Of extended attributes those go along that layers
 //! can have. The tree is a container's: names are never followed, and its depth is limited.
 
-use super::unpack::{DIRECTORY, MAX_DEPTH, OPAQUE, xattr_allowed};
+use super::unpack::{DIRECTORY, ENCODED_XATTR, MAX_DEPTH, OPAQUE, XATTR, xattr_allowed};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -188,7 +190,12 @@ impl<W: Write> Packer<W> {
             if is_mark {
                 is_opaque = value == b"y";
             } else {
-                said.push((format!("SCHILY.xattr.{name}"), value));
+                said.push(if value.contains(&b'\n') {
+                    let encoded = BASE64_STANDARD.encode(value);
+                    (format!("{ENCODED_XATTR}{name}"), encoded.into_bytes())
+                } else {
+                    (format!("{XATTR}{name}"), value)
+                });
             }
         }
         let said = said.iter().map(|(name, value)| (name.as_str(), value.as_slice()));
@@ -253,6 +260,7 @@ mod tests {
                 mark(&dir.join("d"), OPAQUE, b"y");
                 mark(&dir.join("d"), "trusted.overlay.origin", b"x");
                 mark(&dir.join("d/file"), "user.note", b"\0\n=binary");
+                mark(&dir.join("d/file"), "user.plain", b"a=b");
                 UnixListener::bind(dir.join("socket")).unwrap();
             },
             |dir| {
@@ -271,6 +279,7 @@ mod tests {
                 assert_eq!(marked(&dir.join("d"), OPAQUE).unwrap(), b"y");
                 assert_eq!(marked(&dir.join("d"), "trusted.overlay.origin"), None);
                 assert_eq!(marked(&dir.join("d/file"), "user.note").unwrap(), b"\0\n=binary");
+                assert_eq!(marked(&dir.join("d/file"), "user.plain").unwrap(), b"a=b");
                 assert!(!dir.join("socket").exists());
             },
         );

@@ -15,6 +15,8 @@
 //! as docker and containerd do.
 
 use super::error::{Error, Result};
+use base64::Engine as _;
+use base64::prelude::BASE64_STANDARD;
 use rustix::fs::{
     AtFlags, CWD, FileType, Gid, Mode, OFlags, ResolveFlags, Timespec, Timestamps, Uid, XattrFlags,
 };
@@ -167,6 +169,10 @@ struct Unpacker<'a> {
     limits: Limits,
 }
 
+/// Before the name of an extended attribute in a PAX record, and where its value is in base64: the tar crate does not read
+/// one that has a newline in it.
+pub(super) const XATTR: &str = "SCHILY.xattr.";
+pub(super) const ENCODED_XATTR: &str = "CLOISTER.xattr-base64.";
 pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
 pub(super) const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -616,10 +622,22 @@ fn attributes<R: Read>(entry: &mut tar::Entry<'_, R>) -> Result<Attributes> {
                     }
                 }
                 Ok(key) => {
-                    if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
+                    let encoded = key.strip_prefix(ENCODED_XATTR);
+                    if let Some(name) = encoded.or_else(|| key.strip_prefix(XATTR)) {
                         if !xattr_allowed(name) {
                             continue;
                         }
+                        let decoded;
+                        let value = match encoded {
+                            None => value,
+                            Some(_) => {
+                                let Ok(bytes) = BASE64_STANDARD.decode(value) else {
+                                    continue;
+                                };
+                                decoded = bytes;
+                                &decoded[..]
+                            }
+                        };
                         if value.len() > 65536 || name.len() > 255 || xattrs.len() >= 128 {
                             too_large = Some("extended attributes beyond what Linux stores");
                             continue;

@@ -613,12 +613,16 @@ mod tests {
             let pumps = Pumps::resume(&hub, stdio, false, &names).unwrap();
             // It has no others, so none is waited for.
             assert_eq!(hub.lock().len(), 1);
-            let reader = tokio::task::spawn_blocking(move || std::fs::read_to_string(reader_path).unwrap());
-            let mut guest = dial(&hub, &names[1]);
-            guest.write_all(b"on it goes").unwrap();
-            drop(guest);
+            let reader = tokio::task::spawn_blocking(move || std::fs::read(reader_path).unwrap());
+            let guest = dial(&hub, &names[1]);
+            // More than a fifo holds: its reader has come before it ends.
+            let payload = vec![b'x'; 300_000];
+            let sent = payload.clone();
+            tokio::task::spawn_blocking(move || (&guest).write_all(&sent).unwrap())
+                .await
+                .unwrap();
             pumps.finish(Duration::from_secs(10)).await;
-            assert_eq!(reader.await.unwrap(), "on it goes");
+            assert_eq!(reader.await.unwrap(), payload);
             std::fs::remove_file(path).unwrap();
         });
     }
