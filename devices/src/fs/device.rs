@@ -17,8 +17,6 @@ use crate::virtio::{
 use crate::worker_pool::WorkerPool;
 
 pub(super) const WHAT: &str = "virtio-fs";
-/// Version of the data side's state.
-
 /// Shared-memory region 0 is the DAX window (virtio 1.3, section 5.11.5).
 const DAX_REGION: u8 = 0;
 
