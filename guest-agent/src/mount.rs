@@ -162,7 +162,9 @@ pub fn shared() -> io::Result<()> {
         return Ok(());
     }
     fs::create_dir_all(dir)?;
-    mount_on("virtiofs", SHARED_TAG, dir, &["nodev", "nosuid"])
+    // Containers have their roots from it: set-user-ID programs and device nodes in them work, as far as the container's rules
+    // for devices and privileges let them.
+    mount_on("virtiofs", SHARED_TAG, dir, &[])
 }
 
 /// Undoes every mount on `target`, the last first. What is in use goes once its users are gone.

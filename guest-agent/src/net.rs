@@ -346,7 +346,11 @@ fn route_message(route: &Route, index: impl Fn(&str) -> io::Result<u32>) -> io::
         AddressFamily::Inet6
     };
     message.header.table = RouteHeader::RT_TABLE_MAIN;
-    message.header.protocol = RouteProtocol::Boot;
+    // One without a gateway is what the kernel makes with an address.
+    message.header.protocol = match gateway {
+        Some(_) => RouteProtocol::Boot,
+        None => RouteProtocol::Kernel,
+    };
     message.header.kind = RouteType::Unicast;
     message.header.scope = match (u8::try_from(route.scope), gateway) {
         (Ok(0), None) if v4 => RouteScope::Link,

@@ -274,7 +274,7 @@ fn every_clone_answers() {
         let bed = Bed::new();
         for cpus in [1, 2] {
             let image = bed.template(cpus).await;
-            for (round, at_once) in [1, 5, 1, 5, 1, 5, 1, 5, 1, 5].into_iter().enumerate() {
+            for (round, at_once) in [1, 5, 1, 5].into_iter().enumerate() {
                 let mut starting = Vec::new();
                 for number in 0..at_once {
                     let name = format!("pod-{round}-{number}");

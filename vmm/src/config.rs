@@ -28,8 +28,8 @@ pub const MAX_NAME: usize = 64;
 /// is not to take out its lock prefixes, which costs a switch of page tables for each. The RAM disk's memory is not to be
 /// filled with a pattern and freed: `Cell::discard_initrd` gives it back to the host.
 /// Only words that our kernel knows: it hands others to init as arguments.
-pub const BASE_COMMAND_LINE: &str =
-    "loglevel=3 reboot=t panic=-1 tsc=reliable random.trust_cpu=on noreplace-smp retain_initrd";
+pub const BASE_COMMAND_LINE: &str = "loglevel=3 reboot=t panic=-1 tsc=reliable random.trust_cpu=on noreplace-smp retain_initrd \
+     dummy.numdummies=0";
 
 /// What a kernel is told of a cell that has no serial port, so that it does not probe for one (13 exits). Words with a dot
 /// in them are a driver's: a kernel without it forgets them.

@@ -3,6 +3,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid};
 use rustix::io::Errno;
@@ -86,8 +87,11 @@ impl Server {
         }
         // A name in the root stands until it is detached. Then its node answers ESTALE, at which Linux looks the name
         // up again by itself (LOOKUP_REVAL).
+        // A tree that changes as a whole (a ConfigMap) does so by its symbolic link: by the old one its files would be gone.
         let name_timeout = if parent.is_none() {
             CachePolicy::Always.timeout()
+        } else if inode.kind == FileType::Symlink && timeout == CachePolicy::Auto.timeout() {
+            Duration::ZERO
         } else {
             timeout
         };

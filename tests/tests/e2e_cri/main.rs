@@ -72,6 +72,7 @@ const CASES: &[Case] = cases! {
 const AGREED: &[&str] = &[
     "pods::life",
     "pods::unknown",
+    "pods::sysctls",
     "containers::life",
     "containers::exit_codes",
     "containers::process",
@@ -83,6 +84,11 @@ const AGREED: &[&str] = &[
     "streams::port_forward",
     "logs::lines",
     "files::nodes_dns",
+    "files::shared_memory",
+    "mounts::live_updates",
+    "mounts::nested",
+    "security::restrictions",
+    "security::devices",
 ];
 
 /// The node and its handlers, started by the first case.

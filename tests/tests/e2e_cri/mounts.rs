@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Volumes, as kubelets hand them over: folders and files of the node.
 
-use cloister_tests::cri::{Outcome, Pod, Runtime, VOLUME, api, args, code, ensure, script, security};
+use cloister_tests::cri::{
+    Outcome, Pod, Runtime, VOLUME, api, args, code, ensure, eventually, script, security,
+};
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -117,7 +119,12 @@ pub async fn live_updates(runtime: &Runtime) -> Outcome<Value> {
         );
     }
     fs::remove_file(&file)?;
-    seen.push(container.exec_script("cat /config/file").await?.code.to_string());
+    // What is gone may be remembered for a second.
+    let gone = eventually("the end of a file", async || {
+        let code = container.exec_script("cat /config/file").await?.code;
+        Ok((code != 0).then_some(code))
+    });
+    seen.push(gone.await?.to_string());
     // And the other way.
     container.exec_script("echo written >/work/answer").await?;
     seen.push(fs::read_to_string(dir.join("answer"))?);
@@ -243,7 +250,8 @@ pub async fn propagation(runtime: &Runtime) -> Outcome<Value> {
                 continue;
             }
         };
-        if container.start().await.is_err() {
+        if let Err(error) = container.start().await {
+            eprintln!("{name}: {error}");
             seen.insert(name.to_owned(), json!("not started"));
             container.remove().await?;
             continue;

@@ -104,7 +104,7 @@ pub async fn restrictions(runtime: &Runtime) -> Outcome<Value> {
         (echo x >>/etc/hosts) 2>/dev/null || echo hosts";
     // A copy of a shell that belongs to root.
     let grows = "cp /bin/cat /tmp/cat; chmod 4755 /tmp/cat; exec setpriv --reuid 1000 --clear-groups sh -c '/tmp/cat /proc/self/status | grep -E \"^(Uid|NoNewPrivs)\" | xargs'";
-    let hidden = "for path in /proc/kcore /proc/keys /proc/timer_list /sys/firmware; do [ ! -e $path ] || { printf '%s ' $path; (cat $path 2>/dev/null; ls $path) | grep -v \"^$path\" | wc -c; }; done; \
+    let hidden = "for path in /proc/keys /proc/timer_list /sys/firmware; do [ ! -e $path ] || { printf '%s ' $path; (cat $path 2>/dev/null; ls $path) | grep -v \"^$path\" | wc -c; }; done; \
         for path in /proc/sys/kernel/domainname /proc/sysrq-trigger /sys/fs/cgroup/cgroup.procs; do (echo x >$path) 2>/dev/null || echo \"$path read-only\"; done; \
         (mount -t proc proc /mnt) 2>/dev/null || echo no mount";
     Ok(json!({
