@@ -164,7 +164,7 @@ pub fn shared() -> io::Result<()> {
     fs::create_dir_all(dir)?;
     // Containers have their roots from it: set-user-ID programs and device nodes in them work, as far as the container's rules
     // for devices and privileges let them.
-    mount_on("virtiofs", SHARED_TAG, dir, &[])
+    mount_on("virtiofs", SHARED_TAG, dir, &[] as &[&str])
 }
 
 /// Undoes every mount on `target`, the last first. What is in use goes once its users are gone.
