@@ -183,6 +183,62 @@ const DIFFERENCES: &[Difference] = &[
         cloister: "false",
         reason: "containerd reads the pod's cgroup on the node, in which the VM is not (docs/restarts.md)",
     },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways",
+        runc: "nothing",
+        cloister: "\"not started\"",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways/0/code",
+        runc: "0",
+        cloister: "nothing",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways/0/stderr",
+        runc: "\"\"",
+        cloister: "nothing",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways/0/stdout",
+        runc: "\"file\\n\"",
+        cloister: "nothing",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways/1",
+        runc: "true",
+        cloister: "nothing",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways/2/code",
+        runc: "0",
+        cloister: "nothing",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways/2/stderr",
+        runc: "\"\"",
+        cloister: "nothing",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
+    Difference {
+        case: "cri::mounts::propagation",
+        place: "/both-ways/2/stdout",
+        runc: "\"\"",
+        cloister: "nothing",
+        reason: "what a guest mounts is in the guest: Bidirectional propagation is not possible",
+    },
 ];
 
 /// Says what differs without a reason, and which reason is not needed any more.
