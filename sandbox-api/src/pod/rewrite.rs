@@ -96,6 +96,9 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
             linux.set_namespaces(Some(kept));
         }
         linux.set_mount_label(None);
+        // containerd writes it as mount(8) does; the specification's word, which is recursive as well, is what libcontainer takes.
+        let propagation = linux.rootfs_propagation().clone();
+        linux.set_rootfs_propagation(propagation.map(|word| word.trim_start_matches('r').to_owned()));
         spec.set_linux(Some(linux));
     }
     if let Some(mut process) = spec.process().clone() {
@@ -196,6 +199,13 @@ fn refuse(spec: &Spec) -> Result<(), String> {
         }
     }
     let Some(linux) = spec.linux() else { return Ok(()) };
+    if linux
+        .rootfs_propagation()
+        .as_ref()
+        .is_some_and(|word| word.ends_with("shared"))
+    {
+        return unsupported("mount propagation from the container to the host (Bidirectional)");
+    }
     if linux.intel_rdt().is_some() {
         return unsupported("linux.intelRdt");
     }
@@ -326,6 +336,18 @@ mod tests {
         );
         assert!(refused("/srv/data", "/dev/kmsg").contains("/dev/kmsg"));
         assert!(refused(r#""cgroupsPath""#, r#""intelRdt":{},"cgroupsPath""#).contains("intelRdt"));
+        let shared = r#""rootfsPropagation":"rshared","cgroupsPath""#;
+        assert!(refused(r#""cgroupsPath""#, shared).contains("Bidirectional"));
+    }
+
+    #[test]
+    fn propagation_from_the_host_is_in_the_specifications_words() {
+        let slave = r#""rootfsPropagation":"rslave","cgroupsPath""#;
+        let text = SPEC.replace(r#""cgroupsPath""#, slave);
+        let mut spec: Spec = serde_json::from_str(&text).unwrap();
+        for_guest(&mut spec, "c1").unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        assert_eq!(linux.rootfs_propagation().as_deref(), Some("slave"));
     }
 
     #[test]
