@@ -4,6 +4,7 @@
 #   make test            set up, build, lint, run every test
 #   make bench [ONLY=P]  the benchmarks whose names start with P; results in target/bench/results.jsonl
 #   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME
+#   make plots           the figures of the last `make bench`, drawn: docs/figures
 #   make deb             the Debian package, checked: target/deb/cloister_VERSION_amd64.deb
 #   make cri             every case of CRI, on runc and on Cloister
 #   make faults          everything that can be made to fail on a node
@@ -29,7 +30,7 @@ export CLOISTER_GUEST := $(guest)
 kvm_options ?= --cpus 2 --memory 12288
 
 .NOTPARALLEL:
-.PHONY: setup build guest run test unit e2e cri faults kvm-host-test bench lint deb clean
+.PHONY: setup build guest run test unit e2e cri faults kvm-host-test bench plots lint deb clean
 
 setup:
 	ci/setup
@@ -87,6 +88,9 @@ bench: build
 	guest-image/build-initramfs $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-guest-bench $(guest)/bench.cpio
 	tests/demo/prepare
 	ci/bench --only '$(ONLY)' $(kvm_options)
+
+plots:
+	$(CARGO_TARGET_DIR)/release/cloister-bench --out target/bench/results.jsonl --plot docs/figures
 
 deb: build
 	ci/check-deb "$$(ci/build-deb $(CARGO_TARGET_DIR)/release $(guest) target/deb)"
