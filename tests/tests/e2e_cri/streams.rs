@@ -134,14 +134,15 @@ pub async fn port_forward(runtime: &Runtime) -> Outcome<Value> {
     echo.send(b"hello").await?;
     let hello = echo.read(5).await?;
     let large = b"0123456789abcdef".repeat(1 << 13);
+    // Each piece is read before the next is sent: who only writes to an echo waits for ever once all buffers are full.
     for piece in large.chunks(20_000) {
         echo.send(piece).await?;
+        let (back, error) = echo.read(piece.len()).await?;
+        ensure(
+            back == piece,
+            format_args!("{} bytes came back, {error:?}", back.len()),
+        )?;
     }
-    let (back, error) = echo.read(large.len()).await?;
-    ensure(
-        back == large,
-        format_args!("{} bytes came back, {error:?}", back.len()),
-    )?;
     // Two at once.
     let (mut one, mut two) = (
         PortForward::open(pod, 8100).await?,
