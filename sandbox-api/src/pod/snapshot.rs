@@ -171,11 +171,12 @@ impl Taker {
             .write(true)
             .open(path)
             .map_err(io_error("open"))?;
+        let (pid, streams) = service.known_to_guest(id).map_err(said)?;
         let paused = service.is_paused(id).await.map_err(said)?;
+        // Nothing may return early from here on to where it is resumed.
         if !paused {
             service.set_paused(id, true).await.map_err(said)?;
         }
-        let (pid, streams) = service.known_to_guest(id).map_err(said)?;
         let facts = Facts {
             record: self.record.clone(),
             pid,
