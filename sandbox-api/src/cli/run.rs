@@ -7,13 +7,12 @@
 use super::args::{PullPolicy, RunArgs};
 use super::session::{self, Options};
 use super::{Context, Failure, Outcome, client, containers, parse, print};
-use crate::clock;
 use crate::host_check;
 use crate::ids;
 use crate::image::{self, Image, Progress, PullOptions, Source, Store};
 use crate::pod::host::{self, Attach, Moment};
 use crate::pod::snapshot::Snapshot;
-use crate::pod::state::{Alive, Plan, Pods, Record, Status};
+use crate::pod::state::{Alive, Plan, Pods, Record};
 use crate::pod::terminal;
 use crate::runtime::spec::{self, Security, Wishes};
 use std::fs::File;
@@ -108,22 +107,11 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
         labels: args.label.into_iter().collect(),
     };
     let record = Record {
-        id,
-        name: String::new(),
         image: chosen.name,
         image_id: chosen.image.as_ref().map(|image| image.id.clone()),
         layers: chosen.image.map(|image| image.layers).unwrap_or_default(),
         command,
-        plan,
-        status: Status::Created,
-        pid: (!create).then(std::process::id),
-        created: clock::now(),
-        started: None,
-        finished: None,
-        exit_code: None,
-        error: None,
-        net: None,
-        guest_id: None,
+        ..Record::of(id, plan, (!create).then(std::process::id))
     };
     let (record, alive) = pods.reserve(record, args.name.as_deref())?;
     drop(hold);

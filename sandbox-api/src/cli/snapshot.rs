@@ -9,11 +9,10 @@ use super::pods::target::Verb;
 use super::run::{self, Launch, Launched};
 use super::table::printable;
 use super::{Context, Failure, Outcome, client, print, print_json};
-use crate::clock;
 use crate::host_check;
 use crate::ids;
 use crate::pod::snapshot::Snapshot;
-use crate::pod::state::{Network, Pods, Publish, Record, Status};
+use crate::pod::state::{Network, Pods, Publish, Record};
 use cloister_protocol::task::CheckpointTaskRequest;
 use cloister_protocol::ttrpc::context::Context as Call;
 use cloister_vmm::image::{self, NewFile};
@@ -83,19 +82,12 @@ fn begin(
     plan.network = copy.network;
     plan.publish = copy.publish;
     let record = Record {
-        id: ids::container_id(),
-        name: String::new(),
-        plan,
-        status: Status::Created,
-        pid: Some(std::process::id()),
-        created: clock::now(),
-        started: None,
-        finished: None,
-        exit_code: None,
-        error: None,
-        net: None,
+        image: original.image.clone(),
+        image_id: original.image_id.clone(),
+        layers: original.layers.clone(),
+        command: original.command.clone(),
         guest_id: Some(original.container_id().to_owned()),
-        ..original.clone()
+        ..Record::of(ids::container_id(), plan, Some(std::process::id()))
     };
     // The layers stay from here on: the record names them.
     let hold = context.store()?.hold()?;

@@ -145,6 +145,28 @@ pub struct Record {
 }
 
 impl Record {
+    /// Of a container that has not started; what [`Pods::reserve`] does not give it, such as its image, is the caller's to say.
+    pub fn of(id: String, plan: Plan, pid: Option<u32>) -> Self {
+        Self {
+            id,
+            name: String::new(),
+            image: String::new(),
+            image_id: None,
+            layers: Vec::new(),
+            command: Vec::new(),
+            plan,
+            status: Status::Created,
+            pid,
+            created: clock::now(),
+            started: None,
+            finished: None,
+            exit_code: None,
+            error: None,
+            net: None,
+            guest_id: None,
+        }
+    }
+
     /// The 12 digits that docker shows.
     pub fn short_id(&self) -> &str {
         self.id.get(..12).unwrap_or(&self.id)
@@ -543,40 +565,28 @@ pub(crate) mod tests {
     use super::*;
 
     pub(crate) fn record(id: &str) -> Record {
+        let plan = Plan {
+            wishes: Wishes::default(),
+            cpus: 1,
+            memory: 1 << 28,
+            dax: None,
+            network: Network::Tap("tap0".into()),
+            publish: Vec::new(),
+            hostname: "h".into(),
+            kernel: "/k".into(),
+            initrd: "/i".into(),
+            kernel_args: Vec::new(),
+            init_timeout_ms: 1000,
+            auto_remove: false,
+            interactive: false,
+            stop_signal: 15,
+            rootfs: None,
+            labels: BTreeMap::new(),
+        };
         Record {
-            id: id.to_owned(),
-            name: String::new(),
             image: "img".into(),
-            image_id: None,
-            layers: Vec::new(),
             command: vec!["sh".into()],
-            plan: Plan {
-                wishes: Wishes::default(),
-                cpus: 1,
-                memory: 1 << 28,
-                dax: None,
-                network: Network::Tap("tap0".into()),
-                publish: Vec::new(),
-                hostname: "h".into(),
-                kernel: "/k".into(),
-                initrd: "/i".into(),
-                kernel_args: Vec::new(),
-                init_timeout_ms: 1000,
-                auto_remove: false,
-                interactive: false,
-                stop_signal: 15,
-                rootfs: None,
-                labels: BTreeMap::new(),
-            },
-            status: Status::Created,
-            pid: None,
-            created: clock::now(),
-            started: None,
-            finished: None,
-            exit_code: None,
-            error: None,
-            net: None,
-            guest_id: None,
+            ..Record::of(id.to_owned(), plan, None)
         }
     }
 

@@ -531,6 +531,18 @@ mod tests {
             .unwrap()
     }
 
+    /// Sends more than a fifo holds (so its reader has come before it ends), and sees it arrive.
+    async fn all_arrives(guest: StdStream, pumps: Pumps, fifo: &Path, reader: JoinHandle<Vec<u8>>) {
+        let payload = vec![b'x'; 300_000];
+        let sent = payload.clone();
+        tokio::task::spawn_blocking(move || (&guest).write_all(&sent).unwrap())
+            .await
+            .unwrap();
+        pumps.finish(Duration::from_secs(10)).await;
+        assert_eq!(reader.await.unwrap(), payload);
+        std::fs::remove_file(fifo).unwrap();
+    }
+
     #[test]
     fn output_to_a_fifo_ends_with_the_stream() {
         runtime().block_on(async {
@@ -540,23 +552,9 @@ mod tests {
             let stdio = Stdio::from_request("", path.to_str().unwrap(), "").unwrap();
             let (pumps, names) = Pumps::start(&hub, stdio, false).unwrap();
             assert_eq!((names[0].as_str(), names[2].as_str()), ("", ""));
-            let reader = tokio::task::spawn_blocking(move || {
-                let mut bytes = Vec::new();
-                std::fs::File::open(reader_path)
-                    .unwrap()
-                    .read_to_end(&mut bytes)
-                    .unwrap();
-                bytes
-            });
+            let reader = tokio::task::spawn_blocking(move || std::fs::read(reader_path).unwrap());
             let guest = dial(&hub, &names[1]);
-            let payload = vec![b'x'; 300_000];
-            let sent = payload.clone();
-            tokio::task::spawn_blocking(move || (&guest).write_all(&sent).unwrap())
-                .await
-                .unwrap();
-            pumps.finish(Duration::from_secs(10)).await;
-            assert_eq!(reader.await.unwrap(), payload);
-            std::fs::remove_file(path).unwrap();
+            all_arrives(guest, pumps, &path, reader).await;
         });
     }
 
@@ -615,15 +613,7 @@ mod tests {
             assert_eq!(hub.lock().len(), 1);
             let reader = tokio::task::spawn_blocking(move || std::fs::read(reader_path).unwrap());
             let guest = dial(&hub, &names[1]);
-            // More than a fifo holds: its reader has come before it ends.
-            let payload = vec![b'x'; 300_000];
-            let sent = payload.clone();
-            tokio::task::spawn_blocking(move || (&guest).write_all(&sent).unwrap())
-                .await
-                .unwrap();
-            pumps.finish(Duration::from_secs(10)).await;
-            assert_eq!(reader.await.unwrap(), payload);
-            std::fs::remove_file(path).unwrap();
+            all_arrives(guest, pumps, &path, reader).await;
         });
     }
 

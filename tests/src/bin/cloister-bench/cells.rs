@@ -78,15 +78,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         let conditions = format!(
             "1 vCPU, 128 MiB, vsock; PSS without guest pages, beyond the same process with no cell ({empty} KiB), per cell"
         );
-        let figure = |name: String, value, unit, goal, conditions| Figure {
-            name,
-            value,
-            unit,
-            peer: String::new(),
-            conditions,
-            goal,
-        };
-        context.report.add(figure(
+        context.report.add(Figure::ours(
             format!("cell.pss_kib.{count}"),
             per_cell,
             "KiB",
@@ -95,7 +87,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         ))?;
         let conditions = "PSS of the whole process without guest pages, divided by its cells".to_owned();
         let whole = kib(all - guest) / f64::from(count);
-        context.report.add(figure(
+        context.report.add(Figure::ours(
             format!("cell.process_pss_kib.{count}"),
             whole,
             "KiB",
@@ -109,7 +101,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
             let name = "cell.threads_beyond_vcpus.50".to_owned();
             context
                 .report
-                .add(figure(name, value, "threads", "<= 8", conditions))?;
+                .add(Figure::ours(name, value, "threads", "<= 8", conditions))?;
         }
     }
     for ((cell, ..), _) in &cells {

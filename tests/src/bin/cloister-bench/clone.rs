@@ -5,7 +5,6 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -165,7 +164,12 @@ fn start(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io
 
 /// KiB of `field` of /proc/self/smaps_rollup.
 pub fn rollup(field: &str) -> io::Result<u64> {
-    let text = fs::read_to_string(Path::new("/proc/self/smaps_rollup"))?;
+    kib_of("/proc/self/smaps_rollup", field)
+}
+
+/// KiB of `field` of a file such as /proc/meminfo; 0 if it is not there.
+pub fn kib_of(file: &str, field: &str) -> io::Result<u64> {
+    let text = fs::read_to_string(file)?;
     let line = text
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
@@ -185,14 +189,7 @@ fn add(
     (name, value, unit, goal): (&str, f64, &'static str, &'static str),
     conditions: String,
 ) -> io::Result<()> {
-    context.report.add(Figure {
-        name: name.into(),
-        value,
-        unit,
-        peer: String::new(),
-        conditions,
-        goal,
-    })
+    context.report.add(Figure::ours(name, value, unit, goal, conditions))
 }
 
 /// Times, and what the host has to do.

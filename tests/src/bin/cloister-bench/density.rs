@@ -4,7 +4,6 @@
 //! Every VM of a process hears of every change of its page tables (KVM's MMU notifier). So one change costs more the more VMs there
 //! are in one address space; how much more says how many a process should host.
 
-use std::fs;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +12,7 @@ use cloister_vmm::{Boot, CellHost, CellHostConfig, HugePages};
 
 use crate::Context;
 use crate::boot::end;
-use crate::clone::{MEMORY_MIB, Pod, float, page_tables, pod, rollup, template};
+use crate::clone::{MEMORY_MIB, Pod, float, kib_of, page_tables, pod, rollup, template};
 use crate::ours::chain;
 use crate::report::{Figure, median};
 
@@ -27,15 +26,8 @@ const CHANGES: u32 = 200;
 /// What the host is to have left, whatever the clones do.
 const SPARE_KIB: u64 = 512 << 10;
 
-/// KiB of `field` of /proc/meminfo.
 fn meminfo(field: &str) -> io::Result<u64> {
-    let text = fs::read_to_string("/proc/meminfo")?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-    Ok(line
-        .and_then(|rest| rest.split_whitespace().next()?.parse().ok())
-        .unwrap_or(0))
+    kib_of("/proc/meminfo", field)
 }
 
 /// Microseconds that a mapping, one page of it touched, and its end take.
@@ -68,14 +60,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
     end(&clone(999)?.cell);
     let (private, tables, available) = (rollup("Private_Dirty")?, page_tables()?, meminfo("MemAvailable")?);
     let mut add = |name: String, value: f64, unit, goal, conditions: String| {
-        context.report.add(Figure {
-            name,
-            value,
-            unit,
-            peer: String::new(),
-            conditions,
-            goal,
-        })
+        context.report.add(Figure::ours(name, value, unit, goal, conditions))
     };
     let alone = change();
     let events =
