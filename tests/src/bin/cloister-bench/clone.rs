@@ -189,7 +189,9 @@ fn add(
     (name, value, unit, goal): (&str, f64, &'static str, &'static str),
     conditions: String,
 ) -> io::Result<()> {
-    context.report.add(Figure::ours(name, value, unit, goal, conditions))
+    context
+        .report
+        .add(Figure::ours(name, value, unit, goal, conditions))
 }
 
 /// Times, and what the host has to do.

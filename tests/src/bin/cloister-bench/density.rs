@@ -60,7 +60,9 @@ pub fn run(context: &mut Context) -> io::Result<()> {
     end(&clone(999)?.cell);
     let (private, tables, available) = (rollup("Private_Dirty")?, page_tables()?, meminfo("MemAvailable")?);
     let mut add = |name: String, value: f64, unit, goal, conditions: String| {
-        context.report.add(Figure::ours(name, value, unit, goal, conditions))
+        context
+            .report
+            .add(Figure::ours(name, value, unit, goal, conditions))
     };
     let alone = change();
     let events =
