@@ -34,6 +34,9 @@ kvm_options ?= --cpus 2 --memory 12288
 
 setup:
 	ci/setup
+ifeq ($(CI),true)
+	ci/source-times $(CARGO_TARGET_DIR)
+endif
 
 # With the programs of the end-to-end tests in the same go: asked for by themselves they would have their libraries built
 # again, with other features.

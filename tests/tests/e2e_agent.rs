@@ -17,23 +17,14 @@ use cloister_protocol::pod::{
 use cloister_protocol::protobuf::{Message, MessageField};
 use cloister_protocol::task::{KillRequest, Metrics, PauseRequest, StatsRequest, UpdateTaskRequest};
 use cloister_protocol::{RESOURCES_TYPE_URL, protobuf::well_known_types::any::Any};
+use cloister_tests::e2e::guest_file;
 use harness::{Bed, Streams, ctx, soon};
 use serde_json::json;
 use tokio::io::AsyncWriteExt;
 
-fn file(name: &str) -> PathBuf {
-    let dir = std::env::var_os("CLOISTER_GUEST").map_or_else(
-        || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/guest"),
-        PathBuf::from,
-    );
-    let path = dir.join(name);
-    assert!(path.exists(), "{} is missing: run make guest", path.display());
-    path
-}
-
 #[tokio::test]
 async fn a_pod_vm_from_boot_to_power_off() {
-    let (agent, kernel) = (file("cloister-agent"), file("vmlinux"));
+    let (agent, kernel) = (guest_file("cloister-agent"), guest_file("vmlinux"));
     let mut bed = Bed::in_vm(&agent, &kernel, 42).await;
     let none = Streams::default();
     println!(

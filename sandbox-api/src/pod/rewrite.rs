@@ -292,8 +292,7 @@ mod tests {
 
     #[test]
     fn containerds_own_spec_goes_through() {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/containerd-config.json");
-        let text = std::fs::read_to_string(path).unwrap();
+        let text = include_str!("../../tests/data/containerd-config.json");
         // Start's answer was another process then.
         let text = text.replace("/proc/14446/", &format!("/proc/{}/", std::process::id()));
         let mut spec: Spec = serde_json::from_str(&text).unwrap();

@@ -19,9 +19,16 @@ use std::time::{Duration, Instant};
 /// What hangs is given up after this long.
 pub const PATIENCE: Duration = Duration::from_secs(600);
 
-/// A file of the checkout.
+/// A file of the checkout. Tests run in their package's folder, as cargo and `ci/e2e` start them; where they were compiled says
+/// nothing, for checkouts share what they compile (`CARGO_TARGET_DIR`).
 pub fn checkout(path: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/..")).join(path)
+    let package = std::env::current_dir().unwrap();
+    assert!(
+        package.ends_with("tests"),
+        "run in {}, not in tests",
+        package.display()
+    );
+    package.join("..").join(path)
 }
 
 /// A file of the guest side: `vmlinux`, `initramfs.cpio`.
