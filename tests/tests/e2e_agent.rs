@@ -8,8 +8,6 @@
 #[path = "../../guest-agent/tests/harness/mod.rs"]
 mod harness;
 
-use std::path::PathBuf;
-
 use cloister_protocol::pod::{
     ConfigureRequest, DnsFiles, InfoRequest, Interface, MountRequest, OnlineRequest, PowerOffRequest, Route,
     UnmountRequest,

@@ -22,7 +22,9 @@ use cloister_sandbox_api::pod::guest::{Guest, ShareOptions};
 use cloister_sandbox_api::pod::machine::{MachineConfig, Origin, Room};
 use cloister_sandbox_api::pod::template::{self, Kind};
 use cloister_sandbox_api::pod::vm::PodVm;
-use cloister_tests::e2e::{Footprint, PATIENCE, ProcessFootprint, Stage, guest_file};
+use cloister_tests::e2e::{
+    Footprint, PATIENCE, ProcessFootprint, Stage, anonymous_kib, guest_file, number_of,
+};
 use cloister_vmm::image::Image;
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 use container::{Script, pod_initramfs};
@@ -288,6 +290,59 @@ fn every_clone_answers() {
             }
         }
     });
+}
+
+/// Again and again: clones that are killed at different moments of their lives, and nothing is left of them.
+/// `CLOISTER_CYCLES` says how many.
+#[test]
+fn cycles_of_clones_that_are_killed_leave_nothing() {
+    let cycles = number_of("CLOISTER_CYCLES", 12);
+    runtime().block_on(async {
+        let bed = Bed::new();
+        let image = bed.template(1).await;
+        for number in 0..4 {
+            cycle(&bed, &image, number).await;
+        }
+        let (before, first) = (ProcessFootprint::of_this(), anonymous_kib(std::process::id()));
+        let start = std::time::Instant::now();
+        for number in 0..cycles {
+            cycle(&bed, &image, number).await;
+        }
+        let took = start.elapsed();
+        before.assert_unchanged();
+        let last = anonymous_kib(std::process::id());
+        println!(
+            "{cycles} cycles in {took:.1?}: {first} KiB of the process's own memory before, {last} after"
+        );
+        // Allocators keep some; what a cycle left would be there a thousand times.
+        assert!(
+            last < first + 2048 + u64::from(cycles),
+            "{first} KiB before, {last} after"
+        );
+        image.verify().expect("a clone has changed the template");
+    });
+}
+
+/// One clone, killed as soon as it is made, when it has answered, in the middle of an answer, or when it has an identity.
+async fn cycle(bed: &Bed, image: &Arc<Image>, number: u32) {
+    let config = bed.config(&format!("cycle-{number}"), 1, Origin::Clone(Arc::clone(image)));
+    let mut vm = PodVm::start(config, &bed.host).await.unwrap();
+    let moment = number % 4;
+    if moment != 0 {
+        let agent = vm.ready(PATIENCE).await.unwrap();
+        let request = PingRequest {
+            payload: vec![7; 1000],
+            ..Default::default()
+        };
+        let ping = agent.pod.ping(with_duration(PATIENCE), &request);
+        match moment {
+            1 => drop(ping.await.unwrap()),
+            2 => drop(tokio::time::timeout(Duration::from_millis(1), ping).await),
+            _ => vm.configure(&ConfigureRequest::new()).await.unwrap(),
+        }
+    }
+    vm.machine.cell().stop();
+    vm.shut_down().await;
 }
 
 /// A clone takes its identity and runs to its end.

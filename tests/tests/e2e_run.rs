@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use cloister_tests::e2e::{Child, Footprint, Output, PATIENCE, Stage, eventually};
+use cloister_tests::e2e::{Child, Footprint, Output, PATIENCE, Stage, anonymous_kib, eventually};
 use rustix::process::Signal;
 use std::fs;
 use std::io::{Read, Write};
@@ -663,13 +663,6 @@ fn a_flood_of_output_loses_no_byte() {
     writer.join().unwrap();
     assert_same(output.stdout.as_bytes(), content);
     before.assert_unchanged();
-}
-
-/// KiB of the process's own memory; guest memory is shared and does not count.
-fn anonymous_kib(pid: u32) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use cloister_tests::e2e::{Footprint, Stage, eventually};
+use cloister_tests::e2e::{Footprint, Stage, eventually, number_of};
 
 /// Counts to its standard output and to a file that it keeps open; each line has a word from its memory.
 const COUNTING: &str = "word=$(head -c 16 /dev/urandom | md5sum | cut -c1-8); echo kept >/kept; exec 3>/counted; i=0; \
@@ -156,6 +156,58 @@ fn no_line_of_a_flood_is_lost_or_there_twice() {
     for (line, number) in lines.iter().zip(before + 1..).skip(1) {
         assert_eq!(*line, number.to_string());
     }
+}
+
+/// Writes files with their checksums, and sends numbers through a TCP connection, whose other end sees that they follow each other.
+const LOAD: &str = "mkdir /files; \
+     (i=0; while :; do i=$((i+1)); echo $i; done) | nc -l -p 9000 -s 127.0.0.1 >/dev/null & \
+     sleep 1; sleep infinity | nc 127.0.0.1 9000 | awk '$1 != NR { print \"after\", NR - 1, \"came\", $1; exit 1 } NR % 1000 == 0 { print NR }' >/received & \
+     i=0; while :; do i=$((i+1)); head -c 300000 /dev/urandom >/files/new; md5sum </files/new >/files/$i.sum; \
+     mv /files/new /files/$i; sync; echo $i >/made; rm -f /files/$((i-20)) /files/$((i-20)).sum; done";
+
+/// Says what is wrong with the files and the numbers, if anything is, and how many there have been.
+const CHECK: &str = "made=$(cat /made); i=$made; while [ $i -gt 0 ] && [ $i -gt $((made-15)) ]; do \
+     [ \"$(md5sum </files/$i)\" = \"$(cat /files/$i.sum)\" ] || echo file $i; i=$((i-1)); done; \
+     grep after /received; pidof awk >/dev/null || echo the connection is gone; echo $made $(tail -n 1 /received)";
+
+/// A pod under load that is taken down and restored again and again loses nothing, and does nothing twice. `CLOISTER_RESTORES`
+/// says how often.
+#[test]
+fn restores_under_load_lose_nothing() {
+    let restores = number_of("CLOISTER_RESTORES", 2);
+    let stage = Stage::with_busybox("load");
+    run(&stage, &["--net", "none", "--name", "pod-0"], LOAD);
+    let mut last = (0, 0);
+    let file = stage.folder("snapshots").join("snapshot");
+    let path = file.to_str().unwrap();
+    for number in 1..=restores {
+        let (before, after) = (format!("pod-{}", number - 1), format!("pod-{number}"));
+        last = eventually("some progress", || {
+            let said = stage
+                .cloister(&["exec", &before, "sh", "-c", CHECK])
+                .expect(0)
+                .stdout;
+            let words: Vec<&str> = said.split_whitespace().collect();
+            let [made, received] = words[..] else {
+                assert!(number == 1, "after {} restores: {said}", number - 1);
+                return None;
+            };
+            let now: (u64, u64) = (made.parse().unwrap(), received.parse().unwrap());
+            (now.0 > last.0 && now.1 > last.1).then_some(now)
+        });
+        stage.cloister(&["snapshot", &before, path]).expect(0);
+        stage.cloister(&["rm", "-f", &before]).expect(0);
+        stage.cloister(&["restore", "--name", &after, path]).expect(0);
+        fs::remove_file(&file).unwrap();
+    }
+    println!("{restores} restores, {} files, {} numbers", last.0, last.1);
+    let said = stage
+        .cloister(&["exec", &format!("pod-{restores}"), "sh", "-c", CHECK])
+        .expect(0);
+    assert_eq!(said.stdout.split_whitespace().count(), 2, "{said:#?}");
+    stage
+        .cloister(&["rm", "-f", &format!("pod-{restores}")])
+        .expect(0);
 }
 
 #[test]

@@ -39,6 +39,21 @@ pub fn guest_file(name: &str) -> PathBuf {
     path
 }
 
+/// KiB of the process's own memory; guest memory is shared and does not count.
+pub fn anonymous_kib(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// The number in a variable of the environment, for a test that can be made longer.
+pub fn number_of(variable: &str, otherwise: u32) -> u32 {
+    std::env::var(variable).map_or(otherwise, |text| {
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable}={text} is no number"))
+    })
+}
+
 /// Waits until `found` answers something.
 pub fn eventually<T>(what: &str, mut found: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
