@@ -754,6 +754,82 @@ fn a_web_server_behind_nat() {
     before.assert_unchanged();
 }
 
+/// KiB of a process's mappings of files whose name ends so: in memory, and its part of it where others map the same pages.
+fn mapped_kib(pid: &str, name: &str) -> (u64, u64) {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut wanted, mut rss, mut pss) = (false, 0, 0);
+    for line in text.lines() {
+        let mut words = line.split_whitespace();
+        let (key, value) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        if key.ends_with(':') {
+            let kib = || value.parse::<u64>().unwrap();
+            match key {
+                "Rss:" if wanted => rss += kib(),
+                "Pss:" if wanted => pss += kib(),
+                _ => {}
+            }
+        } else {
+            wanted = line.trim_end_matches(" (deleted)").ends_with(name);
+        }
+    }
+    (rss, pss)
+}
+
+/// With a DAX window a file of an image is read from the host's pages, the same ones by all pods, and is not in their RAM.
+#[test]
+fn pods_with_a_dax_window_share_an_images_pages() {
+    const KIB: u64 = 24 << 10;
+    let stage = Stage::with_busybox("dax");
+    let before = Footprint::of_host(&stage);
+    let root = stage.folder("rootfs");
+    fs::create_dir(root.join("bin")).unwrap();
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for name in ["sh", "md5sum", "sleep"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
+    }
+    fs::write(
+        root.join("in-the-image"),
+        pattern(usize::try_from(KIB << 10).unwrap()),
+    )
+    .unwrap();
+    let script = "md5sum /in-the-image && exec sleep 100000";
+    let mut sums = Vec::new();
+    let figures = [("plain", None), ("one", Some("64m")), ("other", Some("64m"))].map(|(name, window)| {
+        let mut options = vec!["run", "-d", "--net", "none", "--name", name];
+        options.extend(window.map(|size| ["--dax", size]).iter().flatten());
+        let words = ["--rootfs", root.to_str().unwrap(), "sh", "-c", script];
+        stage.cloister(&[&options, &words[..]].concat()).expect(0);
+        sums.push(eventually("the sum", || {
+            let said = stage.cloister(&["logs", name]).expect(0).stdout;
+            said.ends_with('\n').then_some(said)
+        }));
+        stage.json(&["inspect", name])[0]["State"]["Pid"].to_string()
+    });
+    let figures = figures.map(|pid| {
+        let (ram, (file, share)) = (
+            mapped_kib(&pid, "/memfd:cloister-ram").0,
+            mapped_kib(&pid, "/in-the-image"),
+        );
+        println!("{ram} KiB of RAM, {file} KiB of the file mapped, {share} of them its own part");
+        (ram, file, share)
+    });
+    let [plain, one, other] = figures;
+    assert!(
+        sums.iter().all(|sum| *sum == sums[0] && !sum.is_empty()),
+        "{sums:?}"
+    );
+    assert_eq!(plain.1, 0);
+    for pod in [one, other] {
+        assert!(pod.1 >= KIB && pod.0 + KIB * 3 / 4 <= plain.0, "{figures:?}");
+        // Half of each page is its own, at most; a page may be mapped at a third place.
+        assert!(pod.2 <= KIB / 2, "{figures:?}");
+    }
+    for name in ["plain", "one", "other"] {
+        stage.cloister(&["rm", "-f", name]).expect(0);
+    }
+    before.assert_unchanged();
+}
+
 #[test]
 fn two_processors_and_four_gigabytes() {
     let stage = Stage::with_busybox("large");

@@ -10,7 +10,7 @@ use cloister_tests::driver::{Machine, wait_until};
 use cloister_tests::game;
 use cloister_tests::zoo;
 
-/// Games per device, and steps per game.
+/// Games per device, at least, and steps per game.
 const GAMES: u64 = 40;
 const STEPS: usize = 400;
 
@@ -19,7 +19,11 @@ fn random_guests_harm_only_themselves() {
     for specimen in zoo::ALL {
         let machine = Machine::new();
         let mut served = 0;
-        for seed in 0..GAMES {
+        // How much a device gets done during a game depends on who else wants the processor: on a busy machine it takes more.
+        for seed in 0..10 * GAMES {
+            if seed >= GAMES && served > GAMES {
+                break;
+            }
             served += game::play(&machine, specimen, seed, STEPS);
         }
         assert!(
