@@ -8,6 +8,7 @@
 #   make deb             the Debian package, checked: target/deb/cloister_VERSION_amd64.deb
 #   make cri             every case of CRI, on runc and on Cloister
 #   make faults          everything that can be made to fail on a node
+#   make again           what takes a thousand clones or a hundred restores to see
 #   make setup, build, guest, lint, unit, kvm-host-test, clean: the steps of the above
 #
 # Wherever Linux guests run, ci/with-kvm chooses between this machine's KVM and the emulated host, and says so.
@@ -30,7 +31,7 @@ export CLOISTER_GUEST := $(guest)
 kvm_options ?= --cpus 2 --memory 12288
 
 .NOTPARALLEL:
-.PHONY: setup build guest run test unit e2e cri faults kvm-host-test bench plots lint deb clean
+.PHONY: setup build guest run test unit e2e cri faults again kvm-host-test bench plots lint deb clean
 
 setup:
 	ci/setup
@@ -83,6 +84,11 @@ cri: build
 faults: build
 	tests/demo/prepare
 	CLOISTER_FAULTS_ALL=1 CLOISTER_SOAK=$(or $(SOAK),12) ci/e2e --timeout 7200 $(kvm_options) -- faults::
+
+# A thousand clones that are killed, and a pod under load that is restored a hundred times.
+again: build
+	tests/demo/prepare
+	CLOISTER_CYCLES=1000 CLOISTER_RESTORES=100 ci/e2e --timeout 7200 $(kvm_options) -- again_and_again
 
 # The guest side of the benchmarks boots in place of the agent.
 bench: build

@@ -295,7 +295,7 @@ fn every_clone_answers() {
 /// Again and again: clones that are killed at different moments of their lives, and nothing is left of them.
 /// `CLOISTER_CYCLES` says how many.
 #[test]
-fn cycles_of_clones_that_are_killed_leave_nothing() {
+fn clones_killed_again_and_again_leave_nothing() {
     let cycles = number_of("CLOISTER_CYCLES", 12);
     runtime().block_on(async {
         let bed = Bed::new();

@@ -775,7 +775,7 @@ fn mapped_kib(pid: &str, name: &str) -> (u64, u64) {
     (rss, pss)
 }
 
-/// With a DAX window a file of an image is read from the host's pages, the same ones by all pods, and is not in their RAM.
+/// With a DAX window a file of an image is read from the host's pages, the same ones by all pods, and not cached in their RAM.
 #[test]
 fn pods_with_a_dax_window_share_an_images_pages() {
     const KIB: u64 = 24 << 10;
@@ -784,7 +784,7 @@ fn pods_with_a_dax_window_share_an_images_pages() {
     let root = stage.folder("rootfs");
     fs::create_dir(root.join("bin")).unwrap();
     fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-    for name in ["sh", "md5sum", "sleep"] {
+    for name in ["sh", "md5sum", "sleep", "grep"] {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
     }
     fs::write(
@@ -803,15 +803,21 @@ fn pods_with_a_dax_window_share_an_images_pages() {
             let said = stage.cloister(&["logs", name]).expect(0).stdout;
             said.ends_with('\n').then_some(said)
         }));
-        stage.json(&["inspect", name])[0]["State"]["Pid"].to_string()
+        (
+            name,
+            stage.json(&["inspect", name])[0]["State"]["Pid"].to_string(),
+        )
     });
-    let figures = figures.map(|pid| {
-        let (ram, (file, share)) = (
-            mapped_kib(&pid, "/memfd:cloister-ram").0,
-            mapped_kib(&pid, "/in-the-image"),
+    let figures = figures.map(|(name, pid)| {
+        let said = stage
+            .cloister(&["exec", name, "grep", "^Cached:", "/proc/meminfo"])
+            .expect(0);
+        let cached: u64 = said.stdout.split_whitespace().nth(1).unwrap().parse().unwrap();
+        let (file, share) = mapped_kib(&pid, "/in-the-image");
+        println!(
+            "{name}: {cached} KiB cached in RAM, {file} of the file mapped, {share} of them its own part"
         );
-        println!("{ram} KiB of RAM, {file} KiB of the file mapped, {share} of them its own part");
-        (ram, file, share)
+        (cached, file, share)
     });
     let [plain, one, other] = figures;
     assert!(

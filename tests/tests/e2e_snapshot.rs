@@ -160,7 +160,7 @@ fn no_line_of_a_flood_is_lost_or_there_twice() {
 
 /// Writes files with their checksums, and sends numbers through a TCP connection, whose other end sees that they follow each other.
 const LOAD: &str = "mkdir /files; \
-     (i=0; while :; do i=$((i+1)); echo $i; done) | nc -l -p 9000 -s 127.0.0.1 >/dev/null & \
+     (i=0; while :; do i=$((i+1)); echo $i; done) | nc -l -p 9000 >/dev/null & \
      sleep 1; sleep infinity | nc 127.0.0.1 9000 | awk '$1 != NR { print \"after\", NR - 1, \"came\", $1; exit 1 } NR % 1000 == 0 { print NR }' >/received & \
      i=0; while :; do i=$((i+1)); head -c 300000 /dev/urandom >/files/new; md5sum </files/new >/files/$i.sum; \
      mv /files/new /files/$i; sync; echo $i >/made; rm -f /files/$((i-20)) /files/$((i-20)).sum; done";
@@ -173,7 +173,7 @@ const CHECK: &str = "made=$(cat /made); i=$made; while [ $i -gt 0 ] && [ $i -gt 
 /// A pod under load that is taken down and restored again and again loses nothing, and does nothing twice. `CLOISTER_RESTORES`
 /// says how often.
 #[test]
-fn restores_under_load_lose_nothing() {
+fn restored_again_and_again_under_load_it_loses_nothing() {
     let restores = number_of("CLOISTER_RESTORES", 2);
     let stage = Stage::with_busybox("load");
     run(&stage, &["--net", "none", "--name", "pod-0"], LOAD);

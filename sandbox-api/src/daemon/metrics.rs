@@ -166,6 +166,7 @@ struct Inner {
     registry: Registry,
     pods: Family<StateLabel, Gauge>,
     pods_started: Family<SandboxerLabel, Counter>,
+    pods_cloned: Counter,
     containers: Gauge,
     containers_started: Counter,
     execs: Gauge,
@@ -195,8 +196,7 @@ impl Metrics {
         let pods = Family::<StateLabel, Gauge>::default();
         let pods_started = Family::<SandboxerLabel, Counter>::default();
         let (containers, execs) = (Gauge::default(), Gauge::default());
-        let (containers_started, execs_started, oom) =
-            (Counter::default(), Counter::default(), Counter::default());
+        let [pods_cloned, containers_started, execs_started, oom] = [(); 4].map(|()| Counter::default());
         let operations: Histograms<OperationLabels> = Family::new_with_constructor(histogram);
         let phases: Histograms<PhaseLabels> = Family::new_with_constructor(histogram);
         let errors = Family::<ErrorLabels, Counter>::default();
@@ -217,6 +217,11 @@ impl Metrics {
             pods.clone(),
         );
         registry.register("cloister_pods_started", "Pods that came up", pods_started.clone());
+        registry.register(
+            "cloister_pods_cloned",
+            "Pods of those whose virtual machine was cloned from a template",
+            pods_cloned.clone(),
+        );
         registry.register("cloister_containers", "Containers that run", containers.clone());
         registry.register(
             "cloister_containers_started",
@@ -269,6 +274,7 @@ impl Metrics {
             registry,
             pods,
             pods_started,
+            pods_cloned,
             containers,
             containers_started,
             execs,
@@ -361,6 +367,11 @@ impl Metrics {
     /// A part of an operation has ended.
     pub fn phase(&self, operation: &'static str, phase: &'static str, took: Duration) {
         self.phases(operation, phase).observe(took.as_secs_f64());
+    }
+
+    /// A pod came up as a clone.
+    pub fn cloned(&self) {
+        self.0.pods_cloned.inc();
     }
 
     /// A container lost a process for want of memory.

@@ -673,6 +673,7 @@ impl Sandbox {
             log::debug!("sandbox {id}: cloned from a template");
             config.origin = Origin::Clone(image);
         }
+        let cloned = matches!(config.origin, Origin::Clone(_));
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
         let _ = self.machine.set(Arc::downgrade(&vm.machine));
@@ -719,6 +720,9 @@ impl Sandbox {
                 .follow(&record.namespace, events, &node.metrics, move |container| {
                     log.add(Event::now(Kind::Oom, &pod).of_container(container));
                 });
+        }
+        if cloned {
+            node.metrics.cloned();
         }
         if let Some(kind) = kind {
             node.templates.want(kind, self.profile.init_timeout);

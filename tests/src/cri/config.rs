@@ -58,14 +58,10 @@ pub(super) fn containerd(dir: &Path) -> String {
     let dir = dir.display();
     format!(
         r#"{known}
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.cloister]
-  runtime_type = "io.containerd.cloister.v1"
-  sandboxer = "cloister"
-
-[proxy_plugins.cloister]
-  type = "sandbox"
-  address = "{dir}/cloister/sandboxer.sock"
-"#
+{}
+{}"#,
+        handler(&dir, "cloister"),
+        handler(&dir, "cloister-clone")
     )
 }
 
@@ -76,8 +72,39 @@ fn may_lower_oom_score() -> bool {
     u64::from_str_radix(set.unwrap().trim(), 16).unwrap() >> CAP_SYS_RESOURCE & 1 == 1
 }
 
+fn handler(dir: &impl std::fmt::Display, name: &str) -> String {
+    format!(
+        r#"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]
+  runtime_type = "io.containerd.cloister.v1"
+  sandboxer = "{name}"
+
+[proxy_plugins.{name}]
+  type = "sandbox"
+  address = "{dir}/cloister/sandboxer.sock"
+"#
+    )
+}
+
 /// Of cloisterd. An emulated host is slow.
 pub(super) fn cloisterd(dir: &Path) -> String {
+    let profile = format!(
+        r#"
+kernel = "{kernel}"
+initrd = "{initrd}"
+init_timeout = "600s"
+answer_timeout = "60s"
+kernel_args = [{kernel_args}]
+"#,
+        // To see more of what a guest says: "loglevel=7".
+        kernel_args = std::env::var("CLOISTER_CRI_KERNEL_ARGS")
+            .unwrap_or_default()
+            .split_whitespace()
+            .map(|word| format!("{word:?}, "))
+            .collect::<String>(),
+        kernel = guest_file("vmlinux").display(),
+        initrd = guest_file("initramfs.cpio").display(),
+    );
     format!(
         r#"
 state_dir = "{dir}/r"
@@ -92,21 +119,11 @@ level = "debug"
 format = "text"
 
 [sandboxer.cloister]
-kernel = "{kernel}"
-initrd = "{initrd}"
-init_timeout = "600s"
-answer_timeout = "60s"
-kernel_args = [{kernel_args}]
-"#,
-        // To see more of what a guest says: "loglevel=7".
-        kernel_args = std::env::var("CLOISTER_CRI_KERNEL_ARGS")
-            .unwrap_or_default()
-            .split_whitespace()
-            .map(|word| format!("{word:?}, "))
-            .collect::<String>(),
+{profile}
+[sandboxer.cloister-clone]
+template = "node"
+{profile}"#,
         dir = dir.display(),
-        kernel = guest_file("vmlinux").display(),
-        initrd = guest_file("initramfs.cpio").display(),
     )
 }
 

@@ -32,8 +32,8 @@ pub use stream::{PortForward, Stream, Streamed};
 
 use std::time::Duration;
 
-/// The handlers of the node.
-pub const HANDLERS: [&str; 2] = ["runc", "cloister"];
+/// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template.
+pub const HANDLERS: [&str; 3] = ["runc", "cloister", "cloister-clone"];
 
 /// An image of Debian's own tools.
 pub const TOOLS: &str = "localhost/tools:latest";

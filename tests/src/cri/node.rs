@@ -73,7 +73,7 @@ impl Node {
         std::os::unix::fs::symlink(program("cloister"), shim).unwrap();
         fs::write(node.path("cni/10-cri-e2e.conflist"), config::cni(&node.dir)).unwrap();
 
-        if handlers.contains(&"cloister") {
+        if handlers.iter().any(|&handler| handler != "runc") {
             let config = cloisterd(config::cloisterd(&node.dir));
             fs::write(node.path("cloister/config.toml"), config).unwrap();
             node.spawn(

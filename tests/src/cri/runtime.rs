@@ -57,6 +57,11 @@ impl Runtime {
         self.0.handler
     }
 
+    /// Its pods are virtual machines.
+    pub fn is_vm(&self) -> bool {
+        self.0.handler != "runc"
+    }
+
     /// Of the handlers that the node has, this one and the others.
     pub fn siblings(&self) -> Vec<Self> {
         let of = |&handler| Self::new(&self.0.dir, handler, &self.0.handlers);

@@ -99,7 +99,7 @@ struct Bed {
 
 impl Bed {
     fn start() -> Self {
-        let wanted = std::env::var("CLOISTER_CRI_HANDLERS").unwrap_or_else(|_| HANDLERS.join(","));
+        let wanted = std::env::var("CLOISTER_CRI_HANDLERS").unwrap_or_else(|_| "runc,cloister".into());
         let handlers: Vec<&'static str> = HANDLERS
             .into_iter()
             .filter(|&handler| wanted.split(',').any(|name| name == handler))

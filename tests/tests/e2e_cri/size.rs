@@ -50,7 +50,7 @@ pub async fn follows_containers(runtime: &Runtime) -> Outcome<Value> {
     let mut config = args(&["sleep", "infinity"]);
     config.linux.get_or_insert_default().resources = Some(limits(64, 50_000));
     let container = pod.start(config).await?;
-    let is_vm = runtime.handler() == "cloister";
+    let is_vm = runtime.is_vm();
     let small = machine(&container).await?;
     let update = async |mib, quota| {
         let request = api::UpdateContainerResourcesRequest {
@@ -111,7 +111,7 @@ pub async fn follows_containers(runtime: &Runtime) -> Outcome<Value> {
 pub async fn follows_the_pod(runtime: &Runtime) -> Outcome<Value> {
     let pod = Pod::run(runtime, Pod::config(runtime)).await?;
     let container = pod.start(args(&["sleep", "infinity"])).await?;
-    if runtime.handler() == "cloister" {
+    if runtime.is_vm() {
         let mut controller = ControllerClient::new(uds::channel(&runtime.sandboxer()).await?);
         let small = machine(&container).await?;
         for (mib, quota) in [(500_i64, 200_000), (64, 50_000)] {

@@ -39,7 +39,7 @@ pub struct Context {
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 8] = [
+const PARTS: [(&str, Part); 10] = [
     ("boot", boot::run),
     ("clone", clone::run),
     ("cell", cells::run),
@@ -47,7 +47,9 @@ const PARTS: [(&str, Part); 8] = [
     ("vsock", vsock::run),
     ("sizes", sizes),
     ("density", density::run),
-    ("cri", cri::run),
+    ("cri.start", cri::start),
+    ("cri.streams", cri::streams),
+    ("cri.idle", cri::idle),
 ];
 
 const COUNTING_PARTS: [(&str, Part); 2] = [("boot", boot::count), ("clone", clone::count)];
@@ -95,6 +97,18 @@ fn host_conditions() -> String {
     )
 }
 
+/// The parts whose names start with `only`. If none does, it is the start of figures' names: the parts of that area, for the figures of
+/// a part come out of the same guests.
+fn wanted<'a>(parts: &'a [(&'static str, Part)], only: &str) -> Vec<&'a (&'static str, Part)> {
+    let named = |only: &str| -> Vec<_> { parts.iter().filter(|(name, _)| name.starts_with(only)).collect() };
+    let found = named(only);
+    if found.is_empty() {
+        named(only.split('.').next().unwrap_or_default())
+    } else {
+        found
+    }
+}
+
 fn run() -> io::Result<usize> {
     let (mut only, mut out) = (String::new(), PathBuf::from("target/bench/results.jsonl"));
     let (mut counting, mut list, mut plots) = (false, false, None);
@@ -117,17 +131,13 @@ fn run() -> io::Result<usize> {
             }
         }
     }
-    // ONLY=fs runs fs; ONLY=fs.seq runs all of fs, as its figures come out of one guest.
     if let Some(folder) = plots {
         plot::run(&folder, &out)?;
         return Ok(0);
     }
-    let parts = if counting { &COUNTING_PARTS[..] } else { &PARTS[..] };
-    let wanted = parts
-        .iter()
-        .filter(|(name, _)| name.starts_with(&only) || only.starts_with(name));
+    let wanted = wanted(if counting { &COUNTING_PARTS } else { &PARTS }, &only);
     if list {
-        wanted.for_each(|(name, _)| println!("{name}"));
+        wanted.iter().for_each(|(name, _)| println!("{name}"));
         return Ok(0);
     }
     let guest =
