@@ -19,16 +19,13 @@ use std::time::{Duration, Instant};
 /// What hangs is given up after this long.
 pub const PATIENCE: Duration = Duration::from_secs(600);
 
-/// A file of the checkout. Tests run in their package's folder, as cargo and `ci/e2e` start them; where they were compiled says
-/// nothing, for checkouts share what they compile (`CARGO_TARGET_DIR`).
+/// A file of the checkout that this runs in. Where it was compiled says nothing, for checkouts share what they compile
+/// (`CARGO_TARGET_DIR`).
 pub fn checkout(path: &str) -> PathBuf {
-    let package = std::env::current_dir().unwrap();
-    assert!(
-        package.ends_with("tests"),
-        "run in {}, not in tests",
-        package.display()
-    );
-    package.join("..").join(path)
+    let here = std::env::current_dir().unwrap();
+    let root = here.ancestors().find(|folder| folder.join("Cargo.lock").exists());
+    root.unwrap_or_else(|| panic!("{} is in no checkout", here.display()))
+        .join(path)
 }
 
 /// A file of the guest side: `vmlinux`, `initramfs.cpio`.
