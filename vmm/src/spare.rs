@@ -52,6 +52,9 @@ pub struct SpareConfig {
     pub count: usize,
 }
 
+/// Kinds that spares are kept of, so that what they take does not grow with the kinds of pods that a node has seen.
+const MAX_KINDS: usize = 4;
+
 /// What tells a file and its content from another without reading it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct FileId {
@@ -149,14 +152,20 @@ impl Spares {
 
     fn keep(&self, kind: Kind, config: SpareConfig) {
         let mut stocks = self.lock();
-        let touched = match stocks.iter().position(|stock| stock.kind == kind) {
-            Some(at) => stocks.swap_remove(at).touched,
-            None => Vec::new(),
+        let (mut ready, touched) = match stocks.iter().position(|stock| stock.kind == kind) {
+            Some(at) => {
+                let before = stocks.remove(at);
+                (before.ready, before.touched)
+            }
+            None => Default::default(),
         };
+        ready.truncate(config.count);
+        let excess = (stocks.len() + 1).saturating_sub(MAX_KINDS);
+        stocks.drain(..excess);
         stocks.push(Stock {
             kind,
             config: std::sync::Arc::new(config),
-            ready: Vec::new(),
+            ready,
             touched,
         });
     }
@@ -186,8 +195,8 @@ impl Spares {
 }
 
 impl CellHost {
-    /// From now on keeps spares of this kind, made by [`CellHost::refill_spares`]. Replaces what was said of the same kind
-    /// before.
+    /// From now on keeps spares of this kind, made by [`CellHost::refill_spares`], and of the kinds that were last said, four in
+    /// all. Replaces what was said of the same kind before; spares that there are stay, up to the new number.
     pub fn keep_spares(&self, config: SpareConfig) -> Result<(), CreateError> {
         let kind = Kind::of(
             &config.kernel,

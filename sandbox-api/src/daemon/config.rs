@@ -31,6 +31,8 @@ const MAX_VCPUS: u8 = 32;
 const HUGE_PAGE: u64 = 2 << 20;
 /// Leaves a VM places for a dozen network cards.
 const MAX_BLOCK_VOLUMES: u8 = 12;
+/// Spare VMs of a kind: far more than pods that start within a moment.
+const MAX_SPARE_VMS: u8 = 64;
 
 /// What the daemon is told.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -160,6 +162,8 @@ pub struct Profile {
     pub dax_window: Bytes,
     /// Who shares a template to be cloned from.
     pub template: Trust,
+    /// VMs of the last pod's kind, with their images in memory, that are kept for the next ones that boot.
+    pub spare_vms: u8,
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
@@ -264,6 +268,7 @@ impl Default for Profile {
             block_volumes: 4,
             dax_window: Bytes(0),
             template: Trust::default(),
+            spare_vms: 0,
             init_timeout: Duration::from_secs(60),
             answer_timeout: crate::pod::vigil::PATIENCE,
         }
@@ -486,6 +491,12 @@ impl Profile {
             return Err((
                 "resize_vcpus",
                 format!("{} is not between 1 and {MAX_VCPUS}", self.resize_vcpus),
+            ));
+        }
+        if self.spare_vms > MAX_SPARE_VMS {
+            return Err((
+                "spare_vms",
+                format!("{} is more than {MAX_SPARE_VMS}", self.spare_vms),
             ));
         }
         if self.block_volumes > MAX_BLOCK_VOLUMES {

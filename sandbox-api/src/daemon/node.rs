@@ -10,11 +10,15 @@ use super::pod_plan::PodPlan;
 use super::sandbox::{self, Phase, Record, Sandbox};
 use crate::clock;
 use crate::pod::template::Templates;
-use cloister_vmm::CellHost;
+use cloister_vmm::{CellHost, SpareConfig};
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// From a pod's start to work for those that may follow.
+const SETTLE: Duration = Duration::from_secs(2);
 
 /// See the module.
 pub struct Node {
@@ -56,6 +60,23 @@ pub enum Error {
 }
 
 impl Node {
+    /// Has spares made of this kind, in a moment: not while the pod that was just made has its containers started.
+    pub fn keep_spares(&self, spares: SpareConfig) {
+        let cells = self.cells.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(SETTLE).await;
+            let made = tokio::task::spawn_blocking(move || {
+                cells.keep_spares(spares)?;
+                cells.refill_spares()
+            });
+            match made.await {
+                Ok(Ok(made)) => log::debug!("{made} spare virtual machines were made"),
+                Ok(Err(error)) => log::warn!("no spare virtual machines: {}", crate::error::chain(&error)),
+                Err(error) => log::warn!("no spare virtual machines: {error}"),
+            }
+        });
+    }
+
     /// Finds the pods that were left behind, all of them over.
     ///
     /// # Errors

@@ -25,7 +25,7 @@ use crate::clock::{self, Millis};
 use crate::files;
 use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
-use crate::pod::machine::{Machine, MachineConfig, Origin, Room};
+use crate::pod::machine::{self, Machine, MachineConfig, Origin, Room};
 use crate::pod::resize;
 use crate::pod::size::{Limits, Size, Sizing};
 use crate::pod::state::EXIT_KILLED;
@@ -674,6 +674,8 @@ impl Sandbox {
             config.origin = Origin::Clone(image);
         }
         let cloned = matches!(config.origin, Origin::Clone(_));
+        let spares = (!cloned && self.profile.spare_vms > 0)
+            .then(|| machine::spares(&config, self.profile.spare_vms.into()));
         steps.next("create");
         let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
         let _ = self.machine.set(Arc::downgrade(&vm.machine));
@@ -723,6 +725,11 @@ impl Sandbox {
         }
         if cloned {
             node.metrics.cloned();
+        }
+        match spares {
+            Some(Ok(spares)) => node.keep_spares(spares),
+            Some(Err(error)) => log::warn!("sandbox {id}: no spares of its kind: {error}"),
+            None => {}
         }
         if let Some(kind) = kind {
             node.templates.want(kind, self.profile.init_timeout);

@@ -12,7 +12,7 @@ use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::image::Image;
 use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, CellState, DeviceConfig, DeviceHandle, HugePages, KernelBoot,
-    StopReason,
+    SpareConfig, StopReason,
 };
 use std::collections::HashMap;
 use std::fs::File;
@@ -167,10 +167,11 @@ impl Machine {
                 trees.push((one.name.clone(), one.tree.try_clone()?, options));
             }
         }
+        let (memory, more) = (memory_mib(&config), pluggable_mib(&config));
         let mut cell = CellConfig::new(config.name, boot);
         cell.vcpus = config.cpus;
         cell.max_vcpus = config.room.cpus;
-        cell.memory_mib = config.memory.div_ceil(1 << 20);
+        cell.memory_mib = memory;
         cell.huge_pages = config.huge_pages;
         cell.devices.push(DeviceConfig::Fs {
             config: fs,
@@ -201,8 +202,7 @@ impl Machine {
                 size: None,
             });
         }
-        let more = config.room.memory.saturating_sub(config.memory) >> 20;
-        if more > 0 && config.huge_pages != HugePages::Reserved {
+        if more > 0 {
             cell.devices.push(DeviceConfig::Mem { max_mib: more });
         }
         cell.devices
@@ -414,6 +414,33 @@ fn attach_options(name: &str, share: ShareOptions) -> AttachOptions {
         dax: is_root,
         ..AttachOptions::default()
     }
+}
+
+fn memory_mib(config: &MachineConfig<'_>) -> u64 {
+    config.memory.div_ceil(1 << 20)
+}
+
+/// What a running VM can be given.
+fn pluggable_mib(config: &MachineConfig<'_>) -> u64 {
+    match config.huge_pages {
+        HugePages::Reserved => 0,
+        HugePages::No | HugePages::Transparent => config.room.memory.saturating_sub(config.memory) >> 20,
+    }
+}
+
+/// Spares for machines that boot like this one.
+///
+/// # Errors
+/// The kernel or the initramfs cannot be opened.
+pub fn spares(config: &MachineConfig<'_>, count: usize) -> io::Result<SpareConfig> {
+    Ok(SpareConfig {
+        kernel: File::open(config.kernel)?,
+        initrd: Some(File::open(config.initrd)?),
+        memory_mib: memory_mib(config),
+        pluggable_mib: pluggable_mib(config),
+        huge_pages: config.huge_pages,
+        count,
+    })
 }
 
 /// What a VM boots.
