@@ -119,7 +119,6 @@ level = "debug"
 format = "text"
 
 [sandboxer.cloister]
-spare_vms = 1
 {profile}
 [sandboxer.cloister-clone]
 template = "node"

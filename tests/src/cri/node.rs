@@ -38,6 +38,13 @@ pub enum End {
 }
 
 impl Node {
+    /// Starts the daemons that these handlers need, with a spare for pods that boot.
+    pub fn start_with_spares(handlers: &[&'static str]) -> Self {
+        Self::start_with(handlers, |config| {
+            config.replace("[sandboxer.cloister]\n", "[sandboxer.cloister]\nspare_vms = 1\n")
+        })
+    }
+
     /// Starts the daemons that these handlers need.
     pub fn start(handlers: &[&'static str]) -> Self {
         Self::start_with(handlers, |config| config)

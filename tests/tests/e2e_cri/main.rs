@@ -105,7 +105,7 @@ impl Bed {
             .filter(|&handler| wanted.split(',').any(|name| name == handler))
             .collect();
         let begin = Instant::now();
-        let node = Node::start(&handlers);
+        let node = Node::start_with_spares(&handlers);
         let runtimes = handlers.iter().map(|&handler| node.runtime(handler)).collect();
         eprintln!("node with {handlers:?} after {:.1?}", begin.elapsed());
         Self { runtimes, node }

@@ -112,7 +112,7 @@ fn management(handler: &str) -> io::Result<Management> {
 
 /// A node, and its handlers.
 fn node<const N: usize>(handlers: [&'static str; N]) -> (Node, [Runtime; N]) {
-    let node = Node::start(&handlers);
+    let node = Node::start_with_spares(&handlers);
     let runtimes = handlers.map(|handler| node.runtime(handler));
     (node, runtimes)
 }
