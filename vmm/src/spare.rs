@@ -127,6 +127,8 @@ struct Stock {
 #[derive(Default)]
 pub(crate) struct Spares {
     stocks: Mutex<Vec<Stock>>,
+    /// Held by who refills, so that several do not each make the same spare.
+    refilling: Mutex<()>,
 }
 
 impl Spares {
@@ -142,32 +144,38 @@ impl Spares {
 
     /// The first answer is kept: later boots of the same kind differ little.
     pub(crate) fn note_touched(&self, kind: &Kind, memory: &Memory) {
-        let mut stocks = self.lock();
-        if let Some(stock) = stocks.iter_mut().find(|stock| stock.kind == *kind)
-            && stock.touched.is_empty()
-        {
-            stock.touched = memory.touched();
+        let wants = |stock: &Stock| stock.kind == *kind && stock.touched.is_empty();
+        if !self.lock().iter().any(wants) {
+            return;
+        }
+        // Not under the lock, which who creates a cell waits for: the page tables are read.
+        let touched = memory.touched();
+        if let Some(stock) = self.lock().iter_mut().find(|stock| wants(stock)) {
+            stock.touched = touched;
         }
     }
 
     fn keep(&self, kind: Kind, config: SpareConfig) {
         let mut stocks = self.lock();
-        let (mut ready, touched) = match stocks.iter().position(|stock| stock.kind == kind) {
+        let (mut ready, touched): (Vec<Spare>, _) = match stocks.iter().position(|stock| stock.kind == kind) {
             Some(at) => {
                 let before = stocks.remove(at);
                 (before.ready, before.touched)
             }
             None => Default::default(),
         };
-        ready.truncate(config.count);
+        let given_up = ready.split_off(ready.len().min(config.count));
         let excess = (stocks.len() + 1).saturating_sub(MAX_KINDS);
-        stocks.drain(..excess);
+        let forgotten: Vec<Stock> = stocks.drain(..excess).collect();
         stocks.push(Stock {
             kind,
             config: std::sync::Arc::new(config),
             ready,
             touched,
         });
+        // Closing a VM takes a while, and who creates a cell waits for the lock.
+        drop(stocks);
+        drop((given_up, forgotten));
     }
 
     /// A stock that is short of a spare.
@@ -212,8 +220,15 @@ impl CellHost {
         Ok(())
     }
 
-    /// Makes the spares that are missing, on the calling thread: for a quiet moment. Answers how many it made.
+    /// Makes the spares that are missing, on the calling thread: for a quiet moment. Answers how many it made. Waits for another
+    /// thread that does so.
     pub fn refill_spares(&self) -> Result<usize, CreateError> {
+        let _alone = self
+            .inner
+            .spares
+            .refilling
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut made = 0;
         while let Some((kind, config, touched)) = self.inner.spares.short() {
             let spare = make(&self.inner, &config, &touched)?;

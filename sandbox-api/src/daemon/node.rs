@@ -9,16 +9,12 @@ use super::metrics::Metrics;
 use super::pod_plan::PodPlan;
 use super::sandbox::{self, Phase, Record, Sandbox};
 use crate::clock;
-use crate::pod::template::Templates;
+use crate::pod::template::{SETTLE, Templates};
 use cloister_vmm::{CellHost, SpareConfig};
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-
-/// From a pod's start to work for those that may follow.
-const SETTLE: Duration = Duration::from_secs(2);
 
 /// See the module.
 pub struct Node {

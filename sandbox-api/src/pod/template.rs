@@ -26,8 +26,8 @@ use std::time::{Duration, Instant};
 
 /// Templates that a process keeps: each is the memory of a VM that has just booted.
 const MAX_TEMPLATES: usize = 8;
-/// How long the pod that a template is wanted for has the processors to itself.
-const SETTLE: Duration = Duration::from_secs(2);
+/// How long a pod that has just started has the processors to itself, before work for those that may follow.
+pub const SETTLE: Duration = Duration::from_secs(2);
 /// How long the building of one that failed is left alone.
 const REST: Duration = Duration::from_secs(60);
 

@@ -153,6 +153,43 @@ fn a_spare_runs_like_any_other() {
 }
 
 #[test]
+fn spares_are_kept_of_four_kinds_and_made_once() {
+    let _alone = alone();
+    let host = host();
+    let kernel = guests::kernel(&guests::hello());
+    let keep = |memory_mib| {
+        host.keep_spares(SpareConfig {
+            kernel: kernel.try_clone().unwrap(),
+            initrd: None,
+            memory_mib,
+            pluggable_mib: 0,
+            huge_pages: HugePages::default(),
+            count: 2,
+        })
+        .unwrap();
+    };
+    // Said by several at once, as when pods start at once.
+    let made: usize = std::thread::scope(|scope| {
+        let refill = || {
+            keep(4);
+            host.refill_spares().unwrap()
+        };
+        let threads: Vec<_> = (0..4).map(|_| scope.spawn(refill)).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+    });
+    assert_eq!(made, 2);
+    // The fifth kind takes the first one's place, and the first one has to be made anew.
+    for memory_mib in [6, 8, 10, 12] {
+        keep(memory_mib);
+        assert_eq!(host.refill_spares().unwrap(), 2, "{memory_mib} MiB");
+    }
+    keep(12);
+    assert_eq!(host.refill_spares().unwrap(), 0);
+    keep(4);
+    assert_eq!(host.refill_spares().unwrap(), 2);
+}
+
+#[test]
 fn both_interrupt_chips_and_all_kinds_of_pages() {
     let _alone = alone();
     let host = host();
