@@ -27,24 +27,13 @@ const REQUESTS: u32 = 500;
 const PHASES: [&str; 6] = ["network", "create", "boot", "configure", "forward", "serve"];
 
 /// Where the time of a pod with one container goes.
+#[derive(Default)]
 struct Phases {
     run: Vec<f64>,
     create: Vec<f64>,
     start: Vec<f64>,
     all: Vec<f64>,
     exec: Vec<f64>,
-}
-
-impl Phases {
-    const fn new() -> Self {
-        Self {
-            run: Vec::new(),
-            create: Vec::new(),
-            start: Vec::new(),
-            all: Vec::new(),
-            exec: Vec::new(),
-        }
-    }
 }
 
 fn failure(error: Box<dyn std::error::Error + Send + Sync>) -> io::Error {
@@ -120,8 +109,8 @@ fn node<const N: usize>(handlers: [&'static str; N]) -> (Node, [Runtime; N]) {
 /// What a pod and its container take until they are there, and an exec: runc's, one that boots, and one that is a clone.
 pub fn start(context: &mut Context) -> io::Result<()> {
     let (node, runtimes) = node(["runc", "cloister", "cloister-clone"]);
-    let mut phases = [const { Phases::new() }; 3];
-    let mut parts = [const { [0.0; PHASES.len()] }; 3];
+    let mut phases: [Phases; 3] = Default::default();
+    let mut parts = [[0.0; PHASES.len()]; 3];
     // The first pod of each pays for what is done once; a template is built after it, too.
     for turn in 0..=SERIAL {
         for ((runtime, phases), parts) in runtimes.iter().zip(&mut phases).zip(&mut parts) {
@@ -175,7 +164,7 @@ fn until_cloned(node: &Node, runtime: &Runtime) -> io::Result<()> {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(300) {
         std::thread::sleep(Duration::from_secs(5));
-        node.block_on(async { pod(runtime, &mut Phases::new()).await?.remove().await })
+        node.block_on(async { pod(runtime, &mut Phases::default()).await?.remove().await })
             .map_err(failure)?;
         let line = "cloister_pods_cloned_total ";
         let text = node.metrics()?;
@@ -192,7 +181,8 @@ fn at_once(context: &mut Context, node: &Node, runtimes: &[Runtime; 3]) -> io::R
     for (runtime, took) in runtimes.iter().zip(&mut took) {
         let pods = node.block_on(async {
             let begin = Instant::now();
-            let pods = join_all((0..AT_ONCE).map(|_| async { pod(runtime, &mut Phases::new()).await })).await;
+            let pods =
+                join_all((0..AT_ONCE).map(|_| async { pod(runtime, &mut Phases::default()).await })).await;
             *took = millis(begin);
             pods
         });
@@ -223,7 +213,7 @@ pub fn idle(context: &mut Context) -> io::Result<()> {
         let mut pods = Vec::new();
         for count in IDLE {
             while pods.len() < count {
-                let made = node.block_on(pod(runtime, &mut Phases::new()));
+                let made = node.block_on(pod(runtime, &mut Phases::default()));
                 pods.push(made.map_err(failure)?);
             }
             std::thread::sleep(Duration::from_secs(2));
