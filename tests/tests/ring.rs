@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use cloister_devices::rng::Rng;
+use cloister_devices::virtio::QueueReport;
 use cloister_tests::driver::{Descriptor, Driver, Machine, TIMEOUT, wait_until};
 
 #[test]
@@ -71,4 +72,32 @@ fn a_device_says_where_it_wants_a_notification() {
         driver.request(queue, &[], &[4]);
         assert!(wait_until(|| queue.available_event() == count));
     }
+}
+
+#[test]
+fn it_can_be_seen_whose_turn_it_is() {
+    let machine = Machine::new();
+    let mut driver = Driver::new(&machine, Box::new(Rng::new()));
+    assert_eq!(driver.transport.report(), None);
+    let mut queues = driver.start_with_event_idx(0, &[16]);
+    let queue = &mut queues[0];
+    driver.request(queue, &[], &[4]);
+    // The device's turn, of which it has not been notified.
+    queue.set_used_event(7);
+    let buffer = machine.allocate(64, 16);
+    queue.add(&[Descriptor::writable(buffer, 8)]);
+    assert!(wait_until(|| driver.transport.report().is_some()));
+    let report = driver.transport.report().unwrap();
+    let expected = QueueReport {
+        queue: 0,
+        size: 16,
+        next_available: 1,
+        available_index: Some(2),
+        notify_at: Some(1),
+        used_index: 1,
+        interrupt_at: Some(7),
+    };
+    assert_eq!(report.queues, [expected]);
+    driver.kick(0);
+    assert!(wait_until(|| queue.used_index() == 2));
 }

@@ -52,6 +52,7 @@ use crate::host::{CellHost, HostInner, Task};
 use crate::image::{self, Image, Shape, Whole, Written};
 use crate::memory::{Memory, SlotRange};
 use crate::phases::{Phase, Phases};
+use crate::report::{CellReport, VcpuReport};
 use crate::spare::{Kind, Spare};
 use crate::stats::{self, CellStats, KvmStat};
 use crate::stop::{StopReason, classify_halt};
@@ -767,6 +768,34 @@ impl Cell {
             self.resume_locked()?;
         }
         result
+    }
+
+    /// Where the devices' queues and the vCPUs stand, for somebody who wants to know why a guest does nothing. The devices
+    /// come first, undisturbed; then a running cell is paused for the moment.
+    pub fn report(&self) -> Result<CellReport, LifecycleError> {
+        let _one = self.lifecycle();
+        let (devices, vcpus) = {
+            let inner = self.shared.lock();
+            let Some(machine) = &inner.machine else {
+                return Err(Self::wrong_state("look into", &inner.state));
+            };
+            let page = |device: &Placed| (device.name.clone(), Arc::clone(&device.transport));
+            let pages: Vec<_> = machine.devices.iter().map(page).collect();
+            (pages, machine.vcpus.clone())
+        };
+        let devices = devices
+            .into_iter()
+            .filter_map(|(name, page)| Some((name, page.lock().report()?)));
+        let devices = devices.collect();
+        let running = self.state() == CellState::Running;
+        if running {
+            self.pause_locked()?;
+        }
+        let vcpus = vcpus.iter().map(|fd| VcpuReport::new(&lock_fd(fd))).collect();
+        if running {
+            self.resume_locked()?;
+        }
+        Ok(CellReport { devices, vcpus })
     }
 
     /// The state of vCPUs, interrupt chip and devices. The RAM is in [`Cell::memory_file`].

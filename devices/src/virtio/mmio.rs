@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivationContext, ActiveDevice, RestoreError, SharedMemory, VirtioDevice};
 use super::interrupt::{CONFIG_CHANGE, USED_BUFFER};
+use super::report::{DeviceReport, QueueReport};
 use super::{
     ActivateError, ActiveQueue, DeviceType, F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Health, Interrupt,
     status,
@@ -584,6 +585,26 @@ impl MmioTransport {
             live.registration = Some(self.event_loop.add(handler, Arc::clone(&self.health))?);
         }
         Ok(())
+    }
+
+    /// Where a live device's queues stand; none if it is not live, or at work this very moment.
+    pub fn report(&self) -> Option<DeviceReport> {
+        let Phase::Active(live) = &self.phase else {
+            return None;
+        };
+        let states = live.device.try_lock().ok()?.queues();
+        let queues = states.iter().enumerate().filter_map(|(queue, state)| {
+            Some(QueueReport::new(
+                queue,
+                state.as_ref()?,
+                self.driver_features,
+                &self.ram,
+            ))
+        });
+        Some(DeviceReport {
+            interrupt_status: self.interrupt.status(),
+            queues: queues.collect(),
+        })
     }
 
     /// Waits until no request of the device is under way outside of its event loop. Call with the vCPUs paused.

@@ -12,6 +12,7 @@ mod health;
 mod interrupt;
 mod mmio;
 mod queue;
+mod report;
 
 pub use buffers::{Buffers, ChainError, Slices};
 pub use device::{
@@ -23,6 +24,7 @@ pub use health::Health;
 pub use interrupt::{ConfigSignal, Interrupt};
 pub use mmio::{MmioTransport, REGISTER_PAGE_SIZE, TransportError};
 pub use queue::{ActiveQueue, Chain, Outcome, QueueError};
+pub use report::{DeviceReport, QueueReport};
 
 /// Feature bit VIRTIO_F_INDIRECT_DESC (section 6): descriptors may refer to a table of descriptors.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;

@@ -8,6 +8,7 @@
 //! | `/pods` | an array of [`report::Pod`], oldest first |
 //! | `/pods/ID` | [`report::Details`] |
 //! | `/pods/ID/console` | what the guest's kernel has said lately; with `?follow`, and what it says until the VM ends |
+//! | `/pods/ID/vm` | [`cloister_vmm::CellReport`]: where its queues and vCPUs stand; the VM is paused for a moment |
 //! | `/events` | one [`Event`] a line; with `?follow`, without an end |
 //! | `/config` | the configuration that holds, without secrets |
 //! | `/metrics` | as on `metrics.listen` |
@@ -65,6 +66,7 @@ async fn answer(request: Request<Incoming>, node: Arc<Node>) -> Response<Body> {
         ["pods", id, rest @ ..] => match (found(&node, id), rest) {
             (Some(sandbox), []) => told(move || json(&report::Details::new(&sandbox))).await,
             (Some(sandbox), ["console"]) => console(sandbox, follow),
+            (Some(sandbox), ["vm"]) => told(move || vm(&sandbox)).await,
             _ => refusal(StatusCode::NOT_FOUND, "there is no such pod"),
         },
         ["events"] => events(&node, follow),
@@ -85,6 +87,16 @@ fn pods(node: &Node) -> Vec<report::Pod> {
 
 fn found(node: &Node, id: &str) -> Option<Arc<Sandbox>> {
     node.all().into_iter().find(|sandbox| sandbox.id() == id)
+}
+
+fn vm(sandbox: &Sandbox) -> Response<Body> {
+    let Some(machine) = sandbox.machine() else {
+        return refusal(StatusCode::NOT_FOUND, "this pod has no VM");
+    };
+    match machine.cell().report() {
+        Ok(report) => json(&report),
+        Err(error) => refusal(StatusCode::CONFLICT, &error.to_string()),
+    }
 }
 
 fn json(value: &impl serde::Serialize) -> Response<Body> {

@@ -515,6 +515,15 @@ fn an_idle_guest_can_be_paused_and_stopped() {
     cell.pause().unwrap();
     cell.resume().unwrap();
     assert_eq!(cell.kvm_stats().unwrap().len(), 4);
+    let report = cell.report().unwrap();
+    assert_eq!(report.vcpus.len(), 4);
+    assert!(
+        report
+            .vcpus
+            .iter()
+            .all(|vcpu| vcpu.rip.is_some() && vcpu.pending.is_empty())
+    );
+    assert!(report.devices.is_empty());
     cell.stop();
     assert_eq!(cell.wait(PATIENCE), Some(StopReason::Requested));
 }

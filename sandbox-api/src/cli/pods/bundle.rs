@@ -98,6 +98,8 @@ impl Parts {
         );
         let console = format!("/pods/{}/console", pod.id);
         self.ask("console.txt", daemon, &console, |bytes| bytes);
+        let vm = format!("/pods/{}/vm", pod.id);
+        self.ask("vm.json", daemon, &vm, |bytes| bytes);
         self.ask("events.jsonl", daemon, "/events", |bytes| of_pod(&bytes, &pod.id));
         self.ask("config.toml", daemon, "/config", |bytes| bytes);
         self.ask("metrics.txt", daemon, "/metrics", |bytes| of_one(&bytes, &pod.id));

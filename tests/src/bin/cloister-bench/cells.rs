@@ -16,28 +16,46 @@ const READY_PORT: u32 = 1025;
 const SMAPS: &str = "/proc/self/smaps";
 const COUNTS: [u32; 3] = [1, 10, 50];
 
-/// KiB of a process's PSS, by its smaps: all, and the part that is guest memory.
-pub fn pss_of(smaps: &Path) -> io::Result<(u64, u64)> {
-    let smaps = fs::read_to_string(smaps)?;
-    let (mut all, mut guest, mut in_guest) = (0, 0, false);
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        match words.next() {
-            Some("Pss:") => {
-                let kib: u64 = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
-                all += kib;
-                guest += if in_guest { kib } else { 0 };
+/// KiB of a process's PSS, by its smaps.
+#[derive(Clone, Copy, Default)]
+pub struct Pss {
+    /// Guests' memory.
+    pub guest: u64,
+    /// Pages of programs and other files: in the page cache once, and taken back from there first.
+    pub files: u64,
+    /// Heap and stacks.
+    pub own: u64,
+}
+
+impl Pss {
+    /// Reads a process's smaps.
+    pub fn of(smaps: &Path) -> io::Result<Self> {
+        let smaps = fs::read_to_string(smaps)?;
+        let (mut pss, mut other) = (Self::default(), 0);
+        let mut kind = &mut other;
+        for line in smaps.lines() {
+            let mut words = line.split_whitespace();
+            match words.next() {
+                Some("Pss:") => *kind += words.next().and_then(|word| word.parse().ok()).unwrap_or(0),
+                // A mapping's first line starts with its addresses; its sixth word is the file.
+                Some(first) if first.contains('-') => {
+                    kind = match words.nth(4) {
+                        // Of a file of the VMM's own tmpfs there is but the inode's number.
+                        Some(file) if file.starts_with("/memfd:") || file.starts_with("/#") => &mut pss.guest,
+                        Some(file) if file.starts_with('/') => &mut pss.files,
+                        _ => &mut pss.own,
+                    };
+                }
+                _ => {}
             }
-            // A mapping's first line starts with its addresses; its sixth word is the file.
-            Some(first) if first.contains('-') => {
-                // Of a file of the VMM's own tmpfs there is but the inode's number.
-                let is_guest = |file: &str| file.starts_with("/memfd:") || file.starts_with("/#");
-                in_guest = words.nth(4).is_some_and(is_guest);
-            }
-            _ => {}
         }
+        Ok(pss)
     }
-    Ok((all, guest))
+
+    /// Without guests' memory.
+    pub fn beyond_guests(self) -> u64 {
+        self.files.saturating_add(self.own)
+    }
 }
 
 fn threads() -> io::Result<usize> {
@@ -47,7 +65,7 @@ fn threads() -> io::Result<usize> {
 /// Measures.
 pub fn run(context: &mut Context) -> io::Result<()> {
     let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
-    let (empty, _) = pss_of(Path::new(SMAPS))?;
+    let empty = Pss::of(Path::new(SMAPS))?;
     let mut cells = Vec::new();
     for count in COUNTS {
         let mut waiting = Vec::new();
@@ -72,11 +90,15 @@ pub fn run(context: &mut Context) -> io::Result<()> {
             }
         }
         settle(&mut waiting, &mut cells)?;
-        let (all, guest) = pss_of(Path::new(SMAPS))?;
+        let now = Pss::of(Path::new(SMAPS))?;
         let kib = |value: u64| f64::from(u32::try_from(value).unwrap_or(u32::MAX));
-        let per_cell = kib(all.saturating_sub(guest).saturating_sub(empty)) / f64::from(count);
+        let per_cell = kib(now.beyond_guests().saturating_sub(empty.beyond_guests())) / f64::from(count);
         let conditions = format!(
-            "1 vCPU, 128 MiB, vsock; PSS without guest pages, beyond the same process with no cell ({empty} KiB), per cell"
+            "1 vCPU, 128 MiB, vsock; PSS without guest pages, beyond the same process with no cell ({} KiB), per cell; {} KiB of the \
+             cells' heap and stacks, {} of the program",
+            empty.beyond_guests(),
+            now.own.saturating_sub(empty.own),
+            now.files.saturating_sub(empty.files),
         );
         context.report.add(Figure::ours(
             format!("cell.pss_kib.{count}"),
@@ -86,7 +108,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
             conditions,
         ))?;
         let conditions = "PSS of the whole process without guest pages, divided by its cells".to_owned();
-        let whole = kib(all - guest) / f64::from(count);
+        let whole = kib(now.beyond_guests()) / f64::from(count);
         context.report.add(Figure::ours(
             format!("cell.process_pss_kib.{count}"),
             whole,

@@ -8,7 +8,7 @@ use cloister_tests::cri::{Node, Outcome, Pod, Runtime, ensure, script};
 use futures_util::future::join_all;
 
 use crate::Context;
-use crate::cells::pss_of;
+use crate::cells::Pss;
 use crate::report::{Figure, median};
 
 /// Pods in turn.
@@ -90,9 +90,9 @@ fn management(handler: &str) -> io::Result<Management> {
             .iter()
             .any(|wanted| name.trim_end() == &wanted[..wanted.len().min(15)])
         {
-            let (all, guest) = pss_of(&path.join("smaps"))?;
-            found.kib += all.saturating_sub(guest);
-            found.guest_kib += guest;
+            let pss = Pss::of(&path.join("smaps"))?;
+            found.kib += pss.beyond_guests();
+            found.guest_kib += pss.guest;
             found.processes += 1;
         }
     }
