@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Disks that come while the pod runs, and network cards that come with a clone.
+//! Disks that come while the pod runs.
 //!
 //! The kernel has a platform device `virtio-mmio.N` for each of the machine's register pages, and looked at each of them
 //! once. Those that were empty then it left alone. Bound to the driver by hand, one is looked at again; the device in it
@@ -35,7 +35,7 @@ fn bound(slot: u32) -> PathBuf {
 ///
 /// # Errors
 /// There is no such slot, or nothing in it.
-pub fn bind(slot: u32) -> io::Result<()> {
+fn bind(slot: u32) -> io::Result<()> {
     if bound(slot).exists() {
         return Ok(());
     }

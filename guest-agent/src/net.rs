@@ -76,8 +76,14 @@ impl Netlink {
     /// # Errors
     /// InvalidInput for what cannot be read, NotFound without such a device, else the kernel's.
     pub fn interface(&self, interface: &Interface) -> io::Result<()> {
+        let mut attributes = Vec::new();
         let (name, index) = if interface.mac.is_empty() {
             (interface.name.clone(), index_of(&interface.name)?)
+        } else if let Ok((name, index)) = find_by_mac(&interface.former_mac) {
+            let mac = parse_mac(&interface.mac)?.to_vec();
+            // IPv6 makes its link-local address of it when the device starts: a template's has never been started.
+            attributes.push(LinkAttribute::Address(mac));
+            (name, index)
         } else {
             find_by_mac(&interface.mac)?
         };
@@ -94,11 +100,9 @@ impl Netlink {
         } else {
             &interface.name
         };
-        let attributes = if interface.mtu > 0 {
-            vec![LinkAttribute::Mtu(interface.mtu)]
-        } else {
-            Vec::new()
-        };
+        if interface.mtu > 0 {
+            attributes.push(LinkAttribute::Mtu(interface.mtu));
+        }
         self.set_link(index, attributes, Some(true))
             .map_err(context(format!("interface {name} up with MTU {}", interface.mtu)))?;
         for address in &interface.former_addresses {

@@ -236,9 +236,6 @@ impl Pod for PodService {
             self.0.events.renew();
             self.0.all().iter().for_each(|container| container.renew_io());
         }
-        for card in request.cards {
-            disk::bind(card).map_err(failed("network card"))?;
-        }
         if !request.hostname.is_empty() {
             sethostname(request.hostname.as_bytes()).map_err(|e| failed("hostname")(e.into()))?;
         }

@@ -20,13 +20,14 @@ use cloister_protocol::ttrpc::context::with_duration;
 use cloister_sandbox_api::pod::agent::Agent;
 use cloister_sandbox_api::pod::guest::{Guest, ShareOptions};
 use cloister_sandbox_api::pod::machine::{MachineConfig, Origin, Room};
-use cloister_sandbox_api::pod::template::{self, Kind};
+use cloister_sandbox_api::pod::pool::Ahead;
+use cloister_sandbox_api::pod::template::{self, Kind, Templates};
 use cloister_sandbox_api::pod::vm::PodVm;
 use cloister_tests::e2e::{
     Footprint, PATIENCE, ProcessFootprint, Stage, anonymous_kib, guest_file, number_of,
 };
 use cloister_vmm::image::Image;
-use cloister_vmm::{CellHost, CellHostConfig, HugePages};
+use cloister_vmm::{CellHost, CellHostConfig, CellState, HugePages};
 use container::{Script, pod_initramfs};
 use serde_json::json;
 
@@ -126,6 +127,50 @@ fn pieces(bytes: &[u8]) -> impl Iterator<Item = [u8; 8]> {
 
 const RANDOM: usize = 4096;
 
+/// What no two clones may have in common.
+#[derive(Default)]
+struct Unique {
+    random: HashSet<[u8; 8]>,
+    ids: HashSet<Vec<u8>>,
+}
+
+impl Unique {
+    /// Looks at a clone that has been given its name: its time is the host's, and nothing of it was seen before.
+    async fn check(&mut self, vm: &PodVm, agent: &Agent, name: &str) {
+        let request = InfoRequest::new();
+        let info = agent.pod.info(with_duration(PATIENCE), &request).await.unwrap();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let guest = Duration::from_nanos(info.unix_time_ns);
+        assert!(
+            guest.abs_diff(now) < Duration::from_secs(5),
+            "{guest:?} in the guest, {now:?} here"
+        );
+        let out = folder(name);
+        let script = format!(
+            "head -c {RANDOM} /dev/urandom >/out/urandom && head -c {RANDOM} /dev/random >/out/random && \
+             cat /proc/sys/kernel/random/uuid >/out/uuid && cat /proc/sys/kernel/random/boot_id >/out/boot_id && \
+             hostname >/out/hostname"
+        );
+        run_script(vm, agent, &out, &script).await;
+        let read = |file: &str| fs::read(out.join(file)).unwrap();
+        assert_eq!(String::from_utf8(read("hostname")).unwrap().trim(), name);
+        for source in ["urandom", "random"] {
+            let bytes = read(source);
+            assert_eq!(bytes.len(), RANDOM);
+            for piece in pieces(&bytes) {
+                assert!(
+                    self.random.insert(piece),
+                    "{source} of {name} has bytes that were there before"
+                );
+            }
+        }
+        for id in ["uuid", "boot_id"] {
+            assert!(self.ids.insert(read(id)), "{id} of {name} was there before");
+        }
+        fs::remove_dir_all(out).unwrap();
+    }
+}
+
 /// Two clones never share a random byte, whoever asks in them, and neither does one with its template's other children.
 #[test]
 fn clones_have_an_identity_of_their_own_and_run_containers() {
@@ -133,37 +178,66 @@ fn clones_have_an_identity_of_their_own_and_run_containers() {
         let bed = Bed::new();
         let image = bed.template(1).await;
         println!("template: {} KiB of RAM", image.ram_bytes() >> 10);
-        let (mut seen, mut ids) = (HashSet::new(), HashSet::new());
+        let mut unique = Unique::default();
         for number in 0..4 {
             let name = format!("pod-{number}");
             let (vm, agent) = bed.clone_of(&image, 1, &name).await;
-            let info = agent.pod.info(with_duration(PATIENCE), &InfoRequest::new()).await.unwrap();
-            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
-            let guest = Duration::from_nanos(info.unix_time_ns);
-            assert!(guest.abs_diff(now) < Duration::from_secs(5), "{guest:?} in the guest, {now:?} here");
-            let out = folder(&name);
-            let script = format!(
-                "head -c {RANDOM} /dev/urandom >/out/urandom && head -c {RANDOM} /dev/random >/out/random && \
-                 cat /proc/sys/kernel/random/uuid >/out/uuid && cat /proc/sys/kernel/random/boot_id >/out/boot_id && \
-                 hostname >/out/hostname"
-            );
-            run_script(&vm, &agent, &out, &script).await;
-            let read = |file: &str| fs::read(out.join(file)).unwrap();
-            assert_eq!(String::from_utf8(read("hostname")).unwrap().trim(), name);
-            for source in ["urandom", "random"] {
-                let bytes = read(source);
-                assert_eq!(bytes.len(), RANDOM);
-                for piece in pieces(&bytes) {
-                    assert!(seen.insert(piece), "{source} of {name} has bytes that were there before");
-                }
-            }
-            for id in ["uuid", "boot_id"] {
-                assert!(ids.insert(read(id)), "{id} of {name} was there before");
-            }
-            fs::remove_dir_all(out).unwrap();
+            unique.check(&vm, &agent, &name).await;
             vm.shut_down().await;
         }
         image.verify().expect("a clone has changed the template");
+    });
+}
+
+/// Cells that were made ahead stand still until they are taken, are made again, and are as different from each other as other
+/// clones. Nothing is left of those that nobody took.
+#[test]
+fn cells_made_ahead_become_pods_of_their_own() {
+    runtime().block_on(async {
+        let bed = Bed::new();
+        let kind = Kind::of(&bed.config("kind", 1, Origin::Boot), "node").unwrap();
+        let other = Kind::of(&bed.config("kind", 2, Origin::Boot), "node").unwrap();
+        // What is made once is there after the first.
+        let image = bed.template(1).await;
+        bed.clone_of(&image, 1, "first").await.0.shut_down().await;
+        drop(image);
+        let before = ProcessFootprint::of_this();
+        let templates = Templates::new(bed.host.clone());
+        let ahead = Ahead {
+            count: 2,
+            ..Default::default()
+        };
+        let mut unique = Unique::default();
+        for round in 0..2 {
+            templates.want(kind.clone(), PATIENCE, ahead.clone());
+            let mut taken = Vec::new();
+            let begin = std::time::Instant::now();
+            while taken.len() < 2 {
+                assert!(begin.elapsed() < PATIENCE, "no cells");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                taken.extend(templates.take(&kind));
+            }
+            assert!(templates.take(&other).is_none());
+            for (number, mut vm) in taken.into_iter().enumerate() {
+                let name = format!("pod-{round}-{number}");
+                assert_eq!(vm.machine.cell().state(), CellState::Paused);
+                vm.machine.resume_with(Vec::new()).unwrap();
+                let agent = vm.agent().unwrap().clone();
+                let request = ConfigureRequest {
+                    hostname: name.clone(),
+                    ..Default::default()
+                };
+                vm.configure(&request).await.unwrap();
+                unique.check(&vm, &agent, &name).await;
+                drop(agent);
+                vm.shut_down().await;
+            }
+        }
+        templates.close().await;
+        templates.want(kind.clone(), PATIENCE, ahead);
+        assert!(templates.find(&kind).is_none(), "it is closed");
+        drop(templates);
+        before.assert_unchanged();
     });
 }
 

@@ -403,6 +403,35 @@ fn frames_around_a_snapshot_arrive() {
     assert_eq!(receive(&host), out);
 }
 
+#[test]
+fn an_unplugged_card_drops_what_is_sent_and_goes_on_once_it_is_plugged_in() {
+    let machine = Machine::new();
+    let device = new(NetBackend::Unplugged { pairs: 1 });
+    let (handle, metrics) = (device.handle(), device.metrics().clone());
+    let mut driver = Driver::new(&machine, device);
+    let mut queues = driver.start_with_event_idx(MAC | STATUS, &[16, 16]);
+    add_buffer(&machine, &mut queues[RECEIVE], &[2000]);
+    driver.kick(0);
+    driver.request(&mut queues[TRANSMIT], &[&frame(60, 1)], &[]);
+    assert_eq!(metrics.transmit_dropped.get(), 1);
+    assert_eq!(driver.health().complaints(), 0);
+    driver.transport.pause();
+    let saved = driver.transport.save().unwrap();
+    drop(driver);
+
+    let (end, host) = cable();
+    let device = new(NetBackend::Socket(end)).in_place_of(&handle);
+    let mut driver = Driver::restored(&machine, Box::new(device), &saved).unwrap();
+    driver.request(&mut queues[TRANSMIT], &[&frame(60, 2)], &[]);
+    assert_eq!(receive(&host), frame(60, 2));
+    send(&host, &frame(100, 3));
+    assert_eq!(driver.wait_used(&mut queues[RECEIVE]).unwrap().len, 112);
+    // The handle to the first is one to the second.
+    assert_eq!(handle.metrics().transmitted_frames.get(), 1);
+    handle.set_link(false);
+    assert_eq!(driver.config::<2>(6), [0, 0]);
+}
+
 mod tap {
     //! On a real tap.
 
@@ -664,6 +693,36 @@ mod tap {
             let mut queues = driver.start(CTRL_VQ, &[16, 16, 16]);
             let reply = driver.request(&mut queues[2], &[&[4, 0, 1, 0]], &[1]);
             assert_eq!(reply.buffers[0], [0]);
+            assert!(!driver.health().is_failed());
+        });
+    }
+
+    #[test]
+    fn an_unplugged_card_is_plugged_into_a_tap_of_as_many_queues() {
+        in_netns(|| {
+            let machine = Machine::new();
+            let features = CTRL_VQ | MQ | MRG_RXBUF | CSUM | GUEST_CSUM | GUEST_TSO4 | HOST_TSO4;
+            let mut driver = Driver::new(&machine, new(NetBackend::Unplugged { pairs: 2 }));
+            assert_eq!(driver.offered() & features, features);
+            let mut queues = driver.start(features, &[16; 5]);
+            let reply = driver.request(&mut queues[4], &[&[4, 0], &[2, 0]], &[1]);
+            assert_eq!(reply.buffers[0], [0]);
+            driver.transport.pause();
+            let saved = driver.transport.save().unwrap();
+            drop(driver);
+            let one = new(NetBackend::Tap(vec![open(FLAGS)]));
+            let refused = Driver::restored(&machine, one, &saved).err().unwrap().to_string();
+            assert!(refused.contains("other queues"), "{refused}");
+            let flags = FLAGS | MULTI_QUEUE;
+            let tap = NetBackend::Tap(vec![open(flags), open(flags)]);
+            let _socket = packet_socket();
+            let device = new(tap);
+            let metrics = device.metrics().clone();
+            let mut driver = Driver::restored(&machine, device, &saved).unwrap();
+            for pair in 0..2 {
+                driver.request(&mut queues[2 * pair + 1], &[&frame(60, 1)], &[]);
+            }
+            assert_eq!(metrics.transmitted_frames.get(), 2);
             assert!(!driver.health().is_failed());
         });
     }

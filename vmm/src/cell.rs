@@ -15,6 +15,7 @@
 //! Calls that do not fit the state answer a [`LifecycleError`] and change nothing. A cell can end at any moment by its
 //! guest's doing, so every call must expect `Stopped`. Saving needs `Created` or `Paused`.
 
+mod card;
 mod resize;
 mod slot;
 

@@ -6,6 +6,7 @@ use crate::memory;
 use cloister_boot::x86_64 as boot;
 use cloister_devices::block::BlockError;
 use cloister_devices::event_loop::EventLoopError;
+use cloister_devices::net::TapError;
 use cloister_devices::state::StateError;
 use cloister_devices::virtio::{RestoreError, TransportError};
 
@@ -178,6 +179,38 @@ pub enum AttachError {
     Transport(#[source] TransportError),
     /// KVM.
     #[error("cannot attach the disk")]
+    Connect(#[from] CreateError),
+}
+
+/// Why a network card was not plugged in.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// The device there is something else, or there is none.
+    #[error("device {position} is no network card")]
+    NoCard {
+        /// The place asked for.
+        position: usize,
+    },
+    /// The cell must be paused.
+    #[error("cannot plug in a network card of a cell that is {state}")]
+    State {
+        /// The state it is in.
+        state: String,
+    },
+    /// What it is to be connected to.
+    #[error("cannot connect the network card")]
+    Backend(#[source] TapError),
+    /// Its register page.
+    #[error("cannot connect the network card")]
+    Transport(#[source] TransportError),
+    /// It has failed.
+    #[error("cannot connect the network card")]
+    Save(#[from] StateError),
+    /// What it is to be connected to does not fit what it has been so far.
+    #[error("cannot connect the network card")]
+    Restore(#[from] RestoreError),
+    /// KVM.
+    #[error("cannot connect the network card")]
     Connect(#[from] CreateError),
 }
 

@@ -45,7 +45,7 @@ pub mod x86_64;
 pub use cell::{Cell, CellState, SavedCell};
 pub use config::{Boot, CellConfig, DeviceConfig, HugePages, InterruptChip, KernelBoot, SerialConfig};
 pub use device_set::DeviceHandle;
-pub use error::{AttachError, CreateError, HostError, LifecycleError};
+pub use error::{AttachError, CreateError, HostError, LifecycleError, PlugError};
 pub use host::{CellHost, CellHostConfig, KvmKind};
 pub use phases::Phase;
 pub use report::{CellReport, VcpuReport};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The control side: configuration space, features and what the tap is told of them.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -46,6 +47,10 @@ pub(super) mod feature {
     pub const GUEST_USO6: u64 = 1 << 55;
     pub const HOST_USO: u64 = 1 << 56;
 
+    /// What taps of any kernel take.
+    pub const CLASSIC: u64 =
+        CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | GUEST_ECN | HOST_TSO4 | HOST_TSO6 | HOST_ECN;
+
     /// What lets frames be bigger than the MTU on their way to the guest.
     pub const GUEST_BIG: u64 = GUEST_TSO4 | GUEST_TSO6 | GUEST_UFO | GUEST_USO4 | GUEST_USO6;
 }
@@ -58,6 +63,54 @@ pub enum NetBackend {
     Tap(Vec<OwnedFd>),
     /// A Unix socket of type SOCK_SEQPACKET or SOCK_DGRAM, set to O_NONBLOCK. Without offloads.
     Socket(OwnedFd),
+    /// Nothing yet: what the guest sends is dropped. For a guest that is saved to be cloned; a clone's device that is
+    /// connected to a tap with as many queue pairs takes over its state. Offers what any tap takes.
+    Unplugged {
+        /// Queue pairs, 1 to 8.
+        pairs: usize,
+    },
+}
+
+impl NetBackend {
+    /// Queue pairs.
+    pub fn pairs(&self) -> usize {
+        match self {
+            Self::Tap(fds) => fds.len(),
+            Self::Socket(_) => 1,
+            Self::Unplugged { pairs } => *pairs,
+        }
+    }
+
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Tap(_) => Kind::Tap,
+            Self::Socket(_) => Kind::Socket,
+            Self::Unplugged { .. } => Kind::Unplugged,
+        }
+    }
+
+    /// A descriptor per queue pair.
+    fn into_fds(self) -> Result<Vec<OwnedFd>, TapError> {
+        match self {
+            Self::Tap(fds) => Ok(fds),
+            Self::Socket(fd) => Ok(vec![fd]),
+            // Never read, written or watched.
+            Self::Unplugged { pairs } => (0..pairs)
+                .map(|_| File::open("/dev/null").map(OwnedFd::from))
+                .collect::<Result<_, _>>()
+                .map_err(|source| TapError::Host {
+                    what: "do without",
+                    source,
+                }),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Tap,
+    Socket,
+    Unplugged,
 }
 
 /// How a network device is made.
@@ -108,7 +161,7 @@ struct NetState {
 pub struct Net {
     common: Arc<Common>,
     fds: Vec<Arc<OwnedFd>>,
-    is_tap: bool,
+    kind: Kind,
     mac: [u8; 6],
     mtu: Option<u16>,
     offered: u64,
@@ -119,15 +172,13 @@ pub struct Net {
 impl Net {
     /// A device that no driver has touched.
     pub fn new(config: NetConfig) -> Result<Self, TapError> {
-        let (fds, is_tap) = match config.backend {
-            NetBackend::Tap(fds) => (fds, true),
-            NetBackend::Socket(fd) => (vec![fd], false),
-        };
-        if !(1..=MAX_PAIRS).contains(&fds.len()) {
-            return Err(TapError::Pairs(fds.len()));
+        let (pairs, kind) = (config.backend.pairs(), config.backend.kind());
+        if !(1..=MAX_PAIRS).contains(&pairs) {
+            return Err(TapError::Pairs(pairs));
         }
+        let fds = config.backend.into_fds()?;
         for fd in &fds {
-            if is_tap {
+            if kind == Kind::Tap {
                 tap::prepare(fd.as_fd(), fds.len() > 1)?;
             }
             let nonblocking = || {
@@ -143,9 +194,11 @@ impl Net {
         if config.mtu.is_some() {
             offered |= feature::MTU;
         }
-        if is_tap {
-            offered |= Self::offloads(&fds)?;
-        }
+        offered |= match kind {
+            Kind::Tap => Self::offloads(&fds)?,
+            Kind::Socket => 0,
+            Kind::Unplugged => feature::CLASSIC,
+        };
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * fds.len()];
         if fds.len() > 1 {
             offered |= feature::CTRL_VQ | feature::MQ;
@@ -157,7 +210,7 @@ impl Net {
                 signal: ConfigSignal::default(),
             }),
             fds: fds.into_iter().map(Arc::new).collect(),
-            is_tap,
+            kind,
             mac: config.mac,
             mtu: config.mtu.map(|mtu| mtu.max(MIN_MTU)),
             offered,
@@ -173,14 +226,7 @@ impl Net {
         let can = |offloads| tap::set_offload(fd.as_fd(), offloads).is_ok();
         let mut features = 0;
         if can(classic) {
-            features |= feature::CSUM
-                | feature::GUEST_CSUM
-                | feature::GUEST_TSO4
-                | feature::GUEST_TSO6
-                | feature::GUEST_ECN
-                | feature::HOST_TSO4
-                | feature::HOST_TSO6
-                | feature::HOST_ECN;
+            features |= feature::CLASSIC;
             if can(classic | offload::UFO) {
                 features |= feature::GUEST_UFO | feature::HOST_UFO;
             }
@@ -201,6 +247,16 @@ impl Net {
         NetHandle {
             common: Arc::clone(&self.common),
             metrics: Arc::clone(&self.metrics),
+        }
+    }
+
+    /// The same for who has a handle to a device that this one replaces: it is a handle to this one.
+    #[must_use]
+    pub fn in_place_of(self, handle: &NetHandle) -> Self {
+        Self {
+            common: Arc::clone(&handle.common),
+            metrics: Arc::clone(&handle.metrics),
+            ..self
         }
     }
 
@@ -233,9 +289,11 @@ impl Net {
                 _ => break,
             };
             let Some(fd) = self.fds.get(index) else { break };
-            live.push(Pair::new(index, receive, transmit, Arc::clone(fd)));
+            let mut pair = Pair::new(index, receive, transmit, Arc::clone(fd));
+            pair.gone = self.kind == Kind::Unplugged;
+            live.push(pair);
         }
-        if self.is_tap
+        if self.kind == Kind::Tap
             && let Some(fd) = self.fds.first()
         {
             tap::set_offload(fd.as_fd(), tap_offloads(features)).map_err(|source| {
@@ -260,7 +318,8 @@ impl Net {
                 source,
             })?;
         // Queues that no pair stands for get no flows.
-        for fd in self.fds.iter().skip(handler.pair_count().max(1)) {
+        let others = self.fds.iter().skip(handler.pair_count().max(1));
+        for fd in others.filter(|_| self.kind == Kind::Tap) {
             tap::set_attached(fd.as_fd(), false).map_err(|source| ActivateError::Host {
                 what: "cannot detach a queue of the tap",
                 source,

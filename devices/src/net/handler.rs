@@ -70,8 +70,8 @@ pub(super) struct Pair {
     base: u32,
     /// The driver uses it.
     on: bool,
-    /// The tap is gone, or the socket's other end.
-    gone: bool,
+    /// The tap is gone, or the socket's other end, or there never was one.
+    pub(super) gone: bool,
     /// No buffers for what arrives.
     starved: bool,
     /// The tap takes no more.
@@ -192,7 +192,7 @@ impl NetHandler {
         let several = self.pairs.len() > 1;
         for (index, pair) in self.pairs.iter_mut().enumerate() {
             let on = index < count;
-            if several {
+            if several && !pair.gone {
                 tap::set_attached(pair.fd.as_fd(), on)?;
             }
             pair.on = on;

@@ -43,10 +43,8 @@ fn build(context: &Context, args: &TemplateBuildArgs) -> Outcome {
     };
     let cards = usize::from(args.net != crate::pod::state::Network::None);
     let kind = Kind::of(&config, template::NODE)
-        .ok_or_else(|| {
-            Failure::new("this kernel cannot be cloned: it does not find a network card that comes later")
-        })?
-        .with_cards(cards);
+        .ok_or_else(|| Failure::new("virtual machines with this kernel or these pages cannot be cloned"))?
+        .with_cards(vec![1; cards]);
     let cells =
         CellHost::new(CellHostConfig::default()).map_err(|e| Failure::new(crate::error::chain(&e)))?;
     let patience = Duration::from_secs(args.init_timeout);

@@ -31,6 +31,8 @@ const MAX_VCPUS: u8 = 32;
 const HUGE_PAGE: u64 = 2 << 20;
 /// Leaves a VM places for a dozen network cards.
 const MAX_BLOCK_VOLUMES: u8 = 12;
+/// Cells made ahead of a kind: likewise.
+const MAX_POOL: u8 = 64;
 /// Spare VMs of a kind: far more than pods that start within a moment.
 const MAX_SPARE_VMS: u8 = 64;
 
@@ -162,6 +164,8 @@ pub struct Profile {
     pub dax_window: Bytes,
     /// Who shares a template to be cloned from.
     pub template: Trust,
+    /// Cells cloned ahead for the next pods of each kind that was used last.
+    pub template_pool: u8,
     /// VMs of the last pod's kind, with their images in memory, that are kept for the next ones that boot.
     pub spare_vms: u8,
     /// Longest time a VM may take until its agent is ready.
@@ -268,6 +272,7 @@ impl Default for Profile {
             block_volumes: 4,
             dax_window: Bytes(0),
             template: Trust::default(),
+            template_pool: 0,
             spare_vms: 0,
             init_timeout: Duration::from_secs(60),
             answer_timeout: crate::pod::vigil::PATIENCE,
@@ -491,6 +496,18 @@ impl Profile {
             return Err((
                 "resize_vcpus",
                 format!("{} is not between 1 and {MAX_VCPUS}", self.resize_vcpus),
+            ));
+        }
+        if self.template_pool > MAX_POOL {
+            return Err((
+                "template_pool",
+                format!("{} is more than {MAX_POOL}", self.template_pool),
+            ));
+        }
+        if self.template_pool > 0 && self.template == Trust::None {
+            return Err((
+                "template_pool",
+                "there are no templates to clone from: set template to \"namespace\" or \"node\"".to_owned(),
             ));
         }
         if self.spare_vms > MAX_SPARE_VMS {
@@ -835,6 +852,14 @@ mod tests {
             (
                 "[sandboxer.a]\ndax_window = '3MiB'",
                 "config.toml:2: sandboxer.a.dax_window: ",
+            ),
+            (
+                "[sandboxer.a]\ntemplate_pool = 2",
+                "config.toml:2: sandboxer.a.template_pool: there are no templates",
+            ),
+            (
+                "[sandboxer.a]\ntemplate = 'node'\ntemplate_pool = 65",
+                "config.toml:3: sandboxer.a.template_pool: 65 is more than 64",
             ),
             (
                 "[sandboxer.a]\ninit_timeout = '0s'",

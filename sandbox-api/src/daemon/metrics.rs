@@ -167,6 +167,7 @@ struct Inner {
     pods: Family<StateLabel, Gauge>,
     pods_started: Family<SandboxerLabel, Counter>,
     pods_cloned: Counter,
+    pods_pooled: Counter,
     containers: Gauge,
     containers_started: Counter,
     execs: Gauge,
@@ -196,7 +197,8 @@ impl Metrics {
         let pods = Family::<StateLabel, Gauge>::default();
         let pods_started = Family::<SandboxerLabel, Counter>::default();
         let (containers, execs) = (Gauge::default(), Gauge::default());
-        let [pods_cloned, containers_started, execs_started, oom] = [(); 4].map(|()| Counter::default());
+        let [pods_cloned, pods_pooled, containers_started, execs_started, oom] =
+            [(); 5].map(|()| Counter::default());
         let operations: Histograms<OperationLabels> = Family::new_with_constructor(histogram);
         let phases: Histograms<PhaseLabels> = Family::new_with_constructor(histogram);
         let errors = Family::<ErrorLabels, Counter>::default();
@@ -221,6 +223,11 @@ impl Metrics {
             "cloister_pods_cloned",
             "Pods of those whose virtual machine was cloned from a template",
             pods_cloned.clone(),
+        );
+        registry.register(
+            "cloister_pods_pooled",
+            "Pods of those whose virtual machine was made ahead",
+            pods_pooled.clone(),
         );
         registry.register("cloister_containers", "Containers that run", containers.clone());
         registry.register(
@@ -275,6 +282,7 @@ impl Metrics {
             pods,
             pods_started,
             pods_cloned,
+            pods_pooled,
             containers,
             containers_started,
             execs,
@@ -372,6 +380,11 @@ impl Metrics {
     /// A pod came up as a clone.
     pub fn cloned(&self) {
         self.0.pods_cloned.inc();
+    }
+
+    /// Its VM was made ahead.
+    pub fn pooled(&self) {
+        self.0.pods_pooled.inc();
     }
 
     /// A container lost a process for want of memory.

@@ -209,7 +209,8 @@ impl Node {
     /// Ends all pods, at the daemon's own end.
     pub async fn stop_all(&self) {
         let all = self.all();
-        futures_util::future::join_all(all.iter().map(|sandbox| sandbox.stop())).await;
+        let pods = futures_util::future::join_all(all.iter().map(|sandbox| sandbox.stop()));
+        tokio::join!(pods, self.templates.close());
     }
 }
 

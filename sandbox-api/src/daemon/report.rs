@@ -237,17 +237,15 @@ impl Details {
         let counters = machine
             .as_ref()
             .map(|machine| super::metrics::Source::totals(&**machine.cell()).into());
-        let prefix: String = super::sandbox::cell_name(&record.id).chars().take(8).collect();
         Self {
             pod: Pod::new(sandbox),
             steps: record.steps.clone(),
             record,
             counters,
-            threads: if machine.is_some() {
+            threads: machine.map_or_else(Vec::new, |machine| {
+                let prefix: String = machine.cell().name().chars().take(8).collect();
                 threads(&format!("{prefix}:"))
-            } else {
-                Vec::new()
-            },
+            }),
         }
     }
 }

@@ -26,6 +26,7 @@ use crate::files;
 use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
 use crate::pod::machine::{self, Machine, MachineConfig, Origin, Room};
+use crate::pod::pool::Ahead;
 use crate::pod::resize;
 use crate::pod::size::{Limits, Size, Sizing};
 use crate::pod::state::EXIT_KILLED;
@@ -42,6 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tracing::Instrument;
 
 /// File of the last words of a VM that ended by itself.
@@ -669,15 +671,30 @@ impl Sandbox {
         };
         let domain = self.profile.template.domain(&plan.namespace);
         let kind = domain.and_then(|domain| template::Kind::of(&config, &domain));
-        if let Some(image) = kind.as_ref().and_then(|kind| node.templates.find(kind)) {
-            log::debug!("sandbox {id}: cloned from a template");
-            config.origin = Origin::Clone(image);
-        }
-        let cloned = matches!(config.origin, Origin::Clone(_));
-        let spares = (!cloned && self.profile.spare_vms > 0)
-            .then(|| machine::spares(&config, self.profile.spare_vms.into()));
         steps.next("create");
-        let vm = PodVm::start(config, &node.cells).await.map_err(vm_error)?;
+        let pooled = kind
+            .as_ref()
+            .filter(|_| self.profile.template_pool > 0)
+            .and_then(|kind| node.templates.take(kind));
+        let (from_pool, mut spares) = (pooled.is_some(), None);
+        let vm = match pooled {
+            Some(vm) => {
+                log::debug!("sandbox {id}: takes cell {}", vm.machine.cell().name());
+                let resumed = vm.machine.resume_with(config.nics);
+                resumed.map_err(|error| vm_error(error.into()))?;
+                vm
+            }
+            None => {
+                if let Some(image) = kind.as_ref().and_then(|kind| node.templates.find(kind)) {
+                    log::debug!("sandbox {id}: cloned from a template");
+                    config.origin = Origin::Clone(image);
+                } else if self.profile.spare_vms > 0 {
+                    spares = Some(machine::spares(&config, self.profile.spare_vms.into()));
+                }
+                PodVm::start(config, &node.cells).await.map_err(vm_error)?
+            }
+        };
+        let cloned = !vm.machine.boots();
         let _ = self.machine.set(Arc::downgrade(&vm.machine));
         let cell = Arc::clone(vm.machine.cell());
         let _ = self.cell.set(Arc::downgrade(&cell));
@@ -686,12 +703,21 @@ impl Sandbox {
         steps.next("boot");
         vm.ready(self.profile.init_timeout).await.map_err(vm_error)?;
         steps.next("configure");
+        // Beside the guest's work, and given up with this.
+        let mut forward = JoinSet::new();
+        if made.net.is_some() {
+            let (netns, guest) = (netns.to_owned(), Arc::<Machine>::clone(&vm.machine));
+            forward.spawn(async move { Forwarder::start(&netns, guest).await });
+        }
         let configuration = self.configuration(plan, made.net.as_ref());
         vm.configure(&configuration).await.map_err(vm_error)?;
-        if made.net.is_some() {
+        if !forward.is_empty() {
+            // What is left of it.
             steps.next("forward");
-            let guest = Arc::<Machine>::clone(&vm.machine);
-            made.forwarder = Some(Forwarder::start(netns, guest).await.map_err(net_error)?);
+        }
+        if let Some(started) = forward.join_next().await {
+            let started = started.map_err(|e| net_error(net::Error::Io("forward ports".into(), e.into())))?;
+            made.forwarder = Some(started.map_err(net_error)?);
         }
         steps.next("serve");
         let patience = self.profile.answer_timeout;
@@ -726,13 +752,23 @@ impl Sandbox {
         if cloned {
             node.metrics.cloned();
         }
+        if from_pool {
+            node.metrics.pooled();
+        }
         match spares {
             Some(Ok(spares)) => node.keep_spares(spares),
             Some(Err(error)) => log::warn!("sandbox {id}: no spares of its kind: {error}"),
             None => {}
         }
         if let Some(kind) = kind {
-            node.templates.want(kind, self.profile.init_timeout);
+            let ahead = Ahead {
+                count: self.profile.template_pool.into(),
+                configuration: ConfigureRequest {
+                    sysctls: unprivileged().collect(),
+                    ..Default::default()
+                },
+            };
+            node.templates.want(kind, self.profile.init_timeout, ahead);
         }
         Ok(())
     }
@@ -757,11 +793,7 @@ impl Sandbox {
             routes: net.map(|net| net.routes.clone()).unwrap_or_default(),
             neighbors: net.map(|net| net.neighbors.clone()).unwrap_or_default(),
             files: MessageField::some(plan.files(&net.map(PodNet::addresses).unwrap_or_default())),
-            sysctls: UNPRIVILEGED
-                .map(|(name, value)| (name.to_owned(), value.to_owned()))
-                .into_iter()
-                .chain(plan.sysctls.clone())
-                .collect(),
+            sysctls: unprivileged().chain(plan.sysctls.clone()).collect(),
             unix_time_ns: clock::unix_ns(),
             entropy,
             ..Default::default()
@@ -786,7 +818,7 @@ impl Sandbox {
 }
 
 /// Name of a pod's cell, of which its threads' names are made.
-pub fn cell_name(id: &str) -> String {
+fn cell_name(id: &str) -> String {
     format!("pod-{}", id.get(..12).unwrap_or(id))
 }
 
@@ -808,6 +840,11 @@ impl Running for Followed {
 
 impl Running for ProcessGauge {
     fn ended(self: Box<Self>, _: &task::Exit) {}
+}
+
+fn unprivileged() -> impl Iterator<Item = (String, String)> {
+    let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+    UNPRIVILEGED.into_iter().map(owned)
 }
 
 fn asked_for() -> Exit {

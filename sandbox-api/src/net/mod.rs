@@ -21,6 +21,8 @@ mod sk_lookup;
 mod survey;
 pub mod tap;
 
+pub(crate) use survey::mac_text;
+
 /// What a pod's network left on the host, for whoever cleans up.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct NetRecord {

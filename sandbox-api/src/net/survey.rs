@@ -157,7 +157,8 @@ fn interface(link: &LinkMessage) -> Result<Option<Found>, Error> {
     }))
 }
 
-fn mac_text(mac: &[u8]) -> String {
+/// "02:c1:00:00:00:01".
+pub(crate) fn mac_text(mac: &[u8]) -> String {
     let bytes: Vec<String> = mac.iter().map(|byte| format!("{byte:02x}")).collect();
     bytes.join(":")
 }

@@ -18,7 +18,7 @@ use super::vigil;
 use super::vm::{self, PodVm, QUICK, agent_error};
 use crate::clock;
 use crate::image::{self, Store};
-use crate::net::{self, dns, nat, publish, tap};
+use crate::net::{self, dns, mac_text, nat, publish, tap};
 use crate::runtime::{overlay, spec, user};
 use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, Route};
@@ -697,7 +697,7 @@ async fn connect(pod: &mut Pod<'_>, network: &Network, had: Option<&Card>) -> Re
             let mac = had.map_or(mac, |card| card.mac);
             pod.card = Some(Card { mac, address: None });
             let interface = Interface {
-                mac: mac_text(mac),
+                mac: mac_text(&mac),
                 name: "eth0".into(),
                 former_addresses,
                 ..Default::default()
@@ -726,7 +726,7 @@ async fn connect(pod: &mut Pod<'_>, network: &Network, had: Option<&Card>) -> Re
                 address: Some(own_address.clone()),
             });
             let interface = Interface {
-                mac: mac_text(mac),
+                mac: mac_text(&mac),
                 name: "eth0".into(),
                 addresses: vec![own_address],
                 former_addresses,
@@ -759,10 +759,6 @@ fn nic(tap: OwnedFd, mac: [u8; 6]) -> NetConfig {
         mac,
         mtu: None,
     }
-}
-
-fn mac_text(mac: [u8; 6]) -> String {
-    mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 fn host_resolvers() -> String {

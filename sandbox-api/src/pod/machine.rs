@@ -2,17 +2,18 @@
 //! A pod's VM: a cell with the devices a pod needs, and its ways in and out for asynchronous code.
 
 use super::guest::{Guest, ShareOptions};
+use crate::net::mac_text;
 use cloister_devices::block::{BlockConfig, CacheMode, DiskKind};
 use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, FsHandle};
 use cloister_devices::mem::MemHandle;
-use cloister_devices::net::NetConfig;
+use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_devices::vsock::{VsockConfig, VsockHandle};
 use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::image::Image;
 use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, CellState, DeviceConfig, DeviceHandle, HugePages, KernelBoot,
-    SpareConfig, StopReason,
+    PlugError, SpareConfig, StopReason,
 };
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,7 +22,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -65,12 +66,7 @@ pub enum Origin {
     /// It boots.
     #[default]
     Boot,
-    /// It boots to become a template, with places for so many network cards.
-    Template {
-        /// Empty slots.
-        cards: usize,
-    },
-    /// It is a clone of a template for as many network cards as it has, and otherwise configured alike.
+    /// It is a clone of a template with network cards like its own, and otherwise configured alike.
     Clone(Arc<Image>),
     /// It goes on from where another one was saved, with the same devices and what that had attached.
     Restore(Arc<Image>, Arc<Vec<Shared>>),
@@ -120,9 +116,12 @@ pub enum Error {
     /// A device is not there.
     #[error("the virtual machine has no {0} device")]
     Device(&'static str),
-    /// It did not start.
+    /// It did not start, or did not stand still.
     #[error("cannot start the virtual machine")]
     Start(#[from] cloister_vmm::LifecycleError),
+    /// Its network.
+    #[error("cannot connect the virtual machine to its network")]
+    Plug(#[from] PlugError),
     /// The host is short of something.
     #[error("cannot watch the virtual machine")]
     Io(#[from] io::Error),
@@ -134,8 +133,11 @@ pub struct Machine {
     fs: FsHandle,
     vsock: VsockHandle,
     mem: Option<MemHandle>,
-    /// Places of the network cards that the guest has not seen yet.
-    new_cards: Option<Vec<u32>>,
+    boots: bool,
+    /// Of a clone: the hardware addresses of its network cards, in their order, once they are connected.
+    macs: OnceLock<Vec<[u8; 6]>>,
+    /// Places of the network cards among its devices.
+    cards: Vec<usize>,
     /// What is attached, kept open: a mount that exists only as a descriptor goes with its last one.
     attached: Mutex<HashMap<String, OwnedFd>>,
     dead: watch::Receiver<Option<StopReason>>,
@@ -156,8 +158,9 @@ impl Machine {
             Origin::Clone(image) | Origin::Restore(image, _) => Boot::Clone {
                 image: Arc::clone(image),
             },
-            Origin::Boot | Origin::Template { .. } => kernel_boot(&config)?,
+            Origin::Boot => kernel_boot(&config)?,
         };
+        let boots = matches!(config.origin, Origin::Boot);
         let mut attached = HashMap::new();
         let mut trees = Vec::new();
         if let Origin::Restore(_, shared) = &config.origin {
@@ -180,13 +183,13 @@ impl Machine {
         });
         cell.devices
             .push(DeviceConfig::Vsock(VsockConfig::new(GUEST_CID)));
-        let mut cards = Vec::new();
+        let (mut cards, mut macs) = (Vec::new(), Vec::new());
         for nic in config.nics {
-            cards.push(u32::try_from(cell.devices.len()).unwrap_or(u32::MAX));
+            cards.push(cell.devices.len());
+            if !matches!(nic.backend, NetBackend::Unplugged { .. }) {
+                macs.push(nic.mac);
+            }
             cell.devices.push(DeviceConfig::Net(nic));
-        }
-        if let Origin::Template { cards } = config.origin {
-            cell.devices.extend((0..cards).map(|_| DeviceConfig::Slot));
         }
         cell.devices.push(DeviceConfig::Rng);
         cell.devices.push(DeviceConfig::Balloon { deflate_on_oom: true });
@@ -226,19 +229,52 @@ impl Machine {
             fs,
             vsock,
             mem,
-            new_cards: match config.origin {
-                Origin::Clone(_) => Some(cards),
-                Origin::Restore(..) => Some(Vec::new()),
-                Origin::Boot | Origin::Template { .. } => None,
+            boots,
+            macs: match config.origin {
+                Origin::Clone(_) if macs.len() == cards.len() => OnceLock::from(macs),
+                _ => OnceLock::new(),
             },
+            cards,
             attached: Mutex::new(attached),
             dead,
         }))
     }
 
-    /// Of a VM that did not boot: the places of its network cards that the guest has not seen yet.
-    pub fn new_cards(&self) -> Option<&[u32]> {
-        self.new_cards.as_deref()
+    /// Whether it booted, and was not cloned or restored.
+    pub fn boots(&self) -> bool {
+        self.boots
+    }
+
+    /// The hardware address that a clone's guest knows the network card by that has this one, until it is told so.
+    pub fn former_mac(&self, mac: &str) -> Option<String> {
+        let macs = self.macs.get()?;
+        let card = macs.iter().position(|one| mac_text(one) == mac)?;
+        Some(mac_text(&unplugged_mac(card)))
+    }
+
+    /// Has it stand still.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn pause(&self) -> Result<(), Error> {
+        Ok(self.cell.pause()?)
+    }
+
+    /// Has one that stands still go on, connected to its networks: one for each of its cards, which had none.
+    ///
+    /// # Errors
+    /// It has ended, or its cards are others. It is to be ended then.
+    pub fn resume_with(&self, nics: Vec<NetConfig>) -> Result<(), Error> {
+        if nics.len() != self.cards.len() {
+            return Err(Error::Device("fitting network"));
+        }
+        let macs = nics.iter().map(|nic| nic.mac).collect();
+        for (position, nic) in self.cards.iter().zip(nics) {
+            self.cell.plug(*position, nic)?;
+        }
+        // They are plugged in once.
+        let _ = self.macs.set(macs);
+        Ok(self.cell.resume()?)
     }
 
     /// Becomes the reason when the VM has ended.
@@ -414,6 +450,22 @@ fn attach_options(name: &str, share: ShareOptions) -> AttachOptions {
         dax: is_root,
         ..AttachOptions::default()
     }
+}
+
+/// Network cards that are not connected yet, each with so many queue pairs.
+pub fn unplugged(pairs: &[usize]) -> Vec<NetConfig> {
+    let card = |(card, pairs): (usize, &usize)| NetConfig {
+        backend: NetBackend::Unplugged { pairs: *pairs },
+        mac: unplugged_mac(card),
+        mtu: None,
+    };
+    pairs.iter().enumerate().map(card).collect()
+}
+
+/// By which a template's guest knows its cards: locally administered, never on any network.
+fn unplugged_mac(card: usize) -> [u8; 6] {
+    // There are not as many places.
+    [0x02, 0xc0, 0, 0, 0, u8::try_from(card).unwrap_or(u8::MAX)]
 }
 
 fn memory_mib(config: &MachineConfig<'_>) -> u64 {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!  a pod of a new kind ──▶ boots; once it is up: want() ──▶ another VM boots, is saved and ended ──▶ template
-//!  a later pod of this kind ──▶ find() ──▶ cloned
+//!  a later pod of this kind ──▶ find() ──▶ cloned, or take() ──▶ a cell that was cloned ahead ([`super::pool`])
 //! ```
 //!
 //! A template belongs to one kind of VM (its kernel, initramfs, size and devices) and one *domain*: those who may share
@@ -12,8 +12,9 @@
 //! a clone is given fresh randomness with its identity, before anything of its pod runs.
 
 use super::machine::{self, MachineConfig, Origin, Room};
+use super::pool::{self, Ahead, Stock};
 use super::vm::{self, PodVm, QUICK, agent_error, io_error};
-use cloister_protocol::pod::InfoRequest;
+use cloister_protocol::pod::{ConfigureRequest, InfoRequest};
 use cloister_protocol::ttrpc::context::with_duration;
 use cloister_vmm::image::{self, Image};
 use cloister_vmm::{CellHost, HugePages};
@@ -26,6 +27,8 @@ use std::time::{Duration, Instant};
 
 /// Templates that a process keeps: each is the memory of a VM that has just booted.
 const MAX_TEMPLATES: usize = 8;
+/// Of those, the ones of which cells are made ahead: the last used.
+const MAX_POOLS: usize = 4;
 /// How long a pod that has just started has the processors to itself, before work for those that may follow.
 pub const SETTLE: Duration = Duration::from_secs(2);
 /// How long the building of one that failed is left alone.
@@ -43,7 +46,8 @@ pub struct Kind {
     memory: u64,
     huge_pages: HugePages,
     dax: Option<u64>,
-    cards: usize,
+    /// Queue pairs of each network card.
+    cards: Vec<usize>,
     room: Room,
 }
 
@@ -65,8 +69,8 @@ fn file_id(path: &Path) -> io::Result<FileId> {
 }
 
 impl Kind {
-    /// The kind of a VM of this domain. None if such VMs cannot be cloned: a kernel that is not ours does not find a
-    /// network card that comes later, and reserved huge pages are not copied page by page.
+    /// The kind of a VM of this domain. None if such VMs cannot be cloned: of other kernels than ours it is not known, and
+    /// reserved huge pages are not copied page by page.
     pub fn of(config: &MachineConfig<'_>, domain: &str) -> Option<Self> {
         if config.huge_pages == HugePages::Reserved {
             return None;
@@ -85,19 +89,20 @@ impl Kind {
             memory: config.memory,
             huge_pages: config.huge_pages,
             dax: config.dax,
-            cards: config.nics.len(),
+            cards: config.nics.iter().map(|nic| nic.backend.pairs()).collect(),
             room: config.room,
         })
     }
 
-    /// The same with so many network cards.
-    pub fn with_cards(self, cards: usize) -> Self {
+    /// The same with network cards of so many queue pairs each.
+    pub fn with_cards(self, cards: Vec<usize>) -> Self {
         Self { cards, ..self }
     }
 
-    fn config(&self) -> MachineConfig<'_> {
+    /// A VM of this kind that has no network yet.
+    pub(super) fn config(&self, name: String, origin: Origin) -> MachineConfig<'_> {
         MachineConfig {
-            name: "template".to_owned(),
+            name,
             cpus: self.cpus,
             memory: self.memory,
             huge_pages: self.huge_pages,
@@ -105,9 +110,9 @@ impl Kind {
             kernel: &self.kernel,
             initrd: &self.initrd,
             kernel_args: &self.kernel_args,
-            nics: Vec::new(),
+            nics: machine::unplugged(&self.cards),
             room: self.room,
-            origin: Origin::Template { cards: self.cards },
+            origin,
         }
     }
 }
@@ -117,7 +122,7 @@ impl Kind {
 /// # Errors
 /// It does not come up within `patience`, or cannot be saved.
 pub async fn build(kind: &Kind, cells: &CellHost, patience: Duration) -> Result<Arc<Image>, vm::Error> {
-    let mut vm = PodVm::start(kind.config(), cells).await?;
+    let mut vm = PodVm::start(kind.config("template".to_owned(), Origin::Boot), cells).await?;
     let agent = vm.ready(patience).await?;
     // It says that it is ready before it has mounted everything: this answer comes after that.
     agent
@@ -147,17 +152,49 @@ pub async fn build(kind: &Kind, cells: &CellHost, patience: Duration) -> Result<
 
 enum State {
     Building,
-    Ready(Arc<Image>),
+    Ready(Arc<Image>, Stock<PodVm>),
     /// When it failed.
     Failed(Instant),
 }
 
-/// The templates of a process. Clones are handles to the same ones.
+#[derive(Default)]
+struct Known {
+    /// The most recently used last.
+    list: Vec<(Kind, State)>,
+    /// Nothing is made any more.
+    closed: bool,
+}
+
+impl Known {
+    /// A template that is there, which is used now.
+    fn used(&mut self, kind: &Kind) -> Option<(&Arc<Image>, &mut Stock<PodVm>)> {
+        let at = self.list.iter().position(|(other, _)| other == kind)?;
+        let used = self.list.remove(at);
+        self.list.push(used);
+        match self.list.last_mut() {
+            Some((_, State::Ready(image, stock))) => Some((image, stock)),
+            _ => None,
+        }
+    }
+
+    fn state(&mut self, kind: &Kind) -> Option<&mut State> {
+        let found = self.list.iter_mut().find(|(other, _)| other == kind);
+        found.map(|(_, state)| state)
+    }
+
+    fn stock(&mut self, kind: &Kind) -> Option<&mut Stock<PodVm>> {
+        match self.state(kind) {
+            Some(State::Ready(_, stock)) => Some(stock),
+            _ => None,
+        }
+    }
+}
+
+/// The templates of a process, with the cells that are cloned of them ahead. Clones are handles to the same ones.
 #[derive(Clone)]
 pub struct Templates {
     cells: CellHost,
-    /// The most recently used last.
-    known: Arc<Mutex<Vec<(Kind, State)>>>,
+    known: Arc<Mutex<Known>>,
 }
 
 impl Templates {
@@ -169,68 +206,161 @@ impl Templates {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<(Kind, State)>> {
+    fn lock(&self) -> MutexGuard<'_, Known> {
         // Every change under the lock is complete in itself.
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The template of a kind, if there is one.
     pub fn find(&self, kind: &Kind) -> Option<Arc<Image>> {
-        let mut known = self.lock();
-        let at = known.iter().position(|(other, _)| other == kind)?;
-        let State::Ready(image) = &known[at].1 else {
-            return None;
-        };
-        let image = Arc::clone(image);
-        let used = known.remove(at);
-        known.push(used);
-        Some(image)
+        self.lock().used(kind).map(|(image, _)| Arc::clone(image))
     }
 
-    /// Has a template of this kind built, soon, unless there is one. To be called in a runtime, at a quiet moment: it
-    /// takes as much as a boot.
-    pub fn want(&self, kind: Kind, patience: Duration) {
-        {
+    /// A cell of this kind that was made ahead, if there is one. It stands still, without a network. To be called in a
+    /// runtime.
+    pub fn take(&self, kind: &Kind) -> Option<PodVm> {
+        loop {
+            let vm = self.lock().used(kind)?.1.take()?;
+            if vm.machine.dead().borrow().is_none() {
+                return Some(vm);
+            }
+            log::warn!(
+                "a cell that was made ahead has ended: {}",
+                vm.machine.cell().name()
+            );
+            discard(vec![vm]);
+        }
+    }
+
+    /// Has a template of this kind built, soon, unless there is one, and cells made ahead of those who take them. To be
+    /// called in a runtime, at a quiet moment: it takes as much as a boot.
+    pub fn want(&self, kind: Kind, patience: Duration, ahead: Ahead) {
+        let (build, given_up) = {
             let mut known = self.lock();
-            // What it was built of has been replaced.
-            known.retain(|(other, _)| {
-                other.kernel != kind.kernel || other.initrd != kind.initrd || other.files == kind.files
-            });
-            let rests = |state: &State| matches!(state, State::Failed(since) if since.elapsed() >= REST);
-            known.retain(|(other, state)| *other != kind || !rests(state));
-            if known.iter().any(|(other, _)| *other == kind) {
+            if known.closed {
                 return;
             }
-            let excess = known.len().saturating_sub(MAX_TEMPLATES - 1);
-            known.drain(..excess);
-            known.push((kind.clone(), State::Building));
-        }
+            let mut given_up = Vec::new();
+            // What it was built of has been replaced.
+            let stale = |other: &Kind| {
+                other.kernel == kind.kernel && other.initrd == kind.initrd && other.files != kind.files
+            };
+            let rests = |state: &State| matches!(state, State::Failed(since) if since.elapsed() >= REST);
+            let gone = |(other, state): &(Kind, State)| stale(other) || *other == kind && rests(state);
+            given_up.extend(known.list.extract_if(.., |one| gone(one)));
+            let build = known.state(&kind).is_none();
+            if build {
+                let excess = known.list.len().saturating_sub(MAX_TEMPLATES - 1);
+                given_up.extend(known.list.drain(..excess));
+                known.list.push((kind.clone(), State::Building));
+            }
+            let mut given_up: Vec<PodVm> = given_up
+                .into_iter()
+                .flat_map(|(_, state)| match state {
+                    State::Ready(_, mut stock) => stock.give_up(),
+                    State::Building | State::Failed(_) => Vec::new(),
+                })
+                .collect();
+            let unused = known.list.len().saturating_sub(MAX_POOLS);
+            for (_, state) in known.list.iter_mut().take(unused) {
+                if let State::Ready(_, stock) = state {
+                    given_up.extend(stock.give_up());
+                }
+            }
+            // Another profile may want some of the same kind.
+            let stock = known.stock(&kind).filter(|_| ahead.count > 0);
+            let fill = stock.is_some_and(|stock| stock.keep(ahead.count));
+            if !build && !fill {
+                drop(known);
+                discard(given_up);
+                return;
+            }
+            (build, given_up)
+        };
+        discard(given_up);
         let templates = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(SETTLE).await;
-            let state = match build(&kind, &templates.cells, patience).await {
-                Ok(image) => {
-                    let kib = image.ram_bytes() >> 10;
-                    log::info!(
-                        "template of {} MiB, {} vCPUs, {} network cards: {kib} KiB",
-                        kind.memory >> 20,
-                        kind.cpus,
-                        kind.cards
-                    );
-                    State::Ready(image)
+            if build {
+                templates.build(&kind, patience, ahead.count).await;
+            }
+            templates.fill(&kind, &ahead.configuration).await;
+        });
+    }
+
+    async fn build(&self, kind: &Kind, patience: Duration, ahead: usize) {
+        let state = match build(kind, &self.cells, patience).await {
+            Ok(image) => {
+                let kib = image.ram_bytes() >> 10;
+                log::info!(
+                    "template of {} MiB, {} vCPUs, {} network cards: {kib} KiB",
+                    kind.memory >> 20,
+                    kind.cpus,
+                    kind.cards.len()
+                );
+                let mut stock = Stock::default();
+                stock.keep(ahead);
+                State::Ready(image, stock)
+            }
+            Err(error) => {
+                log::warn!(
+                    "pods boot as before: no template: {}",
+                    crate::error::chain(&error)
+                );
+                State::Failed(Instant::now())
+            }
+        };
+        if let Some(place) = self.lock().state(kind) {
+            *place = state;
+        }
+    }
+
+    /// Makes the cells that are missing, one after the other.
+    async fn fill(&self, kind: &Kind, configuration: &ConfigureRequest) {
+        loop {
+            let image = match self.lock().state(kind) {
+                Some(State::Ready(image, stock)) => stock.wants_more().then(|| Arc::clone(image)),
+                _ => None,
+            };
+            let Some(image) = image else { return };
+            match pool::make(kind, image, &self.cells, configuration).await {
+                Ok(vm) => {
+                    log::debug!("cell {} was made ahead", vm.machine.cell().name());
+                    let too_many = match self.lock().stock(kind) {
+                        Some(stock) => stock.add(vm),
+                        None => Some(vm),
+                    };
+                    discard(too_many);
                 }
                 Err(error) => {
-                    log::warn!(
-                        "pods boot as before: no template: {}",
-                        crate::error::chain(&error)
-                    );
-                    State::Failed(Instant::now())
+                    log::warn!("no cell was made ahead: {}", crate::error::chain(&error));
+                    if let Some(stock) = self.lock().stock(kind) {
+                        stock.stop_filling();
+                    }
+                    return;
                 }
-            };
-            let mut known = templates.lock();
-            if let Some(place) = known.iter_mut().find(|(other, _)| *other == kind) {
-                place.1 = state;
             }
+        }
+    }
+
+    /// Gives all up, at the process's end: nothing is made any more, and the cells made ahead are gone when this returns.
+    pub async fn close(&self) {
+        let list = {
+            let mut known = self.lock();
+            known.closed = true;
+            std::mem::take(&mut known.list)
+        };
+        let cells = list.into_iter().flat_map(|(_, state)| match state {
+            State::Ready(_, mut stock) => stock.give_up(),
+            State::Building | State::Failed(_) => Vec::new(),
         });
+        futures_util::future::join_all(cells.map(PodVm::discard)).await;
+    }
+}
+
+/// Ends cells, off the caller's path.
+fn discard(cells: impl IntoIterator<Item = PodVm>) {
+    for vm in cells {
+        tokio::spawn(vm.discard());
     }
 }

@@ -102,6 +102,8 @@ pub struct PodVm {
     streams: Option<mpsc::Receiver<UnixStream>>,
     agent: Option<Agent>,
     server: Option<(Server, PathBuf)>,
+    /// It has been told that it is a clone, if it is one.
+    renewed: bool,
 }
 
 impl PodVm {
@@ -127,6 +129,7 @@ impl PodVm {
             streams: Some(streams),
             agent: None,
             server: None,
+            renewed: false,
         })
     }
 
@@ -135,7 +138,7 @@ impl PodVm {
     /// # Errors
     /// The VM ends first, or `patience` does.
     pub async fn ready(&mut self, patience: Duration) -> Result<Agent, Error> {
-        if self.machine.new_cards().is_some() {
+        if !self.machine.boots() {
             // A clone's agent has been ready all its life, and says so again once it is told that it is one.
             return self.dial();
         }
@@ -175,9 +178,11 @@ impl PodVm {
     pub async fn configure(&mut self, request: &ConfigureRequest) -> Result<(), Error> {
         let agent = self.agent()?.clone();
         let mut request = request.clone();
-        if let Some(cards) = self.machine.new_cards() {
-            request.cloned = true;
-            request.cards = cards.to_vec();
+        if !self.machine.boots() {
+            request.cloned = !self.renewed;
+            for interface in &mut request.interfaces {
+                interface.former_mac = self.machine.former_mac(&interface.mac).unwrap_or_default();
+            }
             request.entropy.resize(MAX_ENTROPY, 0);
             crate::ids::fill(&mut request.entropy);
             if request.unix_time_ns == 0 {
@@ -190,6 +195,7 @@ impl PodVm {
             }
             error = self.ended("before its pod was configured") => return Err(error),
         }
+        self.renewed = true;
         self.machine.cell().note_ready();
         Ok(())
     }
@@ -279,6 +285,12 @@ impl PodVm {
             machine.stop();
             machine.taken_down().await;
         }
+    }
+
+    /// The end of a VM in which nothing of a pod's has run: it is not asked.
+    pub async fn discard(mut self) {
+        self.agent = None;
+        self.shut_down().await;
     }
 
     /// [`power_off`](Self::power_off), and the end of the services.

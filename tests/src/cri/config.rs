@@ -59,9 +59,11 @@ pub(super) fn containerd(dir: &Path) -> String {
     format!(
         r#"{known}
 {}
+{}
 {}"#,
         handler(&dir, "cloister"),
-        handler(&dir, "cloister-clone")
+        handler(&dir, "cloister-clone"),
+        handler(&dir, "cloister-pool")
     )
 }
 
@@ -122,6 +124,10 @@ format = "text"
 {profile}
 [sandboxer.cloister-clone]
 template = "node"
+{profile}
+[sandboxer.cloister-pool]
+template = "node"
+template_pool = 2
 {profile}"#,
         dir = dir.display(),
     )

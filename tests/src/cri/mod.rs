@@ -32,8 +32,9 @@ pub use stream::{PortForward, Stream, Streamed};
 
 use std::time::Duration;
 
-/// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template.
-pub const HANDLERS: [&str; 3] = ["runc", "cloister", "cloister-clone"];
+/// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template, and those
+/// of `cloister-pool` take clones that were made ahead.
+pub const HANDLERS: [&str; 4] = ["runc", "cloister", "cloister-clone", "cloister-pool"];
 
 /// An image of Debian's own tools.
 pub const TOOLS: &str = "localhost/tools:latest";

@@ -55,7 +55,7 @@ fn has(net: &PodNet, wanted: &Route) {
 fn taps(card: &NetConfig) -> &[OwnedFd] {
     match &card.backend {
         NetBackend::Tap(taps) => taps,
-        NetBackend::Socket(_) => panic!("no tap"),
+        NetBackend::Socket(_) | NetBackend::Unplugged { .. } => panic!("no tap"),
     }
 }
 

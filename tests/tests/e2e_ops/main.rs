@@ -8,3 +8,4 @@ mod install;
 mod isulad;
 mod listen;
 mod operators;
+mod pool;

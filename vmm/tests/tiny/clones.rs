@@ -5,9 +5,11 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
 
+use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_vmm::image::{self, Image, ImageError};
 use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, CellState, CreateError, DeviceConfig, InterruptChip, LifecycleError,
+    PlugError,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -222,6 +224,56 @@ fn clones_come_and_go_and_leave_nothing() {
     }
     eventually("the last is gone", || threads() == 6);
     assert_eq!((descriptors(), maps()), (fds, 0));
+}
+
+fn card(backend: NetBackend) -> NetConfig {
+    NetConfig {
+        backend,
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: None,
+    }
+}
+
+#[test]
+fn a_card_is_plugged_in_while_its_cell_stands_still() {
+    let _alone = alone();
+    let host = host();
+    let unplugged = || DeviceConfig::Net(card(NetBackend::Unplugged { pairs: 1 }));
+    let with_card = |config: CellConfig| CellConfig {
+        devices: vec![DeviceConfig::Rng, unplugged()],
+        ..config
+    };
+    let image = image_of(&paused(&host, with_card(counting())));
+    let cell = Cell::create(with_card(clone_of(&image)), &host).unwrap();
+    let (end, other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let plug = |position| {
+        let end = end.try_clone().unwrap().into();
+        cell.plug(position, card(NetBackend::Socket(end)))
+    };
+    assert!(
+        matches!(plug(1), Err(PlugError::State { .. })),
+        "it was never started"
+    );
+    cell.start().unwrap();
+    goes_on(&cell);
+    assert!(matches!(plug(1), Err(PlugError::State { .. })), "it runs");
+    cell.pause().unwrap();
+    for position in [0, 2] {
+        assert!(
+            matches!(plug(position), Err(PlugError::NoCard { .. })),
+            "{position}"
+        );
+    }
+    let fds = descriptors();
+    plug(1).unwrap();
+    assert_eq!(descriptors(), fds, "the device before it is gone");
+    let several = card(NetBackend::Unplugged { pairs: 2 });
+    assert!(matches!(cell.plug(1, several), Err(PlugError::Restore(_))));
+    cell.resume().unwrap();
+    goes_on(&cell);
+    cell.stop();
+    assert!(matches!(plug(1), Err(PlugError::State { .. })), "it has stopped");
+    drop(other);
 }
 
 #[test]

@@ -13,6 +13,8 @@ use crate::report::{Figure, median};
 
 /// Pods in turn.
 const SERIAL: usize = 5;
+/// Between two turns: cells are made ahead.
+const REST: Duration = Duration::from_secs(8);
 /// Pods at once.
 const AT_ONCE: usize = 20;
 /// Pods whose management memory is looked at.
@@ -106,11 +108,12 @@ fn node<const N: usize>(handlers: [&'static str; N]) -> (Node, [Runtime; N]) {
     (node, runtimes)
 }
 
-/// What a pod and its container take until they are there, and an exec: runc's, one that boots, and one that is a clone.
+/// What a pod and its container take until they are there, and an exec: runc's, one that boots, one that is a clone, and one
+/// whose clone was made ahead.
 pub fn start(context: &mut Context) -> io::Result<()> {
-    let (node, runtimes) = node(["runc", "cloister", "cloister-clone"]);
-    let mut phases: [Phases; 3] = Default::default();
-    let mut parts = [[0.0; PHASES.len()]; 3];
+    let (node, runtimes) = node(["runc", "cloister", "cloister-clone", "cloister-pool"]);
+    let mut phases: [Phases; 4] = Default::default();
+    let mut parts = [[0.0; PHASES.len()]; 4];
     // The first pod of each pays for what is done once; a template is built after it, too.
     for turn in 0..=SERIAL {
         for ((runtime, phases), parts) in runtimes.iter().zip(&mut phases).zip(&mut parts) {
@@ -125,8 +128,17 @@ pub fn start(context: &mut Context) -> io::Result<()> {
             }
         }
         if turn == 0 {
-            until_cloned(&node, &runtimes[2])?;
+            until_counted(&node, &runtimes[2], "cloister_pods_cloned_total ")?;
+            until_counted(&node, &runtimes[3], "cloister_pods_pooled_total ")?;
         }
+        // A cell is made in the place of the one that was taken.
+        std::thread::sleep(REST);
+    }
+    let pooled = counted(&node, "cloister_pods_pooled_total ")?;
+    if pooled <= SERIAL as u64 {
+        return Err(io::Error::other(format!(
+            "only {pooled} pods took cells that were made ahead"
+        )));
     }
     let of = |times: &[f64]| median(&times[1..]);
     let conditions = format!("medians of {SERIAL}, in turn, bridge network, image unpacked");
@@ -137,8 +149,8 @@ pub fn start(context: &mut Context) -> io::Result<()> {
         ("pod_container_start", |p| &p.all),
         ("exec", |p| &p.exec),
     ] {
-        let [runc, boots, clone] = [0, 1, 2].map(|at| of(get(&phases[at])));
-        for (how, ours) in [("", boots), ("clone_", clone)] {
+        let [runc, boots, clone, pool] = [0, 1, 2, 3].map(|at| of(get(&phases[at])));
+        for (how, ours) in [("", boots), ("clone_", clone), ("pool_", pool)] {
             context.report.add(Figure {
                 name: format!("cri.{how}{name}_vs_runc"),
                 value: ours / runc,
@@ -153,30 +165,34 @@ pub fn start(context: &mut Context) -> io::Result<()> {
             })?;
         }
     }
-    for (how, at) in [("", 1), ("clone_", 2)] {
+    for (how, at) in [("", 1), ("clone_", 2), ("pool_", 3)] {
         where_time_goes(context, how, parts[at], of(&phases[at].all))?;
     }
-    at_once(context, &node, &runtimes)
+    at_once(context, &node, &runtimes[..3])
 }
 
-/// Makes pods until one is a clone: the first of a kind has the template built, when it has come up.
-fn until_cloned(node: &Node, runtime: &Runtime) -> io::Result<()> {
+/// The value of a counter.
+fn counted(node: &Node, line: &str) -> io::Result<u64> {
+    let text = node.metrics()?;
+    let count = text.lines().find_map(|found| found.strip_prefix(line));
+    Ok(count.and_then(|count| count.parse().ok()).unwrap_or(0))
+}
+
+/// Makes pods until one is counted, as a clone for one: the first of a kind has the template built, when it has come up.
+fn until_counted(node: &Node, runtime: &Runtime, line: &str) -> io::Result<()> {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(300) {
         std::thread::sleep(Duration::from_secs(5));
         node.block_on(async { pod(runtime, &mut Phases::default()).await?.remove().await })
             .map_err(failure)?;
-        let line = "cloister_pods_cloned_total ";
-        let text = node.metrics()?;
-        let count = text.lines().find_map(|found| found.strip_prefix(line));
-        if count.is_some_and(|count| count != "0") {
+        if counted(node, line)? > 0 {
             return Ok(());
         }
     }
-    Err(io::Error::other("no pod was cloned within 300 s"))
+    Err(io::Error::other(format!("no pod within 300 s for {line}")))
 }
 
-fn at_once(context: &mut Context, node: &Node, runtimes: &[Runtime; 3]) -> io::Result<()> {
+fn at_once(context: &mut Context, node: &Node, runtimes: &[Runtime]) -> io::Result<()> {
     let mut took = [0.0; 3];
     for (runtime, took) in runtimes.iter().zip(&mut took) {
         let pods = node.block_on(async {

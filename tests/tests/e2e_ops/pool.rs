@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+//! Pods that take cells made ahead: each with the network that CNI gave it, and nothing left of any of them.
+
+use cloister_tests::cri::{End, Node, Outcome, Pod, ensure, script};
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+/// Longest time until the first pod finds a cell, in an emulated host.
+const PATIENCE: Duration = Duration::from_secs(200);
+
+fn pooled(node: &Node) -> u64 {
+    let text = node.metrics().unwrap();
+    let line = "cloister_pods_pooled_total ";
+    let count = text.lines().find_map(|found| found.strip_prefix(line));
+    count.unwrap().parse().unwrap()
+}
+
+/// What a pod says of itself: it must be as CNI and the kubelet wanted it.
+async fn look(pod: &Pod) -> Outcome<String> {
+    let address = pod.address().await?;
+    let text = "ip addr show eth0; cat /sys/class/net/eth0/mtu; ip route; cat /proc/sys/kernel/random/uuid; \
+                ping -c 1 -w 60 10.214.0.1 >/dev/null && echo reached; exec sleep infinity";
+    let container = pod.start(script(text)).await?;
+    container.says("reached").await?;
+    let said = container.log()?.stdout;
+    ensure(
+        said.contains(&format!("inet {address}/16 ")),
+        format_args!("{address}: {said}"),
+    )?;
+    ensure(said.contains("\n1400\n"), &said)?;
+    ensure(said.contains("default via 10.214.0.1 dev eth0"), &said)?;
+    // A template's cards have this one.
+    ensure(!said.contains("ether 02:c0:00:00:00"), &said)?;
+    Ok(said)
+}
+
+fn line_of(said: &str, word: &str) -> String {
+    let line = said.lines().find(|line| line.contains(word));
+    line.unwrap_or_else(|| panic!("{word} is not in {said}"))
+        .trim()
+        .to_owned()
+}
+
+fn uuid(said: &str) -> String {
+    let is_uuid = |line: &&str| line.len() == 36 && line.matches('-').count() == 4;
+    said.lines().find(is_uuid).unwrap().to_owned()
+}
+
+#[test]
+fn pods_take_cells_that_were_made_ahead() {
+    let mut node = Node::start(&["cloister-pool"]);
+    let runtime = node.runtime("cloister-pool");
+    let run = |node: &Node| {
+        let pod = node.block_on(Pod::run(&runtime, Pod::config(&runtime))).unwrap();
+        let said = node
+            .block_on(look(&pod))
+            .unwrap_or_else(|e| panic!("{e}\n{}", node.said()));
+        (pod, said)
+    };
+    // The first boots, the next ones are clones, until there are cells.
+    let begin = Instant::now();
+    while pooled(&node) == 0 {
+        assert!(begin.elapsed() < PATIENCE, "{}", node.said());
+        let (pod, _) = run(&node);
+        node.block_on(pod.remove()).unwrap();
+        std::thread::sleep(Duration::from_secs(3));
+    }
+    // They come back: all at once there are never more than the two.
+    let (mut macs, mut uuids, mut pods) = (HashSet::new(), HashSet::new(), Vec::new());
+    let begin = Instant::now();
+    while pooled(&node) < 4 {
+        assert!(begin.elapsed() < PATIENCE, "{}", node.said());
+        let (pod, said) = run(&node);
+        assert!(macs.insert(line_of(&said, "link/ether")), "{said}");
+        assert!(uuids.insert(uuid(&said)), "{said}");
+        pods.push(pod);
+        std::thread::sleep(Duration::from_secs(3));
+    }
+    for pod in pods {
+        node.block_on(pod.remove()).unwrap();
+    }
+    // The cells that nobody took end with the daemon.
+    assert!(node.end("cloisterd", End::Asked).success());
+}
