@@ -33,6 +33,8 @@ const HUGE_PAGE: u64 = 2 << 20;
 const MAX_BLOCK_VOLUMES: u8 = 12;
 /// Spare VMs of a kind: far more than pods that start within a moment.
 const MAX_SPARE_VMS: u8 = 64;
+/// More pods in one process than a node has.
+const MAX_PODS_PER_WORKER: u16 = 1000;
 
 /// What the daemon is told.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -164,6 +166,8 @@ pub struct Profile {
     pub template: Trust,
     /// VMs of the last pod's kind, with their images in memory, that are kept for the next ones that boot.
     pub spare_vms: u8,
+    /// Pods that share a process of their own, a worker; 0: the daemon hosts them. See [`super::workers`].
+    pub pods_per_worker: u16,
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
@@ -269,6 +273,7 @@ impl Default for Profile {
             dax_window: Bytes(0),
             template: Trust::default(),
             spare_vms: 0,
+            pods_per_worker: 0,
             init_timeout: Duration::from_secs(60),
             answer_timeout: crate::pod::vigil::PATIENCE,
         }
@@ -447,6 +452,21 @@ impl Config {
         Ok(())
     }
 
+    /// What the daemon's workers are told: they are asked for metrics by the daemon, and one that hosts a single pod has no use
+    /// for what is made ahead for the next.
+    #[must_use]
+    pub fn for_workers(&self) -> Self {
+        let mut config = self.clone();
+        config.metrics.listen = None;
+        for profile in config.sandboxer.values_mut() {
+            if profile.pods_per_worker == 1 {
+                profile.template = Trust::None;
+                profile.spare_vms = 0;
+            }
+        }
+        config
+    }
+
     /// As a file.
     pub fn to_toml(&self) -> String {
         // Strings, numbers and tables of them have a form in TOML.
@@ -497,6 +517,12 @@ impl Profile {
             return Err((
                 "spare_vms",
                 format!("{} is more than {MAX_SPARE_VMS}", self.spare_vms),
+            ));
+        }
+        if self.pods_per_worker > MAX_PODS_PER_WORKER {
+            return Err((
+                "pods_per_worker",
+                format!("{} is more than {MAX_PODS_PER_WORKER}", self.pods_per_worker),
             ));
         }
         if self.block_volumes > MAX_BLOCK_VOLUMES {
@@ -852,6 +878,14 @@ mod tests {
                 "[sandboxer.a.overhead]\ncpu = 'x'",
                 "config.toml:2: sandboxer.a.overhead.cpu: ",
             ),
+            (
+                "[sandboxer.a]\n\npods_per_worker = 1001",
+                "config.toml:3: sandboxer.a.pods_per_worker: 1001 is more than 1000",
+            ),
+            (
+                "[sandboxer.a]\npods_per_worker = -1",
+                "config.toml:2: sandboxer.a.pods_per_worker: ",
+            ),
             ("sandboxer = 5", "config.toml:1: sandboxer: "),
         ] {
             let told = parsed(text).unwrap_err();
@@ -876,6 +910,20 @@ mod tests {
             (Bytes(100 << 20), MilliCpus(500))
         );
         assert_eq!(parsed(&config.to_toml()), Ok(config));
+    }
+
+    #[test]
+    fn workers_make_nothing_ahead_for_pods_that_they_do_not_get() {
+        let config = parsed(
+            "[metrics]\nlisten = '127.0.0.1:9464'\n[sandboxer.one]\npods_per_worker = 1\ntemplate = 'node'\nspare_vms = 2\n[sandboxer.few]\npods_per_worker = 5\ntemplate = 'node'\n",
+        )
+        .unwrap();
+        let told = config.for_workers();
+        assert_eq!(told.metrics.listen, None);
+        let one = &told.sandboxer["one"];
+        assert_eq!((one.template, one.spare_vms), (Trust::None, 0));
+        assert_eq!(told.sandboxer["few"].template, Trust::Node);
+        assert_eq!(parsed(&told.to_toml()), Ok(told));
     }
 
     #[test]

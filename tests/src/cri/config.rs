@@ -4,6 +4,9 @@
 use crate::e2e::guest_file;
 use std::path::Path;
 
+/// Sandboxers of the node's cloisterd.
+const CLOISTERS: [&str; 4] = ["cloister", "cloister-clone", "cloister-worker", "cloister-workers"];
+
 /// Of a containerd that knows runc, with everything in the node's folder.
 pub fn containerd_with_runc(dir: &Path) -> String {
     let dir = dir.display();
@@ -58,10 +61,8 @@ pub(super) fn containerd(dir: &Path) -> String {
     let dir = dir.display();
     format!(
         r#"{known}
-{}
 {}"#,
-        handler(&dir, "cloister"),
-        handler(&dir, "cloister-clone")
+        CLOISTERS.map(|name| handler(&dir, name)).concat()
     )
 }
 
@@ -122,6 +123,12 @@ format = "text"
 {profile}
 [sandboxer.cloister-clone]
 template = "node"
+{profile}
+[sandboxer.cloister-worker]
+pods_per_worker = 1
+{profile}
+[sandboxer.cloister-workers]
+pods_per_worker = 2
 {profile}"#,
         dir = dir.display(),
     )

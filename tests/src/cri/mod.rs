@@ -32,8 +32,15 @@ pub use stream::{PortForward, Stream, Streamed};
 
 use std::time::Duration;
 
-/// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template.
-pub const HANDLERS: [&str; 3] = ["runc", "cloister", "cloister-clone"];
+/// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template, those of
+/// `cloister-worker` have a worker each, and two of `cloister-workers` share one.
+pub const HANDLERS: [&str; 5] = [
+    "runc",
+    "cloister",
+    "cloister-clone",
+    "cloister-worker",
+    "cloister-workers",
+];
 
 /// An image of Debian's own tools.
 pub const TOOLS: &str = "localhost/tools:latest";
