@@ -140,7 +140,7 @@ async fn a_start_that_fails_in_a_worker_leaves_nothing_but_its_count() {
     let text = bed.get("/metrics").await;
     let failed = "cloister_operation_seconds_count{operation=\"pod_start\",outcome=\"error\"} 1\n";
     assert!(text.contains(failed), "{text}");
-    assert_eq!(text.matches("# TYPE cloister_pods gauge").count(), 1);
+    assert_eq!(text.matches("# TYPE cloister_operation_seconds histogram").count(), 1);
     // What cannot be had does not cost a worker.
     let host = ControllerCreateRequest {
         sandboxer: "worker".into(),

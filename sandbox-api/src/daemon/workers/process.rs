@@ -147,7 +147,8 @@ fn try_start(program: &Path, dir: &Path, about: &About, configuration: &str) -> 
 /// The process of the worker in this folder, if it runs.
 pub fn find(dir: &Path) -> Option<Started> {
     let text = std::fs::read_to_string(pid_file(dir)).ok()?;
-    let pid = Pid::from_raw(text.trim().parse().ok()?)?;
+    let number = text.trim().parse::<i32>().ok().filter(|number| *number > 0)?;
+    let pid = Pid::from_raw(number)?;
     let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
     // Another process may have the number by now; from here on the descriptor tells them apart.
     let words = std::fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).ok()?;

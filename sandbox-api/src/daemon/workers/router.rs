@@ -128,16 +128,15 @@ impl Router {
         };
         // What cannot be read is refused by the service.
         let id = call.message().and_then(dialect::pod_of);
-        match (call.method(), id) {
-            ("Create", Some(id)) => match self.wanted(&call, &id) {
-                Some(wanted) => self.create(call, &id, &wanted).await,
-                None => self.own(&call).await,
-            },
-            (_, Some(id)) => match self.node.workers.of(&id) {
-                Some(worker) => self.forward(call, &id, &worker).await,
-                None => self.own(&call).await,
-            },
-            _ => self.own(&call).await,
+        let Some(id) = id else { return self.own(&call).await };
+        if call.method() == "Create"
+            && let Some(wanted) = self.wanted(&call, &id)
+        {
+            return self.create(call, &id, &wanted).await;
+        }
+        match self.node.workers.of(&id) {
+            Some(worker) => self.forward(call, &id, &worker).await,
+            None => self.own(&call).await,
         }
     }
 
@@ -199,7 +198,7 @@ impl Router {
                 return Status::unavailable(told).into_http();
             }
             match worker.call(&call).await {
-                Ok(answer) if answer.code() == Code::Unavailable && is_new => {
+                Ok(answer) if answer.code() == Code::Unavailable => {
                     worker.close();
                     "its worker ends".clone_into(&mut failure);
                     workers.forget_pod(id, &worker, Millis::MAX);
