@@ -14,7 +14,9 @@ use std::time::Instant;
 async fn talker(runtime: &Runtime) -> Outcome<Container> {
     let pod = Pod::run(runtime, Pod::config(runtime)).await?;
     let talker = pod
-        .start(script("i=0; while sleep 0.5; do i=$((i + 1)); echo line $i; done"))
+        .start(script(
+            "i=0; while sleep 0.5; do i=$((i + 1)); echo line $i; done",
+        ))
         .await?;
     talker.says("line 2").await?;
     Ok(talker)
@@ -104,7 +106,12 @@ fn is_charged(pod: &Pod, pid: u32) {
         .unwrap();
     let guest = field(&cgroup.join("memory.stat"), "shmem ");
     let cpu = field(&cgroup.join("cpu.stat"), "usage_usec ");
-    let pss = |name| field(&Path::new("/proc").join(pid.to_string()).join("smaps_rollup"), name);
+    let pss = |name| {
+        field(
+            &Path::new("/proc").join(pid.to_string()).join("smaps_rollup"),
+            name,
+        )
+    };
     eprintln!(
         "a pod in a worker of its own: charged {} KiB, of it {} KiB shared memory (the guest's RAM), {} ms of CPU; the process: PSS {} KiB = anonymous {} + files {} + shared memory {}",
         memory >> 10,
@@ -119,11 +126,56 @@ fn is_charged(pod: &Pod, pid: u32) {
     assert!(cpu > 100_000, "{cpu}");
 }
 
+/// A pod whose containers want all that they may have, under the limit that a kubelet sets for them and the overhead.
+async fn fits_its_limit(runtime: &Runtime) -> Outcome {
+    const LIMIT: i64 = 128 << 20;
+    const OVERHEAD: i64 = 64 << 20;
+    let memory = |bytes| {
+        Some(api::LinuxContainerResources {
+            memory_limit_in_bytes: bytes,
+            ..Default::default()
+        })
+    };
+    let mut config = Pod::config(runtime);
+    if let Some(linux) = &mut config.linux {
+        linux.resources = memory(LIMIT);
+        linux.overhead = memory(OVERHEAD);
+    }
+    let pod = Pod::run(runtime, config).await?;
+    let parent = cgroup_of(&pod);
+    let parent = parent.parent().unwrap();
+    let limited = fs::write(parent.join("memory.max"), (LIMIT + OVERHEAD).to_string());
+    ensure(limited.is_ok() || !parent.exists(), format_args!("{limited:?}"))?;
+    // All of the VM's memory: what is read stays in the guest's page cache as well.
+    let mut config = script(
+        "find /usr -xdev -type f -size +100k -exec cat {} + | head -c 60000000 >/dev/null; dd if=/dev/zero of=/dev/null count=1 bs=100M",
+    );
+    if let Some(linux) = &mut config.linux {
+        linux.resources = memory(LIMIT);
+    }
+    pod.output(config).await?.good()?;
+    is_ready(&pod).await?;
+    if parent.exists() {
+        let peak = fs::read_to_string(parent.join("memory.peak")).unwrap_or_default();
+        let events = fs::read_to_string(parent.join("memory.events"))?;
+        eprintln!(
+            "a pod of 128 MiB and 64 MiB of overhead: at most {} bytes; {events:?}",
+            peak.trim()
+        );
+        ensure(events.contains("oom_kill 0\n"), &events)?;
+    }
+    pod.remove().await
+}
+
 /// What operators and Prometheus see.
 fn is_seen(node: &Node, talker: &Container) {
     let id = &talker.pod.id;
     let pods = node.admin("/pods").unwrap();
-    let listed = pods.as_array().unwrap().iter().find(|pod| pod["id"] == id.as_str());
+    let listed = pods
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|pod| pod["id"] == id.as_str());
     let listed = listed.unwrap_or_else(|| panic!("{pods}"));
     assert_eq!(listed["phase"], "ready");
     assert_eq!(listed["containers"][0]["id"], talker.id.as_str());
@@ -147,7 +199,10 @@ fn is_seen(node: &Node, talker: &Container) {
     let ready = "cloister_pods{sandboxer=\"cloister-worker\",state=\"ready\"} ";
     let ready = text.lines().find_map(|line| line.strip_prefix(ready)).unwrap();
     assert!(ready.parse::<f64>().unwrap() >= 1.0, "{text}");
-    assert!(text.contains(&format!("cloister_pod_memory_bytes{{id=\"{id}\"")), "{text}");
+    assert!(
+        text.contains(&format!("cloister_pod_memory_bytes{{id=\"{id}\"")),
+        "{text}"
+    );
     let mut types: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
     let all = types.len();
     types.sort_unstable();
@@ -168,13 +223,18 @@ fn walk(node: &mut Node) -> Outcome {
     step("a first pod");
     let (host, _) = node.footprint();
 
-    let [first, second] = node.block_on(async { Ok::<_, cloister_tests::cri::Failure>([talker(&one).await?, talker(&one).await?]) })?;
+    let [first, second] = node.block_on(async {
+        Ok::<_, cloister_tests::cri::Failure>([talker(&one).await?, talker(&one).await?])
+    })?;
     let pids = [worker_of(node, &first.pod), worker_of(node, &second.pod)];
     ensure(pids[0] != pids[1], "a worker each")?;
     step("two pods");
     let before = node.block_on(identity(&first))?;
     let stats = node.block_on(first.stats())?;
-    ensure(stats.memory.is_some_and(|memory| memory.usage_bytes.is_some()), "no statistics")?;
+    ensure(
+        stats.memory.is_some_and(|memory| memory.usage_bytes.is_some()),
+        "no statistics",
+    )?;
     is_charged(&first.pod, pids[0]);
     is_seen(node, &first);
     step("charged and seen");
@@ -249,6 +309,9 @@ fn walk(node: &mut Node) -> Outcome {
         three[2].pod.remove().await
     })?;
     step("pods that share a worker");
+    host.assert_unchanged();
+    node.block_on(fits_its_limit(&one))?;
+    step("a pod with a limit");
     host.assert_unchanged();
     Ok(())
 }

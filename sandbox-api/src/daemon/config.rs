@@ -35,6 +35,9 @@ const MAX_BLOCK_VOLUMES: u8 = 12;
 const MAX_SPARE_VMS: u8 = 64;
 /// More pods in one process than a node has.
 const MAX_PODS_PER_WORKER: u16 = 1000;
+/// What a worker takes of its pod's overhead for itself and for what the kernel keeps for its VM, in bytes: it is charged to
+/// the pod's cgroup as the VM's RAM is, and the cgroup's limit is that of the containers and the overhead.
+const OF_WORKER: u64 = 24 << 20;
 
 /// What the daemon is told.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -477,6 +480,7 @@ impl Config {
 impl Profile {
     /// What pods are sized by, with the overhead that their RuntimeClass declares.
     pub fn sizing(&self, overhead: Option<u64>) -> Sizing {
+        let of_worker = if self.pods_per_worker == 1 { OF_WORKER } else { 0 };
         Sizing {
             default: Size {
                 cpus: self.default_vcpus,
@@ -486,7 +490,9 @@ impl Profile {
                 cpus: self.max_vcpus,
                 memory: self.max_memory.map_or_else(host_memory, |most| most.0),
             },
-            overhead: overhead.unwrap_or(self.overhead.memory.0),
+            overhead: overhead
+                .unwrap_or(self.overhead.memory.0)
+                .saturating_sub(of_worker),
         }
     }
 
@@ -910,6 +916,20 @@ mod tests {
             (Bytes(100 << 20), MilliCpus(500))
         );
         assert_eq!(parsed(&config.to_toml()), Ok(config));
+    }
+
+    #[test]
+    fn a_worker_takes_its_part_of_the_overhead() {
+        let overhead = |pods_per_worker, declared| {
+            let profile = Profile {
+                pods_per_worker,
+                ..Profile::default()
+            };
+            profile.sizing(declared).overhead >> 20
+        };
+        assert_eq!([0, 1, 2].map(|pods| overhead(pods, None)), [64, 40, 64]);
+        assert_eq!(overhead(1, Some(100 << 20)), 76);
+        assert_eq!(overhead(1, Some(1)), 0);
     }
 
     #[test]

@@ -160,7 +160,10 @@ mod tests {
         let _own = daemon.pod("cloister");
         let hosted = worker.pod("cloister");
         hosted.set(PodState::Ready);
-        let _containers = (daemon.process(Process::Container), worker.process(Process::Container));
+        let _containers = (
+            daemon.process(Process::Container),
+            worker.process(Process::Container),
+        );
         worker.operation("start", Duration::from_secs(1), None);
         worker.oom();
         let mut sum = Exposition::parse(&daemon.encode());

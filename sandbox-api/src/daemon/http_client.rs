@@ -49,7 +49,9 @@ pub async fn collect(socket: &Path, path: &str, limit: usize, patience: Duration
         if status == StatusCode::OK {
             return Ok(body);
         }
-        Err(io::Error::other(String::from_utf8_lossy(&body).trim_end().to_owned()))
+        Err(io::Error::other(
+            String::from_utf8_lossy(&body).trim_end().to_owned(),
+        ))
     };
     tokio::time::timeout(patience, whole)
         .await

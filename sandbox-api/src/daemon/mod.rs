@@ -153,8 +153,8 @@ async fn serve(config: Config) -> Result<(), Error> {
     };
     let events = Publisher::start(&config.containerd_address);
     let state = config.state_dir.display().to_string();
-    let node =
-        Node::new(config, cells, events, metrics, Path::new(THIS_PROGRAM)).map_err(|source| Error::State { path: state, source })?;
+    let node = Node::new(config, cells, events, metrics, Path::new(THIS_PROGRAM))
+        .map_err(|source| Error::State { path: state, source })?;
     if let Some(server) = scraped {
         let node = std::sync::Arc::clone(&node);
         tokio::spawn(server.serve(move || {

@@ -252,7 +252,11 @@ impl Node {
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
             && id.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-        if sound { Ok(()) } else { Err(Error::Id(id.to_owned())) }
+        if sound {
+            Ok(())
+        } else {
+            Err(Error::Id(id.to_owned()))
+        }
     }
 
     fn try_create(

@@ -35,7 +35,9 @@ async fn wait(mut client: ControllerClient<Channel>, id: &str) -> u32 {
 impl Bed {
     async fn get(&self, path: &str) -> String {
         let socket = admin::socket(&self.dir.join("state"));
-        let answer = http_client::collect(&socket, path, 1 << 20, PATIENCE).await.unwrap();
+        let answer = http_client::collect(&socket, path, 1 << 20, PATIENCE)
+            .await
+            .unwrap();
         String::from_utf8(answer.to_vec()).unwrap()
     }
 
@@ -47,7 +49,9 @@ impl Bed {
     /// The process that has a pod.
     async fn worker_of(&self, id: &str) -> u32 {
         let workers = self.workers().await;
-        let found = workers.iter().find(|worker| worker.pods.iter().any(|pod| pod == id));
+        let found = workers
+            .iter()
+            .find(|worker| worker.pods.iter().any(|pod| pod == id));
         found.unwrap().pid
     }
 
@@ -112,7 +116,10 @@ async fn a_pod_in_a_worker_from_create_to_shutdown() {
     let created = "cloister_pods{sandboxer=\"worker\",state=\"created\"} 1\n";
     assert!(bed.get("/metrics").await.contains(created));
     eventually("the pod's event", async || {
-        bed.get("/events").await.lines().any(|line| line.contains("\"a\""))
+        bed.get("/events")
+            .await
+            .lines()
+            .any(|line| line.contains("\"a\""))
     })
     .await;
 
@@ -140,14 +147,21 @@ async fn a_start_that_fails_in_a_worker_leaves_nothing_but_its_count() {
     let text = bed.get("/metrics").await;
     let failed = "cloister_operation_seconds_count{operation=\"pod_start\",outcome=\"error\"} 1\n";
     assert!(text.contains(failed), "{text}");
-    assert_eq!(text.matches("# TYPE cloister_operation_seconds histogram").count(), 1);
+    assert_eq!(
+        text.matches("# TYPE cloister_operation_seconds histogram")
+            .count(),
+        1
+    );
     // What cannot be had does not cost a worker.
     let host = ControllerCreateRequest {
         sandboxer: "worker".into(),
         ..creation("b", &config(NamespaceMode::Node))
     };
     assert_eq!(code(bed.create(host).await).0, Code::Unimplemented);
-    assert_eq!(code(bed.create(of_worker("../b", "worker")).await).0, Code::InvalidArgument);
+    assert_eq!(
+        code(bed.create(of_worker("../b", "worker")).await).0,
+        Code::InvalidArgument
+    );
     bed.without_workers().await;
     bed.create(of_worker("a", "worker")).await.unwrap();
     bed.shutdown("a").await.unwrap();
@@ -170,12 +184,19 @@ async fn a_worker_that_is_killed_takes_its_pods_and_no_others() {
     assert_eq!(waited.await.unwrap(), 137);
     let status = bed.status("a").await.unwrap();
     assert_eq!(status.state, "SANDBOX_NOTREADY");
-    assert!(status.info["cloister"].contains("killed by signal 9"), "{status:?}");
+    assert!(
+        status.info["cloister"].contains("killed by signal 9"),
+        "{status:?}"
+    );
     // Nobody was told that it could be had.
     assert_eq!(code(bed.status("b").await).0, Code::NotFound);
     assert_eq!(bed.status("c").await.unwrap().pid, second);
     let stopped = bed.get("/events").await;
-    let stopped = stopped.lines().find(|line| line.contains("\"stopped\"")).unwrap().to_owned();
+    let stopped = stopped
+        .lines()
+        .find(|line| line.contains("\"stopped\""))
+        .unwrap()
+        .to_owned();
     assert!(stopped.contains("its worker was killed by signal 9"), "{stopped}");
     bed.stop("a").await.unwrap();
     for id in ["a", "c"] {
@@ -188,7 +209,12 @@ async fn a_worker_that_is_killed_takes_its_pods_and_no_others() {
 async fn workers_outlive_their_daemon() {
     let dir = dir("wagain");
     let mut first = serve(dir.clone()).await;
-    for (id, sandboxer) in [("a", "worker"), ("b", "workers"), ("own", "cloister"), ("lost", "worker")] {
+    for (id, sandboxer) in [
+        ("a", "worker"),
+        ("b", "workers"),
+        ("own", "cloister"),
+        ("lost", "worker"),
+    ] {
         first.create(of_worker(id, sandboxer)).await.unwrap();
     }
     let pids = [first.worker_of("a").await, first.worker_of("b").await];
@@ -216,7 +242,13 @@ async fn workers_outlive_their_daemon() {
     assert_eq!(code(again).0, Code::AlreadyExists);
     // What happened before is known.
     eventually("events of the time before", async || {
-        second.get("/events").await.lines().filter(|line| line.contains("\"created\"")).count() == 2
+        second
+            .get("/events")
+            .await
+            .lines()
+            .filter(|line| line.contains("\"created\""))
+            .count()
+            == 2
     })
     .await;
     // The second place in the worker that has one.
@@ -237,7 +269,11 @@ async fn a_worker_of_another_version_keeps_its_pods_and_gets_no_more() {
     let pid = first.worker_of("a").await;
     first.server.abort();
     first.operators.abort();
-    let entry = std::fs::read_dir(dir.join("state/workers")).unwrap().next().unwrap().unwrap();
+    let entry = std::fs::read_dir(dir.join("state/workers"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
     let about = entry.path().join("worker.json");
     let text = std::fs::read_to_string(&about).unwrap();
     std::fs::write(&about, text.replace("\"protocol\": 1", "\"protocol\": 99")).unwrap();

@@ -5,7 +5,12 @@ use crate::e2e::guest_file;
 use std::path::Path;
 
 /// Sandboxers of the node's cloisterd.
-const CLOISTERS: [&str; 4] = ["cloister", "cloister-clone", "cloister-worker", "cloister-workers"];
+const CLOISTERS: [&str; 4] = [
+    "cloister",
+    "cloister-clone",
+    "cloister-worker",
+    "cloister-workers",
+];
 
 /// Of a containerd that knows runc, with everything in the node's folder.
 pub fn containerd_with_runc(dir: &Path) -> String {

@@ -337,7 +337,11 @@ impl Drop for Node {
             daemon.stop();
         }
         // Workers outlive their daemon; there are some where a test failed.
-        for worker in fs::read_dir(self.path("r/workers")).into_iter().flatten().flatten() {
+        for worker in fs::read_dir(self.path("r/workers"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let pid = fs::read_to_string(worker.path().join("pid")).unwrap_or_default();
             if let Some(pid) = pid.parse().ok().and_then(rustix::process::Pid::from_raw) {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);

@@ -102,7 +102,11 @@ fn left_behind(state: &Path) -> Outcome<Vec<Pod>> {
         match Record::read(&path) {
             Ok(record) => {
                 let mut pod = Pod::from_record(&record, path.join("task.sock"));
-                match record.worker.as_deref().and_then(|name| workers::running(state, name)) {
+                match record
+                    .worker
+                    .as_deref()
+                    .and_then(|name| workers::running(state, name))
+                {
                     Some(socket) => {
                         // What it does not tell, the record does.
                         if let Ok(details) = (Daemon { socket }).details(&pod.id) {

@@ -80,9 +80,8 @@ pub fn enter(parent: &Path, name: &str) -> io::Result<()> {
 /// # Errors
 /// It cannot be removed: somebody is in it.
 pub fn remove(parent: &Path, name: &str) -> io::Result<()> {
-    let removed = open(parent).and_then(|parent| {
-        rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR).map_err(io::Error::from)
-    });
+    let removed = open(parent)
+        .and_then(|parent| rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR).map_err(io::Error::from));
     match removed {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
@@ -126,7 +125,10 @@ mod tests {
                 Some("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice"),
             ),
             // As containerd does: the name says it all.
-            ("/kubepods.slice/kubepods-a.slice", Some("kubepods.slice/kubepods-a.slice")),
+            (
+                "/kubepods.slice/kubepods-a.slice",
+                Some("kubepods.slice/kubepods-a.slice"),
+            ),
             ("a.slice", Some("a.slice")),
             ("", None),
             ("/", None),

@@ -66,7 +66,8 @@ pub fn run(dir: &Path) -> Result<(), Error> {
     // It may lead its session already where somebody tries it by hand.
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(TITLE);
-    let config = Config::load(&process::config(dir)).map_err(|e: ConfigError| io::Error::other(crate::error::chain(&e)))?;
+    let config = Config::load(&process::config(dir))
+        .map_err(|e: ConfigError| io::Error::other(crate::error::chain(&e)))?;
     process::sign(dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -223,7 +223,10 @@ impl Workers {
     /// The ids of a worker's pods.
     pub fn pods_of(&self, worker: &Arc<Worker>) -> Vec<String> {
         let table = self.table();
-        let its = table.pods.iter().filter(|(_, place)| Arc::ptr_eq(&place.worker, worker));
+        let its = table
+            .pods
+            .iter()
+            .filter(|(_, place)| Arc::ptr_eq(&place.worker, worker));
         its.map(|(id, _)| id.clone()).collect()
     }
 
@@ -248,7 +251,10 @@ impl Workers {
             let about = match about {
                 Ok(about) => about,
                 Err(error) => {
-                    log::error!("{}: a worker that runs and says nothing of itself: {error}", dir.display());
+                    log::error!(
+                        "{}: a worker that runs and says nothing of itself: {error}",
+                        dir.display()
+                    );
                     continue;
                 }
             };
@@ -264,7 +270,8 @@ impl Workers {
                 );
             }
             // One that was configured otherwise keeps its pods.
-            let is_current = std::fs::read_to_string(process::config(&dir)).is_ok_and(|text| text == self.config);
+            let is_current =
+                std::fs::read_to_string(process::config(&dir)).is_ok_and(|text| text == self.config);
             let worker = Worker::new(dir, about, speaks && is_current);
             worker.pid.store(process.id(), Ordering::Relaxed);
             let _ = worker.started.set(());
@@ -293,7 +300,10 @@ impl Workers {
             return (Arc::clone(&place.worker), false);
         }
         let has_room = |worker: &&Arc<Worker>| {
-            let its = table.pods.values().filter(|place| Arc::ptr_eq(&place.worker, worker));
+            let its = table
+                .pods
+                .values()
+                .filter(|place| Arc::ptr_eq(&place.worker, worker));
             worker.about.sandboxer == wanted.sandboxer
                 && worker.about.pods > 1
                 && !worker.closed.load(Ordering::Relaxed)
@@ -336,9 +346,10 @@ impl Workers {
         let begin = || async {
             let (program, config) = (self.program.clone(), self.config.clone());
             let (dir, about) = (worker.dir.clone(), worker.about.clone());
-            let started = tokio::task::spawn_blocking(move || process::start(&program, &dir, &about, &config))
-                .await
-                .map_err(io::Error::other)??;
+            let started =
+                tokio::task::spawn_blocking(move || process::start(&program, &dir, &about, &config))
+                    .await
+                    .map_err(io::Error::other)??;
             let process = Process::watch(started)?;
             worker.pid.store(process.id(), Ordering::Relaxed);
             log::debug!("worker {}: process {}", worker.about.name, process.id());
@@ -361,8 +372,15 @@ impl Workers {
     /// What is told of all workers' pods.
     pub async fn reports(&self, sandboxes: &Path) -> Vec<report::Pod> {
         let workers = self.all();
-        let asked: Vec<_> = workers.iter().map(|worker| self.report(worker, sandboxes)).collect();
-        futures_util::future::join_all(asked).await.into_iter().flatten().collect()
+        let asked: Vec<_> = workers
+            .iter()
+            .map(|worker| self.report(worker, sandboxes))
+            .collect();
+        futures_util::future::join_all(asked)
+            .await
+            .into_iter()
+            .flatten()
+            .collect()
     }
 
     async fn report(&self, worker: &Arc<Worker>, sandboxes: &Path) -> Vec<report::Pod> {
@@ -435,7 +453,11 @@ fn clear_away(dir: &Path, about: Option<&About>) {
         while let Err(error) = cgroup::remove(&cgroup.parent, &cgroup.name) {
             tries += 1;
             if tries == CGROUP_TRIES {
-                log::warn!("cannot remove the cgroup {} in {}: {error}", cgroup.name, cgroup.parent.display());
+                log::warn!(
+                    "cannot remove the cgroup {} in {}: {error}",
+                    cgroup.name,
+                    cgroup.parent.display()
+                );
                 break;
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -543,10 +565,16 @@ mod tests {
 
         // A place that is left is taken again, unless its worker is on its way out.
         workers.forget_pod("b", &first, Millis::MAX);
-        assert!(Arc::ptr_eq(&workers.place("f", &wanted("few", 2), false).0, &first));
+        assert!(Arc::ptr_eq(
+            &workers.place("f", &wanted("few", 2), false).0,
+            &first
+        ));
         workers.forget_pod("f", &first, Millis::MAX);
         first.close();
-        assert!(!Arc::ptr_eq(&workers.place("g", &wanted("few", 2), false).0, &first));
+        assert!(!Arc::ptr_eq(
+            &workers.place("g", &wanted("few", 2), false).0,
+            &first
+        ));
 
         workers.forget(&first);
         assert!(workers.of("a").is_none() && workers.pods_of(&first).is_empty());

@@ -124,7 +124,10 @@ pub fn start(program: &Path, dir: &Path, about: &About, configuration: &str) -> 
 }
 
 fn try_start(program: &Path, dir: &Path, about: &About, configuration: &str) -> io::Result<Started> {
-    std::fs::DirBuilder::new().mode(0o700).recursive(true).create(dir)?;
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .recursive(true)
+        .create(dir)?;
     files::replace(&config(dir), configuration.as_bytes())?;
     files::replace(&dir.join("worker.json"), &serde_json::to_vec_pretty(about)?)?;
     let listen = |path: PathBuf| UnixListener::bind(path).map(|socket| Stdio::from(OwnedFd::from(socket)));
@@ -212,7 +215,10 @@ mod tests {
 
     #[tokio::test]
     async fn how_a_process_ended_is_told() {
-        for (script, expected) in [("exit 3", "exited with 3"), ("kill -9 $$", "was killed by signal 9")] {
+        for (script, expected) in [
+            ("exit 3", "exited with 3"),
+            ("kill -9 $$", "was killed by signal 9"),
+        ] {
             let child = Command::new("sh").args(["-c", script]).spawn().unwrap();
             let pid = Pid::from_child(&child);
             let descriptor = rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap();

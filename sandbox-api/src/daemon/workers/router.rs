@@ -128,7 +128,9 @@ impl Router {
         };
         // What cannot be read is refused by the service.
         let id = call.message().and_then(dialect::pod_of);
-        let Some(id) = id else { return self.own(&call).await };
+        let Some(id) = id else {
+            return self.own(&call).await;
+        };
         if call.method() == "Create"
             && let Some(wanted) = self.wanted(&call, &id)
         {
@@ -157,7 +159,10 @@ impl Router {
             }
             Some(_) => self.own(&call).await,
             None => {
-                log::warn!("sandbox {id}: its worker {} does not answer: {error}", worker.about.name);
+                log::warn!(
+                    "sandbox {id}: its worker {} does not answer: {error}",
+                    worker.about.name
+                );
                 Status::unavailable(format!("sandbox {id}: its worker does not answer: {error}")).into_http()
             }
         }
@@ -176,7 +181,9 @@ impl Router {
             return None;
         }
         let plan = PodPlan::new(read_options(request.options.as_ref()).ok()?, &profile).ok()?;
-        let cgroup = (pods == 1).then(|| cgroup::path_of(&plan.cgroup_parent)).flatten();
+        let cgroup = (pods == 1)
+            .then(|| cgroup::path_of(&plan.cgroup_parent))
+            .flatten();
         Some(Wanted {
             sandboxer: name.to_owned(),
             pods,
