@@ -192,7 +192,7 @@ fn is_seen(node: &Node, talker: &Container) {
     ] {
         let output = node.cloister(args);
         assert!(
-            output.status.success() && (args[0] == "exec" || !output.stdout.is_empty()),
+            output.status.success() && (matches!(args[0], "exec" | "console") || !output.stdout.is_empty()),
             "{args:?}: {output:?}"
         );
     }
