@@ -13,18 +13,20 @@
 //! | `/config` | the configuration that holds, without secrets |
 //! | `/metrics` | as on `metrics.listen` |
 //!
-//! JSON but for the last two and the console. To look by hand:
+//! JSON but for the last two and the console. Of pods in workers it is the worker that is asked. To look by hand:
 //! `curl --unix-socket /run/cloister/admin.sock http://localhost/pods`.
 
 use super::config::Config;
 use super::event_log::Event;
+use super::http_client;
 use super::http_server::{self, Body, Limits, Listener, refusal, respond, text, told};
 use super::metrics::CONTENT_TYPE;
 use super::node::Node;
 use super::report;
 use super::sandbox::{Phase, Sandbox};
 use futures_util::stream;
-use http::{Method, Request, Response, StatusCode};
+use http::uri::PathAndQuery;
+use http::{Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Bytes, Frame, Incoming};
 use std::collections::VecDeque;
@@ -40,6 +42,8 @@ const LIMITS: Limits = Limits {
     connections: 64,
     time: None,
 };
+/// Time for a worker to begin its answer.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often a console that is followed is looked at.
 const CONSOLE_PACE: Duration = Duration::from_millis(100);
 
@@ -62,16 +66,17 @@ async fn answer(request: Request<Incoming>, node: Arc<Node>) -> Response<Body> {
     let follow = request.uri().query() == Some("follow");
     match path.as_slice() {
         ["daemon"] => json(&report::Daemon::new(&node)),
-        ["pods"] => told(move || json(&pods(&node))).await,
-        ["pods", id, rest @ ..] => match (found(&node, id), rest) {
-            (Some(sandbox), []) => told(move || json(&report::Details::new(&sandbox))).await,
-            (Some(sandbox), ["console"]) => console(sandbox, follow),
-            (Some(sandbox), ["vm"]) => told(move || vm(&sandbox)).await,
+        ["pods"] => pods(node).await,
+        ["pods", id, rest @ ..] => match (found(&node, id), node.workers.of(id), rest) {
+            (Some(sandbox), _, []) => told(move || json(&report::Details::new(&sandbox))).await,
+            (Some(sandbox), _, ["console"]) => console(sandbox, follow),
+            (Some(sandbox), _, ["vm"]) => told(move || vm(&sandbox)).await,
+            (None, Some(worker), _) => passed_on(&worker.admin(), request.uri()).await,
             _ => refusal(StatusCode::NOT_FOUND, "there is no such pod"),
         },
         ["events"] => events(&node, follow),
         ["config"] => text("application/toml", without_secrets(&node.config).to_toml()),
-        ["metrics"] => told(move || text(CONTENT_TYPE, node.metrics.encode())).await,
+        ["metrics"] => text(CONTENT_TYPE, node.scrape().await),
         _ => refusal(
             StatusCode::NOT_FOUND,
             "there are /daemon, /pods, /events, /config, /metrics",
@@ -79,10 +84,32 @@ async fn answer(request: Request<Incoming>, node: Arc<Node>) -> Response<Body> {
     }
 }
 
-fn pods(node: &Node) -> Vec<report::Pod> {
-    let mut pods: Vec<report::Pod> = node.all().iter().map(|pod| report::Pod::new(pod)).collect();
-    pods.sort_by(|a, b| a.created.cmp(&b.created).then_with(|| a.id.cmp(&b.id)));
-    pods
+async fn pods(node: Arc<Node>) -> Response<Body> {
+    let mut pods = node.workers.reports(&node.dir()).await;
+    told(move || {
+        pods.extend(node.all().iter().map(|pod| report::Pod::new(pod)));
+        pods.sort_by(|a, b| a.created.cmp(&b.created).then_with(|| a.id.cmp(&b.id)));
+        // One whose worker ended while we asked is ours by now.
+        pods.dedup_by(|a, b| a.id == b.id);
+        json(&pods)
+    })
+    .await
+}
+
+/// A worker's answer, as it comes.
+async fn passed_on(socket: &Path, uri: &Uri) -> Response<Body> {
+    let path = uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    match http_client::get(socket, path, PATIENCE).await {
+        Ok(answer) => answer.map(|body| {
+            // Where it breaks, it ends.
+            let frames = stream::unfold(body, |mut body| async {
+                let frame = body.frame().await?.ok()?;
+                Some((Ok(frame), body))
+            });
+            StreamBody::new(frames).boxed_unsync()
+        }),
+        Err(error) => refusal(StatusCode::BAD_GATEWAY, &format!("the pod's worker: {error}")),
+    }
 }
 
 fn found(node: &Node, id: &str) -> Option<Arc<Sandbox>> {

@@ -33,6 +33,12 @@ pub struct Args {
 /// The subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Host pods for a daemon, which alone starts this
+    #[command(hide = true)]
+    Worker {
+        /// The worker's folder
+        folder: PathBuf,
+    },
     /// Show or check a configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -62,17 +68,26 @@ pub enum ConfigCommand {
     },
 }
 
-/// What the command line asks for: a daemon of this configuration. Anything else is done here, and gives an exit status.
+/// What the process is to be.
+#[derive(Debug)]
+pub enum Asked {
+    /// A daemon of this configuration.
+    Daemon(Box<Config>),
+    /// The worker with this folder.
+    Worker(PathBuf),
+}
+
+/// What the command line asks for. What is neither a daemon nor a worker is done here, and gives an exit status.
 ///
 /// # Errors
 /// The exit status of a process that is to end.
-pub fn configuration() -> Result<Config, ExitCode> {
+pub fn asked() -> Result<Asked, ExitCode> {
     let args = Args::try_parse().map_err(|error| {
         let _ = error.print();
         ExitCode::from(if error.use_stderr() { 125 } else { 0 })
     })?;
     match act(args) {
-        Ok(Some(config)) => Ok(config),
+        Ok(Some(asked)) => Ok(asked),
         Ok(None) => Err(ExitCode::SUCCESS),
         Err(Failure::Config(error)) => Err(failed(&error)),
         // A reader that left (`| head`).
@@ -93,7 +108,7 @@ enum Failure {
     Io(#[from] io::Error),
 }
 
-fn act(args: Args) -> Result<Option<Config>, Failure> {
+fn act(args: Args) -> Result<Option<Asked>, Failure> {
     let command = match args.command {
         None => {
             let mut config = match &args.config {
@@ -102,11 +117,14 @@ fn act(args: Args) -> Result<Option<Config>, Failure> {
             };
             config.check_files()?;
             config.log.level = args.log_level.unwrap_or(config.log.level);
-            return Ok(Some(config));
+            return Ok(Some(Asked::Daemon(Box::new(config))));
         }
+        Some(Command::Worker { folder }) => return Ok(Some(Asked::Worker(folder))),
         Some(command) => command,
     };
     let text = match command {
+        // Done above.
+        Command::Worker { .. } => String::new(),
         Command::Config(ConfigCommand::Default) => DEFAULT_TEXT.to_owned(),
         Command::Config(ConfigCommand::Dump { file }) => load(&file)?.to_toml(),
         Command::Config(ConfigCommand::Check { file }) => {

@@ -35,6 +35,11 @@ const MAX_BLOCK_VOLUMES: u8 = 12;
 const MAX_POOL: u8 = 64;
 /// Spare VMs of a kind: far more than pods that start within a moment.
 const MAX_SPARE_VMS: u8 = 64;
+/// More pods in one process than a node has.
+const MAX_PODS_PER_WORKER: u16 = 1000;
+/// What a worker takes of its pod's overhead for itself and for what the kernel keeps for its VM, in bytes: it is charged to
+/// the pod's cgroup as the VM's RAM is, and the cgroup's limit is that of the containers and the overhead.
+const OF_WORKER: u64 = 24 << 20;
 
 /// What the daemon is told.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -168,6 +173,8 @@ pub struct Profile {
     pub template_pool: u8,
     /// VMs of the last pod's kind, with their images in memory, that are kept for the next ones that boot.
     pub spare_vms: u8,
+    /// Pods that share a process of their own, a worker; 0: the daemon hosts them. See [`super::workers`].
+    pub pods_per_worker: u16,
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
@@ -274,6 +281,7 @@ impl Default for Profile {
             template: Trust::default(),
             template_pool: 0,
             spare_vms: 0,
+            pods_per_worker: 0,
             init_timeout: Duration::from_secs(60),
             answer_timeout: crate::pod::vigil::PATIENCE,
         }
@@ -452,6 +460,21 @@ impl Config {
         Ok(())
     }
 
+    /// What the daemon's workers are told: they are asked for metrics by the daemon, and one that hosts a single pod has no use
+    /// for what is made ahead for the next.
+    #[must_use]
+    pub fn for_workers(&self) -> Self {
+        let mut config = self.clone();
+        config.metrics.listen = None;
+        for profile in config.sandboxer.values_mut() {
+            if profile.pods_per_worker == 1 {
+                profile.template = Trust::None;
+                profile.spare_vms = 0;
+            }
+        }
+        config
+    }
+
     /// As a file.
     pub fn to_toml(&self) -> String {
         // Strings, numbers and tables of them have a form in TOML.
@@ -462,6 +485,7 @@ impl Config {
 impl Profile {
     /// What pods are sized by, with the overhead that their RuntimeClass declares.
     pub fn sizing(&self, overhead: Option<u64>) -> Sizing {
+        let of_worker = if self.pods_per_worker == 1 { OF_WORKER } else { 0 };
         Sizing {
             default: Size {
                 cpus: self.default_vcpus,
@@ -471,7 +495,9 @@ impl Profile {
                 cpus: self.max_vcpus,
                 memory: self.max_memory.map_or_else(host_memory, |most| most.0),
             },
-            overhead: overhead.unwrap_or(self.overhead.memory.0),
+            overhead: overhead
+                .unwrap_or(self.overhead.memory.0)
+                .saturating_sub(of_worker),
         }
     }
 
@@ -514,6 +540,12 @@ impl Profile {
             return Err((
                 "spare_vms",
                 format!("{} is more than {MAX_SPARE_VMS}", self.spare_vms),
+            ));
+        }
+        if self.pods_per_worker > MAX_PODS_PER_WORKER {
+            return Err((
+                "pods_per_worker",
+                format!("{} is more than {MAX_PODS_PER_WORKER}", self.pods_per_worker),
             ));
         }
         if self.block_volumes > MAX_BLOCK_VOLUMES {
@@ -877,6 +909,14 @@ mod tests {
                 "[sandboxer.a.overhead]\ncpu = 'x'",
                 "config.toml:2: sandboxer.a.overhead.cpu: ",
             ),
+            (
+                "[sandboxer.a]\n\npods_per_worker = 1001",
+                "config.toml:3: sandboxer.a.pods_per_worker: 1001 is more than 1000",
+            ),
+            (
+                "[sandboxer.a]\npods_per_worker = -1",
+                "config.toml:2: sandboxer.a.pods_per_worker: ",
+            ),
             ("sandboxer = 5", "config.toml:1: sandboxer: "),
         ] {
             let told = parsed(text).unwrap_err();
@@ -901,6 +941,34 @@ mod tests {
             (Bytes(100 << 20), MilliCpus(500))
         );
         assert_eq!(parsed(&config.to_toml()), Ok(config));
+    }
+
+    #[test]
+    fn a_worker_takes_its_part_of_the_overhead() {
+        let overhead = |pods_per_worker, declared| {
+            let profile = Profile {
+                pods_per_worker,
+                ..Profile::default()
+            };
+            profile.sizing(declared).overhead >> 20
+        };
+        assert_eq!([0, 1, 2].map(|pods| overhead(pods, None)), [64, 40, 64]);
+        assert_eq!(overhead(1, Some(100 << 20)), 76);
+        assert_eq!(overhead(1, Some(1)), 0);
+    }
+
+    #[test]
+    fn workers_make_nothing_ahead_for_pods_that_they_do_not_get() {
+        let config = parsed(
+            "[metrics]\nlisten = '127.0.0.1:9464'\n[sandboxer.one]\npods_per_worker = 1\ntemplate = 'node'\nspare_vms = 2\n[sandboxer.few]\npods_per_worker = 5\ntemplate = 'node'\n",
+        )
+        .unwrap();
+        let told = config.for_workers();
+        assert_eq!(told.metrics.listen, None);
+        let one = &told.sandboxer["one"];
+        assert_eq!((one.template, one.spare_vms), (Trust::None, 0));
+        assert_eq!(told.sandboxer["few"].template, Trust::Node);
+        assert_eq!(parsed(&told.to_toml()), Ok(told));
     }
 
     #[test]

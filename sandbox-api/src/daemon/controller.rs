@@ -60,6 +60,7 @@ impl From<node::Error> for Status {
     fn from(error: node::Error) -> Self {
         match &error {
             node::Error::Id(_) | node::Error::Sandboxer { .. } => Self::invalid_argument(error.to_string()),
+            node::Error::Closed => Self::unavailable(error.to_string()),
             node::Error::Exists(_) => Self::already_exists(error.to_string()),
             node::Error::Sandbox(source) => source.into(),
         }

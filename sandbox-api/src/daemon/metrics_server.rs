@@ -2,7 +2,7 @@
 //! Serves the metrics over HTTP/1.1: `GET /metrics`.
 
 use super::http_server::{self, Body, Limits, Listener};
-use super::metrics::{CONTENT_TYPE, Metrics};
+use super::metrics::CONTENT_TYPE;
 use super::quantity::Listen;
 use crate::files::SocketPath;
 use http::{Method, Request, Response, StatusCode};
@@ -46,9 +46,12 @@ impl Server {
         }
     }
 
-    /// Answers until it is dropped.
-    pub async fn serve(self, metrics: Metrics) {
-        let answer = move |request| answer(request, metrics.clone());
+    /// Answers with what `scrape` says, until it is dropped.
+    pub async fn serve<S: Future<Output = String> + Send + 'static>(
+        self,
+        scrape: impl Fn() -> S + Clone + Send + 'static,
+    ) {
+        let answer = move |request| answer(request, scrape.clone());
         http_server::serve("metrics", self.0, LIMITS, answer).await;
     }
 }
@@ -67,11 +70,12 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-async fn answer(request: Request<Incoming>, metrics: Metrics) -> Response<Body> {
+async fn answer<S: Future<Output = String>>(
+    request: Request<Incoming>,
+    scrape: impl Fn() -> S,
+) -> Response<Body> {
     match (request.method(), request.uri().path()) {
-        (&Method::GET, "/metrics") => {
-            http_server::told(move || http_server::text(CONTENT_TYPE, metrics.encode())).await
-        }
+        (&Method::GET, "/metrics") => http_server::text(CONTENT_TYPE, scrape().await),
         (_, "/metrics") => http_server::refusal(StatusCode::METHOD_NOT_ALLOWED, "only GET"),
         _ => http_server::refusal(StatusCode::NOT_FOUND, "metrics are at /metrics"),
     }
@@ -94,7 +98,7 @@ mod tests {
     async fn over_tcp() {
         let server = Server::bind(&"127.0.0.1:0".parse().unwrap()).await.unwrap();
         let address = server.tcp_address().unwrap();
-        let task = tokio::spawn(server.serve(metrics()));
+        let task = tokio::spawn(server.serve(|| async { metrics().encode() }));
         for (request, status, body) in [
             ("GET /metrics", "200 OK", "# TYPE cloister_pods gauge"),
             ("GET /", "404", "metrics are at"),
@@ -131,7 +135,7 @@ mod tests {
             0o600
         );
         assert!(Server::bind(&listen).await.is_err(), "somebody answers there");
-        let task = tokio::spawn(server.serve(metrics()));
+        let task = tokio::spawn(server.serve(|| async { metrics().encode() }));
         let stream = tokio::net::UnixStream::connect(&path).await.unwrap();
         let answer = exchange(stream, "GET /metrics HTTP/1.0\r\n\r\n").await;
         assert!(answer.starts_with("HTTP/1.0 200"), "{answer}");

@@ -8,7 +8,8 @@
 //! cloister   ── HTTP, admin.sock ────▶ admin ──────▶ reports of all that
 //! ```
 //!
-//! The controller translates; a sandbox is walked through its life by a task of its own; everything about virtual machines
+//! Pods can live in processes of their own as well, which run the same code ([`workers`]): there a router stands before the
+//! controller. The controller translates; a sandbox is walked through its life by a task of its own; everything about virtual machines
 //! is below `pod::vm`. A pod is kept as plain data in `<state_dir>/sandboxes/<id>/sandbox.json`, from which a new daemon
 //! learns which pods ended with the one before it.
 
@@ -18,6 +19,8 @@ pub mod config;
 pub mod controller;
 pub mod event_log;
 pub mod events;
+pub mod exposition;
+pub mod http_client;
 pub mod http_server;
 pub mod isulad;
 pub mod log_format;
@@ -34,10 +37,10 @@ pub mod telemetry;
 pub mod uds;
 pub mod usage;
 pub mod vm_metrics;
+pub mod workers;
 
+use args::Asked;
 use config::Config;
-use controller::Service;
-use controller::api::controller_server::ControllerServer;
 use events::Publisher;
 use metrics::{Metrics, SharedThreads};
 use node::{Node, Only};
@@ -48,13 +51,17 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
+use workers::router::Router;
 
+/// The program that runs, whatever lies at its path by now.
+const THIS_PROGRAM: &str = "/proc/self/exe";
 /// Time for connections to end after the last pod has.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
-/// Why the daemon cannot run.
+/// Why the daemon, or a worker of it, cannot run.
 #[derive(Debug, thiserror::Error)]
-enum Error {
+#[allow(missing_docs)]
+pub enum Error {
     #[error("cannot use the state directory {path}")]
     State {
         path: String,
@@ -73,17 +80,20 @@ enum Error {
     Cells(#[from] cloister_vmm::HostError),
     #[error("cannot serve")]
     Serve(#[from] tonic::transport::Error),
+    #[error("a worker is started by cloisterd alone: standard input and output are not its sockets")]
+    Sockets(#[source] io::Error),
     #[error("cannot start")]
     Io(#[from] io::Error),
 }
 
 /// Runs the daemon to its end, or does what else its command line asks for.
 pub fn main() -> ExitCode {
-    let config = match args::configuration() {
-        Ok(config) => config,
+    let ran = match args::asked() {
+        Ok(Asked::Daemon(config)) => run(*config),
+        Ok(Asked::Worker(dir)) => workers::host::run(&dir),
         Err(code) => return code,
     };
-    match run(config) {
+    match ran {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("cloisterd: {}", crate::error::chain(&error));
@@ -131,19 +141,27 @@ async fn serve(config: Config) -> Result<(), Error> {
         workers: shared.workers,
     };
     let metrics = Metrics::new(threads, config.sandboxer.keys().map(String::as_str));
-    if let Some(listen) = &config.metrics.listen {
-        let server = metrics_server::Server::bind(listen)
-            .await
-            .map_err(|source| Error::Listen {
+    let scraped = match &config.metrics.listen {
+        None => None,
+        Some(listen) => {
+            let server = metrics_server::Server::bind(listen).await;
+            Some(server.map_err(|source| Error::Listen {
                 path: listen.to_string(),
                 source,
-            })?;
-        tokio::spawn(server.serve(metrics.clone()));
-    }
+            })?)
+        }
+    };
     let events = Publisher::start(&config.containerd_address);
     let state = config.state_dir.display().to_string();
-    let node =
-        Node::new(config, cells, events, metrics).map_err(|source| Error::State { path: state, source })?;
+    let node = Node::new(config, cells, events, metrics, Path::new(THIS_PROGRAM))
+        .map_err(|source| Error::State { path: state, source })?;
+    if let Some(server) = scraped {
+        let node = std::sync::Arc::clone(&node);
+        tokio::spawn(server.serve(move || {
+            let node = std::sync::Arc::clone(&node);
+            async move { node.scrape().await }
+        }));
+    }
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let operators = uds::listen(&admin_socket).map_err(in_listening(&admin_socket))?;
@@ -154,7 +172,7 @@ async fn serve(config: Config) -> Result<(), Error> {
 
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
-        .add_service(ControllerServer::new(Service(std::sync::Arc::clone(&node))))
+        .add_service(Router::new(std::sync::Arc::clone(&node)))
         .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
             let _ = ended.await;
         });
@@ -164,7 +182,7 @@ async fn serve(config: Config) -> Result<(), Error> {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    log::info!("ending all pods");
+    log::info!("ending all pods but those in workers");
     notify(sd_notify::NotifyState::Stopping);
     // Those who wait for a pod hear of its end before the connections go.
     node.stop_all().await;

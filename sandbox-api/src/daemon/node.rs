@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-//! What all pods of the daemon share: the configuration, the host of their cells, the way to containerd, and the table of
-//! pods, which a new daemon reads from what the one before it left in `<state_dir>/sandboxes`.
+//! What all pods of a process, the daemon or a worker of it, share: the configuration, the host of their cells, the way to
+//! containerd, and the table of pods, which a new daemon reads from what the one before it left in `<state_dir>/sandboxes`.
+//! The daemon has its [`Workers`] as well, and takes over what is left of those that die.
 
 use super::config::{Config, Profile};
 use super::event_log::EventLog;
@@ -8,6 +9,7 @@ use super::events::Publisher;
 use super::metrics::Metrics;
 use super::pod_plan::PodPlan;
 use super::sandbox::{self, Phase, Record, Sandbox};
+use super::workers::{self, Worker, Workers};
 use crate::clock;
 use crate::pod::template::{SETTLE, Templates};
 use cloister_vmm::{CellHost, SpareConfig};
@@ -15,6 +17,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::watch;
 
 /// See the module.
 pub struct Node {
@@ -30,7 +33,13 @@ pub struct Node {
     pub metrics: Metrics,
     /// What happens to pods.
     pub log: EventLog,
+    /// Processes that host pods for this one; a worker has none.
+    pub workers: Workers,
+    /// The worker's name that this process is; none: it is the daemon.
+    name: Option<String>,
     sandboxes: Mutex<HashMap<String, Arc<Sandbox>>>,
+    /// A worker takes no more pods. Changed under the lock of the table.
+    closed: watch::Sender<bool>,
 }
 
 /// Why a pod cannot be added.
@@ -50,6 +59,9 @@ pub enum Error {
         /// All names.
         known: String,
     },
+    /// A worker has had its last pod.
+    #[error("this worker ends")]
+    Closed,
     /// Its folder.
     #[error(transparent)]
     Sandbox(#[from] sandbox::Error),
@@ -73,7 +85,42 @@ impl Node {
         });
     }
 
-    /// Finds the pods that were left behind, all of them over.
+    fn empty(
+        config: Config,
+        cells: CellHost,
+        events: Publisher,
+        metrics: Metrics,
+        workers: Workers,
+        name: Option<String>,
+    ) -> Self {
+        Self {
+            workers,
+            config,
+            templates: Templates::new(cells.clone()),
+            cells,
+            events,
+            metrics,
+            log: EventLog::default(),
+            name,
+            sandboxes: Mutex::default(),
+            closed: watch::channel(false).0,
+        }
+    }
+
+    /// A worker of this name, without pods.
+    pub fn in_worker(
+        config: Config,
+        cells: CellHost,
+        events: Publisher,
+        metrics: Metrics,
+        name: String,
+    ) -> Arc<Self> {
+        let none = Workers::new(&config, Path::new(""));
+        Arc::new(Self::empty(config, cells, events, metrics, none, Some(name)))
+    }
+
+    /// The daemon, with what was left behind: workers that go on with their pods, and pods that are over. `program` is
+    /// cloisterd, to be started as a worker. To be called in a runtime.
     ///
     /// # Errors
     /// The state folder cannot be used.
@@ -82,25 +129,28 @@ impl Node {
         cells: CellHost,
         events: Publisher,
         metrics: Metrics,
+        program: &Path,
     ) -> io::Result<Arc<Self>> {
-        let node = Self {
-            config,
-            templates: Templates::new(cells.clone()),
-            cells,
-            events,
-            metrics,
-            log: EventLog::default(),
-            sandboxes: Mutex::default(),
-        };
+        let workers = Workers::new(&config, program);
+        let node = Self::empty(config, cells, events, metrics, workers, None);
         let dir = node.dir();
         std::fs::create_dir_all(&dir)?;
+        let adopted = node.workers.adopt()?;
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();
-            match Sandbox::recover(path.clone(), node.log.clone(), |name| {
-                (node.profile(name).unwrap_or_default(), node.metrics.pod(name))
-            }) {
+            let mut reason = "cloisterd was restarted";
+            if let Ok(record) = Record::read(&path)
+                && let Some(worker) = record.worker
+            {
+                if node.workers.claim(&worker, &record.id, record.created) {
+                    log::info!("sandbox {} goes on in worker {worker}", record.id);
+                    continue;
+                }
+                reason = "its worker ended, as did cloisterd";
+            }
+            match node.recover(path.clone(), reason) {
                 Ok(sandbox) => {
-                    log::warn!("sandbox {} ended with the daemon before this one", sandbox.id());
+                    log::warn!("sandbox {} is over: {reason}", sandbox.id());
                     node.table().insert(sandbox.id(), sandbox);
                 }
                 Err(error) => {
@@ -109,10 +159,42 @@ impl Node {
                 }
             }
         }
-        Ok(Arc::new(node))
+        let node = Arc::new(node);
+        for (worker, process) in adopted {
+            tokio::spawn(workers::attend(Arc::clone(&node), worker, process));
+        }
+        Ok(node)
     }
 
-    fn dir(&self) -> PathBuf {
+    fn recover(&self, dir: PathBuf, reason: &str) -> io::Result<Arc<Sandbox>> {
+        Sandbox::recover(dir, reason, self.log.clone(), |name| {
+            (self.profile(name).unwrap_or_default(), self.metrics.pod(name))
+        })
+    }
+
+    /// Takes over what is left of a worker's pods; `how` it ended. It removes files.
+    pub fn recover_pods_of(&self, worker: &Arc<Worker>, how: &str) {
+        for id in self.workers.pods_of(worker) {
+            let dir = self.dir().join(&id);
+            let Ok(record) = Record::read(&dir) else {
+                // It was removed, or not made yet.
+                let _ = std::fs::remove_dir_all(&dir);
+                continue;
+            };
+            match self.recover(dir, &format!("its worker {how}")) {
+                // Create or Start that fails is not followed by Stop and Shutdown.
+                Ok(sandbox) if record.phase < Phase::Ready => sandbox.discard(),
+                Ok(sandbox) => {
+                    log::error!("sandbox {id}: its worker {how}");
+                    self.table().insert(id, sandbox);
+                }
+                Err(error) => log::error!("sandbox {id}: its worker {how}; what it left: {error}"),
+            }
+        }
+    }
+
+    /// Where pods' folders are.
+    pub fn dir(&self) -> PathBuf {
         self.config.state_dir.join("sandboxes")
     }
 
@@ -153,16 +235,44 @@ impl Node {
         netns: &str,
         plan: PodPlan,
     ) -> Result<Arc<Sandbox>, Error> {
-        let profile = self.sandboxer(sandboxer)?;
+        let created = self.try_create(namespace, id, sandboxer, netns, plan);
+        if created.is_err() {
+            self.close_if_empty();
+        }
+        created
+    }
+
+    /// Whether this can be a pod's id: it becomes a folder's name.
+    ///
+    /// # Errors
+    /// It cannot.
+    pub fn check_id(id: &str) -> Result<(), Error> {
         let sound = (1..=128).contains(&id.len())
             && id
                 .bytes()
                 .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
             && id.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric());
-        if !sound {
-            return Err(Error::Id(id.to_owned()));
+        if sound {
+            Ok(())
+        } else {
+            Err(Error::Id(id.to_owned()))
         }
+    }
+
+    fn try_create(
+        &self,
+        namespace: &str,
+        id: &str,
+        sandboxer: &str,
+        netns: &str,
+        plan: PodPlan,
+    ) -> Result<Arc<Sandbox>, Error> {
+        let profile = self.sandboxer(sandboxer)?;
+        Self::check_id(id)?;
         let mut table = self.table();
+        if *self.closed.borrow() {
+            return Err(Error::Closed);
+        }
         if table.contains_key(id) {
             return Err(Error::Exists(id.to_owned()));
         }
@@ -170,6 +280,7 @@ impl Node {
             id: id.to_owned(),
             namespace: namespace.to_owned(),
             sandboxer: sandboxer.to_owned(),
+            worker: self.name.clone(),
             plan,
             netns: netns.to_owned(),
             phase: Phase::Created,
@@ -191,7 +302,12 @@ impl Node {
         (found.record().namespace == namespace).then_some(found)
     }
 
-    /// All pods.
+    /// Whether a pod of this id is this process's own.
+    pub fn knows(&self, id: &str) -> bool {
+        self.table().contains_key(id)
+    }
+
+    /// All pods of this process.
     pub fn all(&self) -> Vec<Arc<Sandbox>> {
         self.table().values().cloned().collect()
     }
@@ -204,9 +320,33 @@ impl Node {
         if table.get(&id).is_some_and(|known| Arc::ptr_eq(known, sandbox)) {
             table.remove(&id);
         }
+        drop(table);
+        self.close_if_empty();
     }
 
-    /// Ends all pods, at the daemon's own end.
+    /// A worker without pods takes no more.
+    pub fn close_if_empty(&self) {
+        let table = self.table();
+        if self.name.is_some() && table.is_empty() {
+            self.closed.send_replace(true);
+        }
+    }
+
+    /// Waits until this worker takes no more pods, and has none.
+    pub async fn emptied(&self) {
+        // The sender is ours: it cannot be gone.
+        let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
+    }
+
+    /// The text for a scrape, of this process and its workers.
+    pub async fn scrape(&self) -> String {
+        let metrics = self.metrics.clone();
+        // It may have to wait for VMs' locks.
+        let own = tokio::task::spawn_blocking(move || metrics.encode()).await;
+        self.workers.add_metrics(own.unwrap_or_default()).await
+    }
+
+    /// Ends all pods of this process, at its own end.
     pub async fn stop_all(&self) {
         let all = self.all();
         let pods = futures_util::future::join_all(all.iter().map(|sandbox| sandbox.stop()));

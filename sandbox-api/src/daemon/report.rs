@@ -8,7 +8,8 @@ use crate::clock::Millis;
 use crate::pod::task;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 
 /// The daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,6 +20,24 @@ pub struct Daemon {
     pub pid: u32,
     /// containerd's socket.
     pub containerd_address: PathBuf,
+    /// Its workers.
+    #[serde(default)]
+    pub workers: Vec<Worker>,
+}
+
+/// A process that hosts pods for the daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Worker {
+    /// Its name.
+    pub name: String,
+    /// Its process; 0 before there is one.
+    pub pid: u32,
+    /// The sandboxer that its pods are of.
+    pub sandboxer: String,
+    /// Its pods' ids.
+    pub pods: Vec<String>,
+    /// Pods that it hosts at most.
+    pub room: u16,
 }
 
 impl Daemon {
@@ -28,6 +47,7 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             containerd_address: node.config.containerd_address.clone(),
+            workers: node.workers.list(),
         }
     }
 }
@@ -120,6 +140,9 @@ pub struct Pod {
     pub containers: Vec<Container>,
     /// Where its Task service listens.
     pub task_socket: PathBuf,
+    /// The process that hosts it, if that was asked.
+    #[serde(default)]
+    pub process: Option<u32>,
 }
 
 impl Pod {
@@ -140,13 +163,23 @@ impl Pod {
             memory_used: None,
             containers: Vec::new(),
             task_socket,
+            process: None,
         }
+    }
+
+    /// What the record in its folder says.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn read(dir: &Path) -> io::Result<Self> {
+        Ok(Self::from_record(&Record::read(dir)?, dir.join("task.sock")))
     }
 
     /// What is so now. It asks the VM, which may have to wait for a lock.
     pub fn new(sandbox: &Sandbox) -> Self {
         let containers = sandbox.service().map(|service| service.list());
         Self {
+            process: Some(std::process::id()),
             phase: sandbox.phase(),
             memory_used: sandbox
                 .machine()

@@ -46,6 +46,8 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::Instrument;
 
+/// File of the [`Record`].
+const RECORD: &str = "sandbox.json";
 /// File of the last words of a VM that ended by itself.
 const CONSOLE: &str = "console.txt";
 /// What containerd sets in pods that it makes itself, unless it is told not to (`enable_unprivileged_ports`,
@@ -103,6 +105,9 @@ pub struct Record {
     pub namespace: String,
     /// The sandboxer whose profile it has.
     pub sandboxer: String,
+    /// The worker that hosts it; none: the daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<String>,
     /// What its VM is to be.
     pub plan: PodPlan,
     /// Its network namespace; empty: none.
@@ -169,6 +174,16 @@ pub enum Error {
         /// What was asked.
         verb: &'static str,
     },
+}
+
+impl Record {
+    /// The one in a pod's folder.
+    ///
+    /// # Errors
+    /// There is none, or it cannot be read.
+    pub fn read(dir: &Path) -> io::Result<Self> {
+        Ok(serde_json::from_slice(&std::fs::read(dir.join(RECORD))?)?)
+    }
 }
 
 impl Phase {
@@ -261,22 +276,24 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    /// A pod that a daemon before this one left behind: its VM ended with that.
+    /// A pod that its process, a daemon before this one or a worker, left behind: its VM ended with that. `reason` says how.
     ///
     /// # Errors
     /// The record cannot be read.
     pub fn recover(
         dir: PathBuf,
+        reason: &str,
         log: EventLog,
         of: impl FnOnce(&str) -> (Profile, PodGauge),
     ) -> io::Result<Arc<Self>> {
-        let mut record: Record = serde_json::from_slice(&std::fs::read(dir.join("sandbox.json"))?)?;
-        if record.phase != Phase::Stopped {
+        let mut record = Record::read(&dir)?;
+        let is_lost = record.phase != Phase::Stopped;
+        if is_lost {
             record.phase = Phase::Stopped;
             record.exit = Some(Exit {
                 status: EXIT_KILLED,
                 at: clock::now(),
-                reason: Some("cloisterd was restarted".into()),
+                reason: Some(reason.to_owned()),
             });
         }
         if !record.netns.is_empty() {
@@ -287,6 +304,9 @@ impl Sandbox {
         let sandbox = Self::new(dir, profile, record, counted, log);
         let _ = std::fs::remove_file(sandbox.socket());
         sandbox.save()?;
+        if is_lost {
+            sandbox.tell(Kind::Stopped, Some(reason));
+        }
         Ok(sandbox)
     }
 
@@ -406,7 +426,7 @@ impl Sandbox {
     }
 
     fn record_path(&self) -> PathBuf {
-        self.dir.join("sandbox.json")
+        self.dir.join(RECORD)
     }
 
     fn save(&self) -> io::Result<()> {
@@ -528,6 +548,11 @@ impl Sandbox {
         self.reached(Phase::Gone).await;
     }
 
+    /// Removes what is left of one that was recovered.
+    pub fn discard(&self) {
+        self.forget();
+    }
+
     fn forget(&self) {
         if self.phase() == Phase::Gone {
             return;
@@ -623,8 +648,9 @@ impl Sandbox {
         self.tell(Kind::Stopped, reason.as_deref());
         self.asked(Ask::Remove).await;
         made.shut_down().await;
-        node.forget(&self);
+        // A worker ends with its last pod: nothing comes after the last line.
         self.forget();
+        node.forget(&self);
     }
 
     /// Keeps the last words of a VM that ended by itself for a daemon after this one.

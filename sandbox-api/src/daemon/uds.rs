@@ -13,15 +13,28 @@ use tonic::transport::{Channel, Endpoint, Uri};
 /// # Errors
 /// Nobody does.
 pub async fn channel(path: &Path) -> Result<Channel, tonic::transport::Error> {
-    let path = path.to_owned();
-    let connect = tower::service_fn(move |_: Uri| {
-        let path = path.clone();
-        async move { Ok::<_, io::Error>(TokioIo::new(UnixStream::connect(path).await?)) }
-    });
     // The name is never looked up.
     Endpoint::from_static("http://localhost")
-        .connect_with_connector(connect)
+        .connect_with_connector(connector(path))
         .await
+}
+
+/// The same, connected when it is first used. To be called in a runtime.
+pub fn lazy_channel(path: &Path) -> Channel {
+    Endpoint::from_static("http://localhost").connect_with_connector_lazy(connector(path))
+}
+
+type Connecting = std::pin::Pin<Box<dyn Future<Output = io::Result<TokioIo<UnixStream>>> + Send>>;
+
+fn connector(
+    path: &Path,
+) -> impl tower::Service<Uri, Response = TokioIo<UnixStream>, Error = io::Error, Future = Connecting> + Send + use<>
+{
+    let path = path.to_owned();
+    tower::service_fn(move |_: Uri| -> Connecting {
+        let path = path.clone();
+        Box::pin(async move { Ok(TokioIo::new(UnixStream::connect(path).await?)) })
+    })
 }
 
 /// Listens on `path` for root alone. A socket that is there is somebody's who died: the caller holds the daemon's lock.

@@ -6,13 +6,13 @@
 
 mod isulad;
 mod operators;
+mod workers;
 
-use cloister_sandbox_api::daemon::config::Config;
-use cloister_sandbox_api::daemon::controller::Service;
-use cloister_sandbox_api::daemon::controller::api::controller_server::ControllerServer;
+use cloister_sandbox_api::daemon::config::{Config, Profile};
 use cloister_sandbox_api::daemon::events::Publisher;
 use cloister_sandbox_api::daemon::metrics::{Metrics, SharedThreads};
 use cloister_sandbox_api::daemon::node::{Node, Only};
+use cloister_sandbox_api::daemon::workers::router::Router;
 use cloister_sandbox_api::daemon::{admin, uds};
 use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
 use containerd_client::services::v1::sandbox::*;
@@ -63,6 +63,13 @@ async fn serve(dir: PathBuf) -> Bed {
         socket: dir.join("s.sock"),
         ..Config::default()
     };
+    for (name, pods_per_worker) in [("worker", 1), ("workers", 2)] {
+        let profile = Profile {
+            pods_per_worker,
+            ..Profile::default()
+        };
+        config.sandboxer.insert(name.to_owned(), profile);
+    }
     for profile in config.sandboxer.values_mut() {
         profile.kernel.clone_from(&kernel);
         profile.initrd.clone_from(&kernel);
@@ -77,12 +84,13 @@ async fn serve(dir: PathBuf) -> Bed {
     };
     let metrics = Metrics::new(threads, []);
     let admin_socket = admin::socket(&config.state_dir);
-    let node = Node::new(config, cells, events, metrics).unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_cloisterd"));
+    let node = Node::new(config, cells, events, metrics, program).unwrap();
     let admin_listener = uds::listen(&admin_socket).unwrap();
     let operators = tokio::spawn(admin::serve(admin_listener, std::sync::Arc::clone(&node)));
     let server = tokio::spawn(async move {
         tonic::transport::Server::builder()
-            .add_service(ControllerServer::new(Service(node)))
+            .add_service(Router::new(node))
             .serve_with_incoming(UnixListenerStream::new(listener))
             .await
             .unwrap();

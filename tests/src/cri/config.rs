@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The configurations of all that runs on the node.
 
+use super::HANDLERS;
 use crate::e2e::guest_file;
 use std::path::Path;
 
@@ -58,12 +59,12 @@ pub(super) fn containerd(dir: &Path) -> String {
     let dir = dir.display();
     format!(
         r#"{known}
-{}
-{}
 {}"#,
-        handler(&dir, "cloister"),
-        handler(&dir, "cloister-clone"),
-        handler(&dir, "cloister-pool")
+        HANDLERS
+            .iter()
+            .skip(1)
+            .map(|name| handler(&dir, name))
+            .collect::<String>()
     )
 }
 
@@ -128,6 +129,12 @@ template = "node"
 [sandboxer.cloister-pool]
 template = "node"
 template_pool = 2
+{profile}
+[sandboxer.cloister-worker]
+pods_per_worker = 1
+{profile}
+[sandboxer.cloister-workers]
+pods_per_worker = 2
 {profile}"#,
         dir = dir.display(),
     )

@@ -32,9 +32,17 @@ pub use stream::{PortForward, Stream, Streamed};
 
 use std::time::Duration;
 
-/// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template, and those
-/// of `cloister-pool` take clones that were made ahead.
-pub const HANDLERS: [&str; 4] = ["runc", "cloister", "cloister-clone", "cloister-pool"];
+/// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template, those of
+/// `cloister-pool` take clones that were made ahead, those of `cloister-worker` have a worker each, and two of
+/// `cloister-workers` share one.
+pub const HANDLERS: [&str; 6] = [
+    "runc",
+    "cloister",
+    "cloister-clone",
+    "cloister-pool",
+    "cloister-worker",
+    "cloister-workers",
+];
 
 /// An image of Debian's own tools.
 pub const TOOLS: &str = "localhost/tools:latest";

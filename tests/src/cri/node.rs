@@ -205,7 +205,7 @@ impl Node {
     /// What pods of Cloister could leave on the host, and in cloisterd.
     pub fn footprint(&mut self) -> (Footprint<'static>, ProcessFootprint) {
         let daemon = ProcessFootprint::of(self.pid("cloisterd"));
-        let folders = ["r/sandboxes", "ipam/cri-e2e", "pods"];
+        let folders = ["r/sandboxes", "r/workers", "ipam/cri-e2e", "pods"];
         let folders = folders.map(|folder| self.path(folder)).into();
         (Footprint::of_host_and(folders), daemon)
     }
@@ -251,11 +251,17 @@ impl Node {
     /// # Errors
     /// cloisterd does not answer.
     pub fn metrics(&self) -> std::io::Result<String> {
-        let mut stream = UnixStream::connect(self.path("metrics.sock"))?;
-        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: cloisterd\r\nConnection: close\r\n\r\n")?;
-        let mut text = String::new();
-        stream.read_to_string(&mut text)?;
-        Ok(text)
+        get(&self.path("metrics.sock"), "/metrics")
+    }
+
+    /// What cloisterd tells operators.
+    ///
+    /// # Errors
+    /// cloisterd does not answer, or not with JSON.
+    pub fn admin(&self, path: &str) -> std::io::Result<serde_json::Value> {
+        let answer = get(&self.path("r/admin.sock"), path)?;
+        let body = answer.split_once("\r\n\r\n").unwrap_or_default().1;
+        Ok(serde_json::from_str(body)?)
     }
 
     /// What the daemons said last.
@@ -265,6 +271,16 @@ impl Node {
             .map(|daemon| format!("--- {}\n{}\n", daemon.name, tail(&daemon.log, 60)))
             .collect()
     }
+}
+
+/// Head and body of an answer.
+fn get(socket: &Path, path: &str) -> std::io::Result<String> {
+    let mut stream = UnixStream::connect(socket)?;
+    // HTTP/1.0, so that the body comes as one.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: cloisterd\r\n\r\n")?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// A program of ours, as PATH has it.
@@ -319,6 +335,17 @@ impl Drop for Node {
     fn drop(&mut self) {
         for daemon in self.daemons.iter_mut().rev() {
             daemon.stop();
+        }
+        // Workers outlive their daemon; there are some where a test failed.
+        for worker in fs::read_dir(self.path("r/workers"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let pid = fs::read_to_string(worker.path().join("pid")).unwrap_or_default();
+            if let Some(pid) = pid.parse().ok().and_then(rustix::process::Pid::from_raw) {
+                let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+            }
         }
         let _ = Command::new("ip")
             .args(["link", "delete", config::BRIDGE])

@@ -41,7 +41,7 @@ pub fn bundle(context: &Context, args: &DebugBundleArgs) -> Outcome {
             None
         }
     };
-    parts.of_host(pid);
+    parts.of_host(pod.process.map(u64::from).or(pid));
     let archive = parts.archive()?;
     let path = match &args.output {
         Some(path) if path == Path::new("-") => {

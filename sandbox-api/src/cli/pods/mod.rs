@@ -14,17 +14,13 @@ pub use logs::logs;
 use super::{Context, Failure, Outcome, client};
 use crate::daemon::report::Pod;
 use crate::daemon::sandbox::{Exit, Phase, Record};
-use crate::daemon::{admin, report};
-use crate::files::SocketPath;
+use crate::daemon::{admin, http_client, report, workers};
 use crate::pod::state::EXIT_KILLED;
-use http::{Request, StatusCode, header};
-use http_body_util::{BodyExt, Empty};
-use hyper::body::Bytes;
-use hyper_util::rt::TokioIo;
+use http::StatusCode;
+use http_body_util::BodyExt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::net::UnixStream;
 
 /// More is no answer of the daemon's.
 const MAX_ANSWER: usize = 64 << 20;
@@ -42,7 +38,7 @@ pub struct Daemon {
 pub struct Known {
     /// Oldest first.
     pub pods: Vec<Pod>,
-    /// None if it does not run: its pods are over.
+    /// None if it does not run: its pods are over, but for those in workers.
     pub daemon: Option<Daemon>,
 }
 
@@ -71,7 +67,7 @@ impl Known {
                 daemon: Some(daemon),
             }),
             Err(Unanswered::NotRunning) => Ok(Self {
-                pods: left_behind(&context.state.join("sandboxes"))?,
+                pods: left_behind(&context.state)?,
                 daemon: None,
             }),
             Err(Unanswered::Other(failure)) => Err(failure),
@@ -86,13 +82,15 @@ impl Known {
 
 fn not_running(context: &Context) -> Failure {
     Failure::new(format!(
-        "cloisterd is not running (nobody answers on {}); its pods ended with it: start it with `systemctl start cloisterd`",
+        "cloisterd is not running (nobody answers on {}); its pods ended with it, but for those in workers: start it with `systemctl start cloisterd`",
         admin::socket(&context.state).display()
     ))
 }
 
-/// The records of a daemon that does not run, oldest first. What cannot be read is skipped with a warning.
-fn left_behind(dir: &Path) -> Outcome<Vec<Pod>> {
+/// The records of a daemon that does not run, oldest first. What cannot be read is skipped with a warning. Pods in workers go on
+/// without it.
+fn left_behind(state: &Path) -> Outcome<Vec<Pod>> {
+    let dir = &state.join("sandboxes");
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -101,21 +99,22 @@ fn left_behind(dir: &Path) -> Outcome<Vec<Pod>> {
     let mut pods = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        match read_record(&path.join("sandbox.json")) {
+        match Record::read(&path) {
             Ok(record) => {
                 let mut pod = Pod::from_record(&record, path.join("task.sock"));
-                // What it says of how a pod ended is so; any other ended with the daemon.
-                let ended = pod.exit.take().filter(|_| pod.phase == Phase::Stopped);
-                let exit = ended.unwrap_or(Exit {
-                    status: EXIT_KILLED,
-                    at: pod.started.unwrap_or(pod.created),
-                    reason: None,
-                });
-                pod.phase = Phase::Stopped;
-                pod.exit = Some(Exit {
-                    reason: exit.reason.or(Some("cloisterd is not running".to_owned())),
-                    ..exit
-                });
+                match record
+                    .worker
+                    .as_deref()
+                    .and_then(|name| workers::running(state, name))
+                {
+                    Some(socket) => {
+                        // What it does not tell, the record does.
+                        if let Ok(details) = (Daemon { socket }).details(&pod.id) {
+                            pod = details.pod;
+                        }
+                    }
+                    None => end(&mut pod),
+                }
                 pods.push(pod);
             }
             Err(error) => log::warn!("{}: {error}", path.display()),
@@ -125,8 +124,19 @@ fn left_behind(dir: &Path) -> Outcome<Vec<Pod>> {
     Ok(pods)
 }
 
-fn read_record(path: &Path) -> io::Result<Record> {
-    Ok(serde_json::from_slice(&std::fs::read(path)?)?)
+/// What its record says of how a pod ended is so; any other ended with the daemon.
+fn end(pod: &mut Pod) {
+    let ended = pod.exit.take().filter(|_| pod.phase == Phase::Stopped);
+    let exit = ended.unwrap_or(Exit {
+        status: EXIT_KILLED,
+        at: pod.started.unwrap_or(pod.created),
+        reason: None,
+    });
+    pod.phase = Phase::Stopped;
+    pod.exit = Some(Exit {
+        reason: exit.reason.or(Some("cloisterd is not running".to_owned())),
+        ..exit
+    });
 }
 
 impl Daemon {
@@ -173,28 +183,12 @@ impl Daemon {
                     self.socket.display()
                 ))
             };
-            let short = SocketPath::of(&self.socket).map_err(|e| match e.kind() {
-                io::ErrorKind::NotFound => Unanswered::NotRunning,
-                _ => failed(&e).into(),
-            })?;
-            let stream = UnixStream::connect(short.path())
+            let answer = http_client::get(&self.socket, path, PATIENCE)
                 .await
                 .map_err(|e| match e.kind() {
                     io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => Unanswered::NotRunning,
                     _ => failed(&e).into(),
                 })?;
-            let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-                .await
-                .map_err(|e| failed(&e))?;
-            tokio::spawn(connection);
-            let request = Request::get(path)
-                .header(header::HOST, "cloisterd")
-                .body(Empty::<Bytes>::new())
-                .map_err(|e| failed(&e))?;
-            let answer = tokio::time::timeout(PATIENCE, sender.send_request(request))
-                .await
-                .map_err(|_| failed(&"it does not answer"))?
-                .map_err(|e| failed(&e))?;
             let status = answer.status();
             let mut body = answer.into_body();
             let mut refusal = Vec::new();
@@ -240,6 +234,7 @@ mod tests {
             id: "abc".into(),
             namespace: "k8s.io".into(),
             sandboxer: "cloister".into(),
+            worker: None,
             plan: crate::daemon::pod_plan::PodPlan {
                 name: "web".into(),
                 namespace: "shop".into(),

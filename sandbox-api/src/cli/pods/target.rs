@@ -286,6 +286,7 @@ pub mod tests {
             memory_used: Some(64 << 20),
             containers,
             task_socket: "/s".into(),
+            process: None,
         }
     }
 

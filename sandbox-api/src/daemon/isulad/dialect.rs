@@ -151,6 +151,27 @@ fn read<R: InDraft>(bytes: &[u8]) -> Result<Told<R>, prost::DecodeError> {
     Ok(Told { message, is_draft })
 }
 
+/// Reads a request to create a pod, of either kind.
+///
+/// # Errors
+/// It is none.
+pub fn read_create(bytes: &[u8]) -> Result<ControllerCreateRequest, prost::DecodeError> {
+    Ok(read::<ControllerCreateRequest>(bytes)?.message)
+}
+
+/// The id of the pod that a request of either kind is about; none if it names none.
+pub fn pod_of(mut bytes: &[u8]) -> Option<String> {
+    let wanted = if is_draft(bytes) { 2 } else { 1 };
+    let mut id = None;
+    while !bytes.is_empty() {
+        match next_field(&mut bytes)? {
+            (field, Some(text)) if field == wanted => id = Some(text),
+            _ => {}
+        }
+    }
+    String::from_utf8(id?.to_vec()).ok()
+}
+
 /// Whether a request is the draft's: field 2 is a string such as an id, and there is no field 10.
 fn is_draft(mut bytes: &[u8]) -> bool {
     let mut has_id = false;
@@ -451,6 +472,7 @@ mod tests {
             ),
             ("cloister", "abc-1", "/n")
         );
+        assert_eq!(pod_of(&draft.encode_to_vec()).as_deref(), Some("abc-1"));
         assert_eq!((told.rootfs.len(), told.options.clone()), (1, draft.options));
         let stop = DraftStop {
             sandboxer: "c".into(),
@@ -474,6 +496,7 @@ mod tests {
         };
         for request in [current, named] {
             let told: Told<ControllerCreateRequest> = read(&request.encode_to_vec()).unwrap();
+            assert_eq!(pod_of(&request.encode_to_vec()).as_deref(), Some("abc-1"));
             assert_eq!((told.is_draft, told.message), (false, request));
         }
         let verbose = ControllerStatusRequest {
@@ -497,6 +520,7 @@ mod tests {
         ] {
             assert!(!is_draft(bytes), "{bytes:?}");
             assert!(read::<ControllerStopRequest>(bytes).is_err(), "{bytes:?}");
+            assert_eq!(pod_of(bytes), None, "{bytes:?}");
         }
     }
 
