@@ -18,7 +18,7 @@ use cloister_protocol::protobuf::Message as _;
 use cloister_protocol::task::{Metrics, StatsRequest, UpdateTaskRequest};
 use cloister_protocol::{RESOURCES_TYPE_URL, protobuf};
 use cloister_tests::e2e::{PATIENCE, ProcessFootprint, eventually};
-use cloister_vmm::{AttachError, CellConfig, CellHost, CellHostConfig, DeviceConfig, DeviceHandle};
+use cloister_vmm::{AttachError, Boot, CellConfig, CellHost, CellHostConfig, DeviceConfig, DeviceHandle};
 use pod::{Pod, ctx};
 use serde_json::json;
 
@@ -84,6 +84,52 @@ fn processors_come_and_go() {
     sees("two", 2);
     // More than there can be: what is there is the answer.
     assert_eq!(online(&pod, 9), 3);
+    pod.stop();
+}
+
+/// A processor without work is not to be woken for work that a kernel makes for itself.
+#[test]
+fn a_container_that_rests_lets_the_processor_sleep() {
+    let host = host();
+    let pod = Pod::start(&host, "rests", |config| {
+        let balloon = DeviceConfig::Balloon { deflate_on_oom: true };
+        config.devices.extend([DeviceConfig::Rng, balloon]);
+        if let Boot::Kernel(boot) = &mut config.boot {
+            // Averages of pressure are asked for, and are work.
+            boot.command_line = boot.command_line.replace("psi=1", "psi=0");
+        }
+    });
+    let halts = || -> u64 {
+        let stats = pod.cell.kvm_stats().unwrap();
+        let halts = stats.iter().flatten().filter(|stat| stat.name == "halt_exits");
+        halts.map(|stat| stat.value).sum()
+    };
+    pod.run("c", "exec $b sleep 100000", |_| {});
+    // What the start has left to do.
+    std::thread::sleep(Duration::from_secs(15));
+    let before = halts();
+    std::thread::sleep(Duration::from_secs(30));
+    let woken = halts() - before;
+    println!("woken {woken} times in 30 s");
+    // A timer that goes off each second wakes it 80 times, with the ticks that follow.
+    assert!(woken <= 20, "woken {woken} times in 30 s");
+    pod.end("c");
+    pod.stop();
+}
+
+/// Fair tasks have their share beside one that never rests: each processor's "fair server" starts when the two meet.
+#[test]
+fn a_real_time_process_leaves_time_to_others() {
+    let host = host();
+    let pod = Pod::start(&host, "real-time", |_| {});
+    pod.run("hog", "while :; do :; done", |spec| {
+        spec["process"]["scheduler"] = json!({"policy": "SCHED_FIFO", "priority": 10});
+    });
+    // The agent is no real-time process.
+    for _ in 0..3 {
+        assert!(memory_total(&pod) > 0);
+    }
+    pod.end("hog");
     pod.stop();
 }
 

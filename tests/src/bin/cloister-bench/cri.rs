@@ -2,6 +2,7 @@
 //! Pods of containerd: a node with runc and Cloister side by side, asked in turn for the same.
 
 use std::io;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use cloister_tests::cri::{Node, Outcome, Pod, Runtime, ensure, script};
@@ -19,6 +20,10 @@ const REST: Duration = Duration::from_secs(8);
 const AT_ONCE: usize = 20;
 /// Pods whose management memory is looked at.
 const IDLE: [usize; 3] = [1, 10, 50];
+/// How many of them are looked at while they rest, after how long, and for how long.
+const RESTING: usize = 10;
+const SETTLED: Duration = Duration::from_secs(60);
+const REST: Duration = Duration::from_secs(60);
 /// Bytes of a log, without containerd's prefixes.
 const LOG: u32 = 20_000_000;
 /// Bytes from one pod to another.
@@ -260,6 +265,9 @@ pub fn idle(context: &mut Context) -> io::Result<()> {
                     goal: "",
                 })?;
             }
+            if ours && count == RESTING {
+                rest(context)?;
+            }
             if Some(&count) == IDLE.last() {
                 let added = now.processes.saturating_sub(empty.processes);
                 context.report.add(Figure {
@@ -275,6 +283,49 @@ pub fn idle(context: &mut Context) -> io::Result<()> {
         for pod in pods {
             node.block_on(pod.remove()).map_err(failure)?;
         }
+    }
+    Ok(())
+}
+
+/// What KVM has counted of all VMs of the host until now: exits, and how many of these were halts.
+fn kvm_counts() -> io::Result<[u64; 2]> {
+    let folder = Path::new("/sys/kernel/debug");
+    if !folder.join("kvm").exists() {
+        let nothing = rustix::mount::MountFlags::empty();
+        rustix::mount::mount("debugfs", folder, "debugfs", nothing, None)?;
+    }
+    let count = |name: &str| -> io::Result<u64> {
+        let text = std::fs::read_to_string(folder.join("kvm").join(name))?;
+        text.trim().parse().map_err(io::Error::other)
+    };
+    Ok([count("exits")?, count("halt_exits")?])
+}
+
+/// How often pods are woken whose containers sleep. Needs a host without other VMs.
+fn rest(context: &mut Context) -> io::Result<()> {
+    std::thread::sleep(SETTLED);
+    let before = kvm_counts()?;
+    std::thread::sleep(REST);
+    let after = kvm_counts()?;
+    let minutes = REST.as_secs_f64() / 60.0 * f64::from(u32::try_from(RESTING).unwrap_or(1));
+    let names = [
+        ("cri.idle_exits_per_minute", "< 20"),
+        ("cri.idle_halts_per_minute", ""),
+    ];
+    for (((name, goal), before), after) in names.into_iter().zip(before).zip(after) {
+        let count = u32::try_from(after.saturating_sub(before)).unwrap_or(u32::MAX);
+        context.report.add(Figure::ours(
+            name,
+            f64::from(count) / minutes,
+            "exits",
+            goal,
+            format!(
+                "KVM's count, mean of {RESTING} pods with a bridge network and a container that sleeps, {} s after the last \
+                 one's start, for {} s",
+                SETTLED.as_secs(),
+                REST.as_secs()
+            ),
+        ))?;
     }
     Ok(())
 }
