@@ -356,7 +356,7 @@ impl Workers {
             tokio::spawn(attend(Arc::clone(node), Arc::clone(worker), process));
             Ok::<(), io::Error>(())
         };
-        let started = worker.started.get_or_try_init(begin).await.map(|()| ());
+        let started = worker.started.get_or_try_init(begin).await.copied();
         if started.is_err() {
             self.forget(worker);
         }

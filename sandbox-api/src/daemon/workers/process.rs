@@ -214,6 +214,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[expect(clippy::zombie_processes, reason = "it is waited for by its descriptor")]
     async fn how_a_process_ended_is_told() {
         for (script, expected) in [
             ("exit 3", "exited with 3"),

@@ -23,7 +23,7 @@ const IDLE: [usize; 3] = [1, 10, 50];
 /// How many of them are looked at while they rest, after how long, and for how long.
 const RESTING: usize = 10;
 const SETTLED: Duration = Duration::from_secs(60);
-const REST: Duration = Duration::from_secs(60);
+const LOOK: Duration = Duration::from_secs(60);
 /// Bytes of a log, without containerd's prefixes.
 const LOG: u32 = 20_000_000;
 /// Bytes from one pod to another.
@@ -305,9 +305,9 @@ fn kvm_counts() -> io::Result<[u64; 2]> {
 fn rest(context: &mut Context) -> io::Result<()> {
     std::thread::sleep(SETTLED);
     let before = kvm_counts()?;
-    std::thread::sleep(REST);
+    std::thread::sleep(LOOK);
     let after = kvm_counts()?;
-    let minutes = REST.as_secs_f64() / 60.0 * f64::from(u32::try_from(RESTING).unwrap_or(1));
+    let minutes = LOOK.as_secs_f64() / 60.0 * f64::from(u32::try_from(RESTING).unwrap_or(1));
     let names = [
         ("cri.idle_exits_per_minute", "< 20"),
         ("cri.idle_halts_per_minute", ""),
@@ -323,7 +323,7 @@ fn rest(context: &mut Context) -> io::Result<()> {
                 "KVM's count, mean of {RESTING} pods with a bridge network and a container that sleeps, {} s after the last \
                  one's start, for {} s",
                 SETTLED.as_secs(),
-                REST.as_secs()
+                LOOK.as_secs()
             ),
         ))?;
     }
