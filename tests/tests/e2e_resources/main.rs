@@ -111,7 +111,7 @@ fn a_container_that_rests_lets_the_processor_sleep() {
     std::thread::sleep(Duration::from_secs(30));
     let woken = halts() - before;
     println!("woken {woken} times in 30 s");
-    // A timer that goes off each second wakes it 80 times, with the ticks that follow.
+    // Timers that wake each other once a second, with the ticks that follow, come to some 40.
     assert!(woken <= 20, "woken {woken} times in 30 s");
     pod.end("c");
     pod.stop();
