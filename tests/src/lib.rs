@@ -10,5 +10,6 @@ pub mod cri;
 pub mod driver;
 pub mod e2e;
 pub mod game;
+pub mod images;
 pub mod random;
 pub mod zoo;

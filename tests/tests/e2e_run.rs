@@ -481,15 +481,6 @@ fn a_terminal_and_its_keys() {
     before.assert_unchanged();
 }
 
-/// `cloister` with these arguments on a terminal of its own.
-fn on_a_terminal(stage: &Stage, line: &str) -> Child {
-    let mut command = Command::new("script");
-    command
-        .args(["-qec", &format!("exec cloister {line}"), "/dev/null"])
-        .env("SHELL", "/bin/sh");
-    stage.start_command(command)
-}
-
 /// Types until the answer comes: what was typed before the terminal was raw is echoed and gone.
 fn type_in(child: &mut Child, keys: &[u8]) {
     child.stdin.as_mut().unwrap().write_all(keys).unwrap();
@@ -502,7 +493,7 @@ fn a_container_is_left_and_come_back_to() {
     let running = || stage.json(&["inspect", "shell"])[0]["State"]["Running"] == true;
 
     // In the foreground, and left.
-    let mut child = on_a_terminal(&stage, &format!("run -it --name shell --net none {IMAGE} sh"));
+    let mut child = stage.on_a_terminal(&format!("run -it --name shell --net none {IMAGE} sh"));
     read_until(child.stdout.as_mut().unwrap(), "# ");
     type_in(&mut child, b"kept=yes\r");
     read_until(child.stdout.as_mut().unwrap(), "# ");
@@ -512,7 +503,7 @@ fn a_container_is_left_and_come_back_to() {
     assert!(running());
 
     // Come back to, with other keys.
-    let mut child = on_a_terminal(&stage, "attach --detach-keys=ctrl-x shell");
+    let mut child = stage.on_a_terminal("attach --detach-keys=ctrl-x shell");
     // Nobody prints a prompt again.
     eventually("the shell answers", || {
         type_in(&mut child, b"\r");
@@ -529,14 +520,14 @@ fn a_container_is_left_and_come_back_to() {
     assert!(running());
 
     // Another command in it, left as well.
-    let mut child = on_a_terminal(&stage, "exec -it shell sh");
+    let mut child = stage.on_a_terminal("exec -it shell sh");
     read_until(child.stdout.as_mut().unwrap(), "# ");
     type_in(&mut child, b"\x10\x11");
     child.finish().expect(0);
 
     let output = stage.cloister(&["attach", "shell"]).expect(1);
     assert!(output.stderr.contains("not a TTY"), "{output:#?}");
-    let mut child = on_a_terminal(&stage, "attach shell");
+    let mut child = stage.on_a_terminal("attach shell");
     type_in(&mut child, b"exit 5\r");
     child.finish().expect(5);
     let output = stage.cloister(&["attach", "shell"]).expect(1);

@@ -6,12 +6,15 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use cloister_tests::e2e::{Footprint, Stage, eventually, number_of};
+use rustix::process::Signal;
 
 /// Counts to its standard output and to a file that it keeps open; each line has a word from its memory.
 const COUNTING: &str = "word=$(head -c 16 /dev/urandom | md5sum | cut -c1-8); echo kept >/kept; exec 3>/counted; i=0; \
@@ -288,6 +291,253 @@ fn a_full_disk_leaves_the_container_running_and_no_file() {
     );
 }
 
+/// A page of a pod's web server.
+fn fetch(port: u16) -> String {
+    eventually("the web server answers", || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
+        stream.set_read_timeout(Some(Duration::from_secs(30))).ok()?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n").ok()?;
+        let mut page = String::new();
+        stream.read_to_string(&mut page).ok()?;
+        page.rsplit_once("\r\n\r\n").map(|(_, body)| body.to_owned())
+    })
+}
+
+/// Serves a page, and adds each line that it is given to a file that it has deleted, of which it says what is in it.
+const LISTENING: &str = "mkdir -p /www; echo a page >/www/index.html; httpd -p 80 -h /www; \
+     echo first >/gone; exec 3<>/gone; rm /gone; \
+     while read line; do echo $line >>/proc/$$/fd/3; echo heard $(uniq /proc/$$/fd/3); done";
+
+/// One container that has a terminal, an open stdin, a DAX window, a published port and a deleted file that is open; its
+/// snapshot, and another one on that.
+#[test]
+fn whatever_it_was_run_with_it_goes_on_also_from_a_snapshot_on_another_one() {
+    let stage = Stage::with_busybox("options");
+    let before = Footprint::of_host(&stage);
+    let options = [
+        "-it",
+        "--dax",
+        "64m",
+        "-p",
+        "127.0.0.1:18090:80",
+        "--name",
+        "original",
+    ];
+    run(&stage, &options, LISTENING);
+    let says = |name: &str, line: &str, answer: &str| {
+        let mut child = stage.on_a_terminal(&format!("attach {name}"));
+        let wanted = format!("heard {answer}");
+        eventually(&format!("{name} answers"), || {
+            // Once may be too early for the client; a line that comes twice shows once.
+            child.stdin.as_mut().unwrap().write_all(line.as_bytes()).unwrap();
+            std::thread::sleep(Duration::from_millis(500));
+            let said = stage.cloister(&["logs", name]).expect(0).stdout;
+            said.lines().any(|said| said.trim_end() == wanted).then_some(())
+        });
+        child.signal(Signal::KILL);
+        let _ = child.finish();
+    };
+    // An empty line adds one that does not show.
+    says("original", "\r", "first");
+    assert_eq!(fetch(18090), "a page\n");
+    let folder = stage.folder("snapshots");
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let (whole, later, latest) = (path("whole"), path("later"), path("latest"));
+    stage.cloister(&["snapshot", "original", &whole]).expect(0);
+    stage
+        .cloister(&["exec", "original", "sh", "-c", "echo between >/between"])
+        .expect(0);
+    let written = stage.json(&["snapshot", "--json", "--base", &whole, "original", &later]);
+    assert_eq!(written["base"], whole);
+    // Far less than all of it.
+    let on_disk = |path: &str| fs::metadata(path).unwrap().blocks();
+    assert!(
+        on_disk(&later) * 2 < on_disk(&whole),
+        "{} of {}",
+        on_disk(&later),
+        on_disk(&whole)
+    );
+    // Nothing shows of the copy of the deleted file, and what it is a copy of is as it was.
+    let listed = stage
+        .cloister(&["exec", "original", "ls", "-A", "/"])
+        .expect(0)
+        .stdout;
+    assert!(!listed.contains("cloister-open"), "{listed}");
+    says("original", "\r", "first");
+    stage.cloister(&["rm", "-f", "original"]).expect(0);
+
+    // On its base, with another port, noting what it touches.
+    let restore = [
+        "restore",
+        "--prefetch",
+        "-p",
+        "127.0.0.1:18091:80",
+        "--name",
+        "copy",
+        &later,
+    ];
+    stage.cloister(&restore).expect(0);
+    says("copy", "second\r", "first second");
+    assert_eq!(fetch(18091), "a page\n");
+    let read = |name: &str, file: &str| stage.cloister(&["exec", name, "cat", file]).expect(0).stdout;
+    assert_eq!(read("copy", "/between"), "between\n");
+    let touched = format!("{later}.touched");
+    eventually("what it touches is noted", || fs::metadata(&touched).ok());
+    let noted = fs::read(&touched).unwrap();
+    // A third on these two, of a container that was made of the second: only its own pages are looked at.
+    stage
+        .cloister(&["snapshot", "--base", &later, "copy", &latest])
+        .expect(0);
+    stage.cloister(&["rm", "-f", "copy"]).expect(0);
+
+    let refused = |words: &[&str], why: &[&str]| {
+        let output = stage.cloister(words).expect(1);
+        for why in why {
+            assert!(output.stderr.contains(why), "{why}: {output:#?}");
+        }
+        assert!(!output.stderr.contains("panicked"), "{output:#?}");
+    };
+    // The base is needed, and no other will do.
+    let moved = path("moved");
+    fs::rename(&whole, &moved).unwrap();
+    refused(
+        &["restore", &latest],
+        &["later holds only", "whole", "No such file", "--base"],
+    );
+    refused(
+        &["restore", "--base", &latest, &latest],
+        &["latest is not its base"],
+    );
+    fs::copy(&latest, &whole).unwrap();
+    refused(&["restore", &latest], &["whole is another one"]);
+    let stored = first_page(&moved);
+    damage(Path::new(&moved), stored);
+    refused(
+        &["restore", "--base", &moved, &latest],
+        &["checksum of its base's RAM"],
+    );
+    damage(Path::new(&moved), stored);
+
+    // With it, wherever it is, all three together are what the last one was; and what was noted is of use.
+    stage
+        .cloister(&[
+            "restore",
+            "--prefetch",
+            "--base",
+            &moved,
+            "--name",
+            "last",
+            &later,
+        ])
+        .expect(0);
+    says("last", "third\r", "first third");
+    assert_eq!(fs::read(&touched).unwrap(), noted);
+    stage.cloister(&["rm", "-f", "last"]).expect(0);
+    stage
+        .cloister(&["restore", "--base", &moved, "--name", "last", &latest])
+        .expect(0);
+    says("last", "third\r", "first second third");
+    assert_eq!(read("last", "/between"), "between\n");
+    // What would take away its own base is refused, and all is as before.
+    refused(
+        &["snapshot", "--base", &latest, "--base", &moved, "last", &moved],
+        &["cannot be replaced"],
+    );
+    refused(
+        &["snapshot", "--base", &touched, "last", &whole],
+        &["touched", "no image"],
+    );
+    says("last", "fourth\r", "first second third fourth");
+    stage.cloister(&["rm", "-f", "last"]).expect(0);
+    fs::remove_dir_all(folder).unwrap();
+    before.assert_unchanged();
+}
+
+/// A tap of the host's, until it is dropped.
+struct Tap(&'static str);
+
+impl Tap {
+    fn make(name: &'static str) -> Self {
+        ip(&["tuntap", "add", name, "mode", "tap"]);
+        ip(&["link", "set", name, "up"]);
+        Self(name)
+    }
+}
+
+impl Drop for Tap {
+    fn drop(&mut self) {
+        ip(&["link", "del", self.0]);
+    }
+}
+
+fn ip(args: &[&str]) {
+    assert!(
+        Command::new("ip").args(args).status().unwrap().success(),
+        "ip {args:?}"
+    );
+}
+
+#[test]
+fn a_container_on_a_tap_goes_on_on_another_one() {
+    let stage = Stage::with_busybox("tap");
+    let (one, other) = (Tap::make("tap-snap-1"), Tap::make("tap-snap-2"));
+    let on = |tap: &Tap| format!("tap={}", tap.0);
+    let options = ["--net", &on(&one), "--cap-add", "NET_ADMIN", "--name", "original"];
+    run(&stage, &options, COUNTING);
+    prints_on(&stage, "original");
+    let hardware = |name: &str| {
+        let read = stage.cloister(&["exec", name, "cat", "/sys/class/net/eth0/address"]);
+        read.expect(0).stdout
+    };
+    let address = hardware("original");
+    let file = stage.folder("snapshots").join("snapshot");
+    let path = file.to_str().unwrap();
+    stage.cloister(&["snapshot", "original", path]).expect(0);
+    for (words, why) in [
+        (vec!["fork", "original"], "which copies cannot share"),
+        (vec!["restore", path], "--net tap=NAME"),
+        (vec!["restore", "--net", "none", path], "it has a network card"),
+        (vec!["restore", "--net", "tap=nowhere", path], "nowhere"),
+        (
+            vec!["restore", "--net", "tap=tap-snap-2", "-p", "18092:80", path],
+            "needs a network of type nat",
+        ),
+    ] {
+        let output = stage.cloister(&words).expect(1);
+        assert!(output.stderr.contains(why), "{why}: {output:#?}");
+    }
+    counted(&prints_on(&stage, "original"));
+    // The original keeps its own.
+    stage
+        .cloister(&["restore", "--net", &on(&other), "--name", "copy", path])
+        .expect(0);
+    counted(&prints_on(&stage, "copy"));
+    assert_eq!(hardware("copy"), address);
+    // Its frames reach that tap.
+    let received = || {
+        let text = fs::read_to_string("/sys/class/net/tap-snap-2/statistics/rx_packets").unwrap();
+        text.trim().parse::<u64>().unwrap()
+    };
+    let before = received();
+    let script = "ip addr add 192.0.2.2/24 dev eth0; ip link set eth0 up; ping -c 1 -w 2 192.0.2.1 || true";
+    stage.cloister(&["exec", "copy", "sh", "-c", script]).expect(0);
+    eventually("a frame comes", || (received() > before).then_some(()));
+    for name in ["original", "copy"] {
+        stage.cloister(&["rm", "-f", name]).expect(0);
+    }
+}
+
+/// Where the first stored page of a snapshot's RAM is.
+fn first_page(path: &str) -> u64 {
+    let file = File::open(path).unwrap();
+    let mut page = vec![0; 4096];
+    let stored = (1..).map(|number| number * 4096 + (1 << 20)).find(|at| {
+        file.read_exact_at(&mut page, *at).unwrap();
+        page.iter().any(|byte| *byte != 0)
+    });
+    stored.unwrap()
+}
+
 /// Changes a byte.
 fn damage(file: &Path, at: u64) {
     let file = File::options().read(true).write(true).open(file).unwrap();
@@ -330,14 +580,8 @@ fn what_is_no_snapshot_is_refused_by_name() {
         refused(&["restore", "--allow-folders", path], why);
         damage(&file, at);
     }
-    // Somewhere in its RAM: the first byte of a page that is stored.
-    let opened = File::open(&file).unwrap();
-    let mut page = vec![0; 4096];
-    let stored = (1..).map(|number| number * 4096).find(|at| {
-        opened.read_exact_at(&mut page, *at + (1 << 20)).unwrap();
-        page.iter().any(|byte| *byte != 0)
-    });
-    let at = stored.unwrap() + (1 << 20);
+    // Somewhere in its RAM.
+    let at = first_page(path);
     damage(&file, at);
     refused(&["restore", "--allow-folders", path], "checksum of its RAM");
     damage(&file, at);

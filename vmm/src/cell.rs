@@ -50,7 +50,7 @@ use crate::device_set::{self, Connect as _, DeviceHandle, OnFailure, Placed, Reg
 use crate::error::{CreateError, LifecycleError};
 use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
-use crate::image::{self, Image, Shape, Whole, Written};
+use crate::image::{self, Image, NewBase, Shape, Whole, Written, bounded};
 use crate::memory::{Memory, SlotRange};
 use crate::phases::{Phase, Phases};
 use crate::report::{CellReport, VcpuReport};
@@ -69,6 +69,9 @@ use crate::x86_64::vcpu_state;
 /// What a kernel with a memory device is told: to use plugged memory by itself, most of it for what can be moved away when
 /// it is to be unplugged.
 const PLUGGED_MEMORY: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
+
+/// Most entries that KVM has of CPUID, and some.
+const MAX_CPUID: usize = 512;
 
 /// Stack of a vCPU's thread in bytes: register accesses need little.
 const VCPU_STACK: usize = 256 << 10;
@@ -103,9 +106,12 @@ pub struct SavedCell {
     /// What it consists of.
     pub(crate) shape: Shape,
     /// What its guest has seen in CPUID.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_CPUID>")]
     pub(crate) cpuid: Vec<kvm_cpuid_entry2>,
+    #[serde(deserialize_with = "bounded::<_, _, 256>")]
     vcpus: Vec<SavedState>,
     chip: SavedState,
+    #[serde(deserialize_with = "bounded::<_, _, 256>")]
     devices: Vec<SavedState>,
     serial: Option<SavedState>,
 }
@@ -507,6 +513,27 @@ impl Cell {
         }
     }
 
+    /// What a clone has touched by now. None of a cell that was not made of an image, or that has stopped.
+    pub fn working_set(&self) -> Option<image::WorkingSet> {
+        // Not under the lock: the page tables are read.
+        let memory = Arc::clone(&self.shared.lock().machine.as_ref()?.memory);
+        memory.working_set()
+    }
+
+    /// Whether an image of this cell can be written on `base`; answers what stands against it.
+    ///
+    /// # Errors
+    /// As of [`Image::check_can_be_base`].
+    pub fn check_base(&self, base: &Image) -> Result<(), image::ImageError> {
+        let len = self
+            .shared
+            .lock()
+            .machine
+            .as_ref()
+            .map(|machine| machine.memory.len());
+        len.map_or(Ok(()), |len| base.check_can_be_base(len))
+    }
+
     /// Gives the pages of the initial RAM disk back to the host. Only for a guest that has unpacked it and keeps its
     /// memory for nothing else (Linux does by `retain_initrd`). Answers how many bytes there were.
     pub fn discard_initrd(&self) -> std::io::Result<u64> {
@@ -808,10 +835,22 @@ impl Cell {
     /// Writes an image of the cell into `file`, which must be empty. Needs a cell that is created or paused, and leaves it
     /// so. The header is written last: what is there when this fails is no image.
     pub fn write_image(&self, file: &std::fs::File) -> Result<Written, LifecycleError> {
+        self.write(file, None)
+    }
+
+    /// The same, but the image holds only what differs from `base`, without which it is of no use.
+    ///
+    /// # Errors
+    /// As of [`Cell::write_image`], or `base` is of a cell with other RAM, or has as many bases as there can be.
+    pub fn write_image_on(&self, file: &std::fs::File, base: NewBase<'_>) -> Result<Written, LifecycleError> {
+        self.write(file, Some(base))
+    }
+
+    fn write(&self, file: &std::fs::File, base: Option<NewBase<'_>>) -> Result<Written, LifecycleError> {
         let _one = self.lifecycle();
         let (saved, memory) = self.save_locked()?;
         let memory = &memory;
-        Ok(image::write(file, Whole { saved, memory })?)
+        Ok(image::write(file, Whole { saved, memory, base })?)
     }
 
     /// Writes an image of the cell to a file, which is there whole or not at all, in the place of one that is there. As

@@ -23,7 +23,7 @@ use vm_memory::{
 };
 
 use crate::config::HugePages;
-use crate::image::{self, Image};
+use crate::image::{self, Image, WorkingSet};
 use crate::pagemap;
 
 /// Bytes of one huge page on x86_64.
@@ -210,15 +210,14 @@ impl Memory {
             if huge_pages == HugePages::Transparent {
                 advise_huge(&region);
             }
-            if shared.is_none() {
-                image::map_over(image, &region, offset).map_err(|e| map_error(Box::new(e)))?;
-            }
+            // What is unplugged is punched out of a file: it has to be all of one.
+            let filled = match shared {
+                Some(_) => image::copy_into(image, &region, offset),
+                None => image::map_over(image, &region, offset),
+            };
+            filled.map_err(|e| map_error(Box::new(e)))?;
             let region = GuestRegionMmap::new(region, GuestAddress(guest))
                 .ok_or_else(|| map_error("a range wraps around".into()))?;
-            if shared.is_some() {
-                // What is unplugged is punched out of a file: it has to be all of one.
-                image::copy_into(image, &region, offset).map_err(|e| map_error(Box::new(e)))?;
-            }
             regions.push(region);
         }
         let ram = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(Box::new(e)))?;
@@ -229,25 +228,37 @@ impl Memory {
             ranges,
             image: Some(Arc::clone(image)),
         };
-        memory.populate(image.working_set());
+        if let Some(set) = image.working_set() {
+            // The disk works on all of it while the first pages are copied.
+            image.read_ahead(&set.written);
+            image.read_ahead(&set.read);
+            memory.populate(&set.written);
+        }
         Ok(memory)
     }
 
-    /// Tells a clone's image what has been written by now.
+    /// Tells a clone's image what has been touched by now, unless it knows already.
     pub(crate) fn note_working_set(&self) {
-        let Some(image) = &self.image else { return };
-        image.note_working_set(|| {
-            let mut all = Vec::new();
-            for region in self.private() {
-                let offset = self.offset_of(region);
-                let own = pagemap::ranges(region, pagemap::is_own).unwrap_or_default();
-                all.extend(
-                    own.into_iter()
-                        .map(|range| range.start + offset..range.end + offset),
-                );
-            }
-            all
-        });
+        if let Some(image) = &self.image
+            && image.working_set().is_none()
+            && let Some(set) = self.working_set()
+        {
+            image.expect(set);
+        }
+    }
+
+    /// What a clone has touched by now. None of what is no clone, or if the host does not say.
+    pub(crate) fn working_set(&self) -> Option<WorkingSet> {
+        let image = self.image.as_ref()?;
+        let (mut written, mut read) = (Vec::new(), Vec::new());
+        for region in self.private() {
+            let offset = self.offset_of(region);
+            let in_file = |range: Range<u64>| range.start + offset..range.end + offset;
+            let is_read = |entry| pagemap::is_there(entry) && !pagemap::is_own(entry);
+            written.extend(pagemap::ranges(region, pagemap::is_own)?.into_iter().map(in_file));
+            read.extend(pagemap::ranges(region, is_read)?.into_iter().map(in_file));
+        }
+        Some(WorkingSet::new(image.identity(), written, read))
     }
 
     /// The RAM as devices and the boot loader see it.
@@ -312,11 +323,11 @@ impl Memory {
 
     /// The parts of RAM that may hold something else than zeroes, ascending, as ranges of the memory file.
     pub(crate) fn holding(&self) -> Vec<Range<u64>> {
-        let Some(image) = &self.image else {
-            return self.touched();
-        };
         let mut ranges = self.touched();
-        ranges.extend(image.extents().iter().cloned());
+        let Some(image) = &self.image else {
+            return self.within(ranges);
+        };
+        ranges.extend(image.holding());
         for region in self.private() {
             let offset = self.offset_of(region);
             match pagemap::ranges(region, pagemap::is_there) {
@@ -328,7 +339,56 @@ impl Memory {
                 None => ranges.push(offset..offset + region.len()),
             }
         }
-        merge(ranges)
+        self.within(ranges)
+    }
+
+    /// The parts of RAM that may differ from what `base` holds, ascending, as ranges of the memory file: see the theory of
+    /// operation of [`crate::image`].
+    pub(crate) fn changed_since(&self, base: &Image) -> Vec<Range<u64>> {
+        let made_of_it = self
+            .image
+            .as_ref()
+            .filter(|image| image.identity() == base.identity());
+        let written = made_of_it.and_then(|image| self.written(image));
+        self.within(written.unwrap_or_else(|| {
+            let mut ranges = self.holding();
+            ranges.extend(base.holding());
+            ranges
+        }))
+    }
+
+    /// The parts of RAM that are not the image's pages any more. Unknown if the host does not say.
+    fn written(&self, image: &Image) -> Option<Vec<Range<u64>>> {
+        // What was copied from a newer image and then given back shows the older one's page.
+        let mut ranges = image.changes();
+        for region in self.ram.iter() {
+            let offset = self.offset_of(region);
+            if region.file_offset().is_some() {
+                // A copy altogether.
+                ranges.push(offset..offset + region.len());
+                continue;
+            }
+            let own = pagemap::ranges(region, pagemap::is_own)?;
+            ranges.extend(
+                own.into_iter()
+                    .map(|range| range.start + offset..range.end + offset),
+            );
+        }
+        Some(ranges)
+    }
+
+    /// What of these ranges is RAM, ascending and without overlaps; none goes over from one range of RAM to the next.
+    fn within(&self, ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+        let mut parts = Vec::new();
+        for range in merge(ranges) {
+            for (start, _, len) in &self.ranges {
+                let part = range.start.max(*start)..range.end.min(start + len);
+                if part.start < part.end {
+                    parts.push(part);
+                }
+            }
+        }
+        parts
     }
 
     /// Reads what is at `offset` of the memory file.
@@ -455,7 +515,7 @@ fn in_blocks(file: &File) -> Option<u64> {
 }
 
 /// Sorted, and without overlaps.
-fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+pub(crate) fn merge(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     ranges.sort_unstable_by_key(|range| range.start);
     let mut merged: Vec<Range<u64>> = Vec::with_capacity(ranges.len());
     for range in ranges {

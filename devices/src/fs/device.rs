@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::config::{FsConfig, FsError, TAG_MAX};
 use super::dax::DaxWindow;
+use super::deleted::Kept;
 use super::handler::FsHandler;
 use super::metrics::MetricsSnapshot;
 use super::root::{AttachError, AttachOptions};
@@ -54,6 +55,15 @@ impl FsHandle {
     /// and no descriptor for anything below it is left but those of requests under way.
     pub fn detach(&self, name: &str) -> Result<(), AttachError> {
         self.server.detach(name)
+    }
+
+    /// Gives copies to the deleted files that are open in those entries of the root that `goes_along` picks: what is saved
+    /// before the answer is dropped has them. For a device that is paused, and for one snapshot at a time.
+    ///
+    /// # Errors
+    /// A file cannot be read, or its copy not be written.
+    pub fn keep_deleted(&self, goes_along: impl Fn(&str) -> bool) -> std::io::Result<Kept> {
+        self.server.keep_deleted(goes_along)
     }
 
     /// The counters.

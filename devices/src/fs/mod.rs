@@ -20,7 +20,7 @@
 //!           └──────────────┴──────┬───────┴──────────────┘
 //!                 inode.rs  nodes (O_PATH descriptors)    handle.rs  open files
 //!                 root.rs   what is attached              host.rs    openat2 and /proc/self/fd
-//!                 credentials.rs  whose rights            persist.rs state in a snapshot
+//!                 credentials.rs  whose rights            persist.rs, deleted.rs  state in a snapshot
 //! ```
 //!
 //! # Promises
@@ -39,6 +39,7 @@ mod attributes;
 mod config;
 mod credentials;
 mod dax;
+mod deleted;
 mod device;
 mod directory;
 mod file;
@@ -61,6 +62,7 @@ mod xattr;
 
 pub use config::{FsConfig, FsError};
 pub use dax::DaxWindow;
+pub use deleted::Kept;
 pub use device::{DaxPlacement, Fs, FsHandle};
 pub use message::{Reader, Writer};
 pub use metrics::MetricsSnapshot;

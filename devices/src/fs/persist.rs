@@ -4,8 +4,8 @@
 //! Node ids and handle numbers live on in the guest's memory, so they must mean the same after a restore. A node is
 //! saved as its attachment's name and its path below that, and restored by opening that path as confined as a lookup
 //! would. Before `restore` the VMM attaches the same names again; what they refer to may be on another machine. A node
-//! that cannot be named (deleted but open) or is not there any more is left out: the guest gets ESTALE for it, and
-//! EBADF for its handles. Locks that reached the host are not saved: their holders were told so by nobody, so volumes
+//! that cannot be named (deleted but open, and not kept: `deleted.rs`) or is not there any more is left out: the guest gets
+//! ESTALE for it, and EBADF for its handles. Locks that reached the host are not saved: their holders were told so by nobody, so volumes
 //! with `remote_locks` must not be used across a restore.
 
 use std::ffi::{CString, OsStr};
@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use rustix::path::DecInt;
 use serde::{Deserialize, Serialize};
 
+use super::deleted;
 use super::device::WHAT;
 use super::host;
 use super::inode::Inode;
@@ -25,7 +26,7 @@ use super::server::Server;
 use crate::state::{SavedState, StateError};
 
 /// Version of [`FsState`].
-const STATE_VERSION: u16 = 1;
+const STATE_VERSION: u16 = 2;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct FsState {
@@ -48,6 +49,8 @@ struct NodeState {
     path: Vec<u8>,
     /// Its type, as in st_mode.
     kind: u32,
+    /// The path is that of a copy of it, which goes once it is open: it has been deleted.
+    deleted: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -89,11 +92,13 @@ impl Server {
     /// The state of nodes, handles and mappings. Call while no request is under way.
     pub(super) fn save(&self) -> Result<SavedState, StateError> {
         let node = |inode: &Inode| {
+            let copy = self.copies().of(inode.id);
             Some(NodeState {
                 id: inode.id,
                 lookups: inode.lookups(),
                 attachment: inode.attachment.name.clone(),
-                path: self.path_below(inode)?,
+                deleted: copy.is_some(),
+                path: copy.or_else(|| self.path_below(inode))?,
                 kind: inode.kind.as_raw_mode(),
             })
         };
@@ -182,6 +187,9 @@ impl Server {
         } else if !state.mappings.is_empty() {
             return Err(invalid("it has mappings, but there is no window".to_owned()));
         }
+        for node in state.nodes.iter().filter(|node| node.deleted) {
+            self.forget_copy(node);
+        }
         Ok(())
     }
 
@@ -195,6 +203,18 @@ impl Server {
         }
         self.inodes()
             .restore(node.id, node.lookups, &attachment, fd, &stat)
+    }
+
+    /// Takes away the name of a copy that has been opened.
+    fn forget_copy(&self, node: &NodeState) {
+        let attachment = self.root().get(&node.attachment);
+        let writable = attachment.filter(|attachment| !attachment.options.read_only);
+        if let Some(attachment) = writable
+            && deleted::is_copy(&node.path)
+            && let Ok(path) = CString::new(node.path.clone())
+        {
+            deleted::remove(&attachment, &path);
+        }
     }
 
     fn restore_handle(&self, handle: &HandleState) -> Result<(), Errno> {

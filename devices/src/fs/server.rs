@@ -20,6 +20,7 @@ use super::abi::{
 use super::config::{FsConfig, FsError};
 use super::credentials::Caller;
 use super::dax::{self, DaxWindow, MapRequest, MapSource};
+use super::deleted::Copies;
 use super::handle::HandleTable;
 use super::host::ProcFd;
 use super::inode::{FdBudget, Inode, InodeStore};
@@ -72,6 +73,7 @@ pub struct Server {
     features: AtomicU64,
     unlocks: AtomicU64,
     metrics: Metrics,
+    copies: Copies,
 }
 
 /// A request being handled.
@@ -226,6 +228,7 @@ impl Server {
             features: AtomicU64::new(0),
             unlocks: AtomicU64::new(0),
             metrics: Metrics::default(),
+            copies: Copies::default(),
             config,
         })
     }
@@ -245,6 +248,10 @@ impl Server {
 
     pub(super) fn handles(&self) -> &HandleTable {
         &self.handles
+    }
+
+    pub(super) fn copies(&self) -> &Copies {
+        &self.copies
     }
 
     pub(super) fn proc(&self) -> &ProcFd {

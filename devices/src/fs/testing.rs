@@ -3,6 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::io::Errno;
@@ -50,7 +51,7 @@ impl Drop for TempDir {
 /// A server and a guest that sends it bytes.
 #[derive(Debug)]
 pub struct Driver {
-    pub server: Server,
+    pub server: Arc<Server>,
     pub uid: u32,
     pub gid: u32,
 }
@@ -66,13 +67,18 @@ impl Driver {
 
     /// The same on a server that is there already.
     pub fn with_server(server: Server) -> Self {
-        let driver = Self {
-            server,
-            uid: 0,
-            gid: 0,
-        };
+        let driver = Self::uninitialised(server);
         driver.init(LINUX).unwrap();
         driver
+    }
+
+    /// On a server that has had its INIT in another life, or has none.
+    pub fn uninitialised(server: Server) -> Self {
+        Self {
+            server: Arc::new(server),
+            uid: 0,
+            gid: 0,
+        }
     }
 
     /// A server with `directory` attached as `d`; the node of `d` as well.

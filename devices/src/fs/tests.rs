@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The server as a guest meets it: bytes in, bytes out, on a directory of the host.
 
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::sync::Arc;
 
@@ -152,11 +152,7 @@ fn init_negotiates_what_both_have() {
 
 #[test]
 fn nothing_is_answered_before_init_and_old_protocols_are_refused() {
-    let driver = Driver {
-        server: Server::new(FsConfig::default(), None).unwrap(),
-        uid: 0,
-        gid: 0,
-    };
+    let driver = Driver::uninitialised(Server::new(FsConfig::default(), None).unwrap());
     assert_eq!(driver.getattr(ROOT_ID).unwrap_err(), Errno::IO);
     for (major, minor, error) in [
         (6, 41, Some(Errno::PROTO)),
@@ -1497,6 +1493,62 @@ fn many_threads_and_an_attachment_that_comes_and_goes() {
 }
 
 #[test]
+fn a_snapshot_holds_files_that_are_open_and_deleted() {
+    let directory = TempDir::new();
+    let config = FsConfig::default();
+    let driver = Driver::with_server(Server::new(config.clone(), None).unwrap());
+    let folder = |name: &str| directory.path().join(name);
+    let open = |name: &str| OwnedFd::from(std::fs::File::open(folder(name)).unwrap());
+    for name in ["kept", "other"] {
+        std::fs::create_dir(folder(name)).unwrap();
+        let options = AttachOptions::default();
+        driver.server.attach(name, &open(name), options).unwrap();
+    }
+    let gone = |attachment: &str| {
+        let root = driver.lookup(ROOT_ID, attachment).unwrap();
+        let (entry, fh) = driver.create(root, "gone", libc::O_WRONLY, 0o640).unwrap();
+        driver.write(entry.nodeid, fh, 0, attachment.as_bytes()).unwrap();
+        driver.call(Opcode::Unlink, root, &[b"gone\0"]).unwrap();
+        (entry.nodeid, fh)
+    };
+    let (kept, other) = (gone("kept"), gone("other"));
+    let names = |name: &str| std::fs::read_dir(folder(name)).unwrap().count();
+    let copies = driver.server.keep_deleted(|name| name == "kept").unwrap();
+    assert_eq!((names("kept"), names("other")), (1, 0));
+    let saved = driver.server.save().unwrap();
+    // What goes with the snapshot is the folder as it is with the copy in it.
+    std::fs::create_dir(folder("restored")).unwrap();
+    for entry in std::fs::read_dir(folder("kept")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder("restored").join(entry.file_name())).unwrap();
+    }
+    drop(copies);
+    assert_eq!(names("kept"), 0);
+
+    let restored = Server::new(config, None).unwrap();
+    for (name, from) in [("kept", "restored"), ("other", "other")] {
+        restored
+            .attach(name, &open(from), AttachOptions::default())
+            .unwrap();
+    }
+    restored.restore(&saved).unwrap();
+    let restored = Driver::uninitialised(restored);
+    assert_eq!(names("restored"), 0);
+    let (node, fh) = kept;
+    assert_eq!(restored.write(node, fh, 4, b" on").unwrap(), 3);
+    let attributes = restored.getattr(node).unwrap().attr;
+    assert_eq!(
+        (attributes.size, attributes.mode & 0o7777, attributes.nlink),
+        (7, 0o640, 0)
+    );
+    assert_eq!(restored.getattr(other.0).unwrap_err(), Errno::STALE);
+    assert_eq!(
+        restored.write(other.0, other.1, 0, b"x").unwrap_err(),
+        Errno::BADF
+    );
+}
+
+#[test]
 fn a_snapshot_holds_nodes_handles_and_mappings() {
     let directory = TempDir::new();
     std::fs::create_dir(directory.path().join("sub")).unwrap();
@@ -1533,11 +1585,7 @@ fn a_snapshot_holds_nodes_handles_and_mappings() {
         .attach("d", &directory.fd(), AttachOptions::default())
         .unwrap();
     restored.restore(&saved).unwrap();
-    let restored = Driver {
-        server: restored,
-        uid: 0,
-        gid: 0,
-    };
+    let restored = Driver::uninitialised(restored);
     assert_eq!(restored.read(file, fh, 0, 10).unwrap(), b"data");
     // With its page cache written back later, the guest reads and places by itself whatever it is open for.
     assert_eq!(restored.write(file, appending, 0, b"D").unwrap(), 1);

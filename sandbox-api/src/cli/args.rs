@@ -129,9 +129,12 @@ pub enum Command {
         /// Start the container when somebody has attached
         #[arg(long)]
         awaited: bool,
-        /// Go on from this snapshot
+        /// Go on from this snapshot; once more for each that it stands on
         #[arg(long)]
-        snapshot: Option<PathBuf>,
+        snapshot: Vec<PathBuf>,
+        /// The memory that it touches first
+        #[arg(long)]
+        prefetch: Option<PathBuf>,
     },
 }
 
@@ -142,6 +145,10 @@ pub struct SnapshotArgs {
     pub container: String,
     /// Where to write it; a file that is there is replaced when all is written
     pub file: PathBuf,
+    /// Write only the memory that differs from this snapshot, which is needed to restore the new one. What that one stands
+    /// on is looked for beside it; give it by further --base if it is elsewhere
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub base: Vec<PathBuf>,
     /// Print what was written as JSON
     #[arg(long)]
     pub json: bool,
@@ -152,6 +159,12 @@ pub struct SnapshotArgs {
 pub struct RestoreArgs {
     /// The snapshot
     pub file: PathBuf,
+    /// A snapshot on which it was taken with --base, if that is not beside it under its old name
+    #[arg(long, value_name = "SNAPSHOT")]
+    pub base: Vec<PathBuf>,
+    /// Note beside the snapshot, in FILE.touched, which memory it touches first; where that is noted already, have it ready
+    #[arg(long)]
+    pub prefetch: bool,
     /// Name of the container; made up if left out
     #[arg(long)]
     pub name: Option<String>,

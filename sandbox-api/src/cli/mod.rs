@@ -18,6 +18,7 @@ mod run;
 mod session;
 mod shim;
 mod snapshot;
+mod snapshot_files;
 mod start;
 mod stats;
 pub mod table;
@@ -150,7 +151,8 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
             id,
             awaited,
             snapshot,
-        } => run::host_pod(context, &id, awaited, snapshot.as_deref()),
+            prefetch,
+        } => run::host_pod(context, &id, awaited, &snapshot, prefetch),
         Command::Create(args) => run::create(context, *args),
         Command::Start(args) => start::start(context, &args),
         Command::Restart(args) => each(&args.containers, |name| start::restart(context, name, &args)),

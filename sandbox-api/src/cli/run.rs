@@ -340,14 +340,17 @@ pub struct Launched {
 pub struct Launch<'a> {
     /// It waits for somebody to attach before its container starts.
     pub awaited: bool,
-    /// It goes on from this snapshot.
-    pub snapshot: Option<&'a Path>,
+    /// It goes on from the snapshot in the first of these files, which was taken on that in the second, and so on.
+    pub snapshot: &'a [PathBuf],
+    /// Where it is noted which memory it touches first, or made ready what is noted there.
+    pub prefetch: Option<&'a Path>,
 }
 
 /// For who attaches at once.
 pub const AWAITED: Launch<'static> = Launch {
     awaited: true,
-    snapshot: None,
+    snapshot: &[],
+    prefetch: None,
 };
 
 /// Starts a process in the background that hosts the pod.
@@ -373,8 +376,16 @@ pub fn launch(
         .arg(context.state.canonicalize()?)
         .args(["--log-level", &level, "host-pod", &record.id])
         .args(how.awaited.then_some("--awaited"))
-        .args(how.snapshot.map(|_| "--snapshot"))
-        .args(how.snapshot)
+        .args(
+            how.snapshot
+                .iter()
+                .flat_map(|file| [Path::new("--snapshot"), file.as_path()]),
+        )
+        .args(
+            how.prefetch
+                .iter()
+                .flat_map(|file| [Path::new("--prefetch"), *file]),
+        )
         .current_dir("/")
         .stdin(Stdio::from(alive.into_file()))
         .stdout(Stdio::piped())
@@ -460,7 +471,13 @@ impl Launched {
 }
 
 /// The background copy.
-pub fn host_pod(context: &Context, id: &str, awaited: bool, snapshot: Option<&Path>) -> Outcome {
+pub fn host_pod(
+    context: &Context,
+    id: &str,
+    awaited: bool,
+    snapshot: &[PathBuf],
+    prefetch: Option<PathBuf>,
+) -> Outcome {
     let alive = Alive::from_file(File::from(io::stdin().as_fd().try_clone_to_owned()?));
     // Its end is what the parent waits for.
     let report = Mutex::new(Some(File::from(io::stdout().as_fd().try_clone_to_owned()?)));
@@ -494,13 +511,17 @@ pub fn host_pod(context: &Context, id: &str, awaited: bool, snapshot: Option<&Pa
         Moment::Started => tell(&report, READY),
     };
     // Whoever launched this has looked at all of it.
-    let opened = snapshot.map(|path| -> Result<Snapshot, host::Error> {
-        let file = File::open(path).map_err(host::io_error("open the snapshot"))?;
-        Ok(Snapshot::open(file, false)?)
-    });
-    let result = opened
-        .transpose()
-        .and_then(|snapshot| host::host(&pods, &store, record, alive, attach, snapshot, at));
+    let open = || -> Result<Option<Snapshot>, host::Error> {
+        if snapshot.is_empty() {
+            return Ok(None);
+        }
+        let files: io::Result<Vec<File>> = snapshot.iter().map(File::open).collect();
+        let files = files.map_err(host::io_error("open the snapshot"))?;
+        let mut opened = Snapshot::open(&files, false)?;
+        opened.prefetch = prefetch;
+        Ok(Some(opened))
+    };
+    let result = open().and_then(|snapshot| host::host(&pods, &store, record, alive, attach, snapshot, at));
     match result {
         Ok(code) => Ok(u8::try_from(code).unwrap_or(125)),
         Err(error) => {

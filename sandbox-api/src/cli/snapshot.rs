@@ -8,31 +8,38 @@ use super::args::{ForkArgs, RestoreArgs, SnapshotArgs};
 use super::pods::target::Verb;
 use super::run::{self, Launch, Launched};
 use super::table::printable;
-use super::{Context, Failure, Outcome, client, print, print_json};
+use super::{Context, Failure, Outcome, client, print, print_json, snapshot_files};
 use crate::host_check;
 use crate::ids;
-use crate::pod::snapshot::Snapshot;
+use crate::pod::snapshot::{On, Snapshot};
 use crate::pod::state::{Network, Pods, Publish, Record};
+use cloister_protocol::protobuf::MessageField;
+use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::task::CheckpointTaskRequest;
 use cloister_protocol::ttrpc::context::Context as Call;
-use cloister_vmm::image::{self, NewFile};
+use cloister_vmm::image::{self, Image, NewFile};
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::slice;
 
-/// The file as another process of ours can open it.
-fn path_of(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
-}
+/// What goes behind the name of a snapshot's file to that of what its copies touch first.
+const TOUCHED: &str = ".touched";
 
-/// Has a running container written into `file`.
-fn take(context: &Context, name: &str, file: &File) -> Outcome<()> {
+/// Has a running container written into `file`, whole or on another snapshot.
+fn take(context: &Context, name: &str, file: &File, on: &On) -> Outcome<()> {
     let (pods, record) = client::running(context, name, Verb::Snapshot)?;
     client::runtime()?.block_on(async {
         let task = client::connect(&pods, &record).await?;
+        let options = Any {
+            type_url: "cloister/base".to_owned(),
+            value: on.encode()?,
+            ..Default::default()
+        };
+        let path = snapshot_files::paths(slice::from_ref(file));
         let request = CheckpointTaskRequest {
             id: record.container_id().to_owned(),
-            path: path_of(file).display().to_string(),
+            path: path.iter().map(|path| path.display().to_string()).collect(),
+            options: MessageField::some(options),
             ..Default::default()
         };
         let taken = task.checkpoint(Call::default(), &request).await;
@@ -42,8 +49,15 @@ fn take(context: &Context, name: &str, file: &File) -> Outcome<()> {
 
 pub fn snapshot(context: &Context, args: &SnapshotArgs) -> Outcome {
     let failed = |e| Failure::new(format!("cannot write {}: {e}", args.file.display()));
+    let (bases, on) = bases(&args.base)?;
+    if snapshot_files::holds(&bases, &args.file) {
+        return Err(Failure::new(format!(
+            "{} cannot be replaced by what is taken on it: write another file",
+            args.file.display()
+        )));
+    }
     let new = NewFile::create(&args.file).map_err(failed)?;
-    take(context, &args.container, new.file())?;
+    take(context, &args.container, new.file(), &on)?;
     let data = new.file().metadata()?;
     new.finish().map_err(failed)?;
     if args.json {
@@ -53,11 +67,34 @@ pub fn snapshot(context: &Context, args: &SnapshotArgs) -> Outcome {
             "file": args.file,
             "bytes": data.len(),
             "bytes_on_disk": on_disk,
+            "base": args.base.first(),
         }))?;
     } else {
         print(&format!("{}\n", args.file.display()))?;
     }
     Ok(0)
+}
+
+/// What a snapshot is to be taken on, as files that stay open, and as the hosting process is told. Nothing for a whole one.
+fn bases(given: &[PathBuf]) -> Outcome<(Vec<File>, On)> {
+    let Some((first, others)) = given.split_first() else {
+        return Ok((Vec::new(), On::default()));
+    };
+    let failed = |why: String| Failure::new(format!("cannot take a snapshot on {}: {why}", first.display()));
+    let file = snapshot_files::open(first)?;
+    let files = snapshot_files::chain(first, file, others)?;
+    // A damaged one would make a useless one.
+    let copies = files.iter().map(File::try_clone).collect::<Result<Vec<_>, _>>()?;
+    let image = Image::open_chain(copies).map_err(|e| failed(crate::error::chain(&e)))?;
+    let whole = image.verify().and_then(|()| image.check_depth());
+    whole.map_err(|e| failed(crate::error::chain(&e)))?;
+    let name = first.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| failed("its name is not text".to_owned()))?;
+    let on = On {
+        files: snapshot_files::paths(&files),
+        name: name.to_owned(),
+    };
+    Ok((files, on))
 }
 
 /// What a copy is to be.
@@ -66,14 +103,16 @@ struct Copy<'a> {
     rm: bool,
     network: Network,
     publish: Vec<Publish>,
+    /// Where what it touches first is noted.
+    touched: Option<&'a Path>,
 }
 
-/// Gives a copy its record and starts its hosting process, which opens `file`.
+/// Gives a copy its record and starts its hosting process, which opens `files`.
 fn begin(
     context: &Context,
     pods: &Pods,
     snapshot: &Snapshot,
-    file: &File,
+    files: &[File],
     copy: Copy<'_>,
 ) -> Outcome<(Record, Launched)> {
     let original = &snapshot.facts.record;
@@ -93,9 +132,9 @@ fn begin(
     let hold = context.store()?.hold()?;
     let (record, alive) = pods.reserve(record, copy.name)?;
     drop(hold);
-    let from = path_of(file);
     let how = Launch {
-        snapshot: Some(&from),
+        snapshot: &snapshot_files::paths(files),
+        prefetch: copy.touched,
         ..Launch::default()
     };
     let launched = run::launch(context, pods, &record, alive, how)?;
@@ -139,11 +178,8 @@ pub fn restore(context: &Context, args: RestoreArgs) -> Outcome {
     can_run()?;
     let failed = |why: String| Failure::new(format!("cannot restore {}: {why}", args.file.display()));
     let file = File::open(&args.file).map_err(|e| failed(e.to_string()))?;
-    let snapshot = file
-        .try_clone()
-        .map_err(crate::pod::snapshot::Error::from)
-        .and_then(|file| Snapshot::open(file, true))
-        .map_err(|e| failed(crate::error::chain(&e)))?;
+    let files = snapshot_files::chain(&args.file, file, &args.base)?;
+    let snapshot = Snapshot::open(&files, true).map_err(|e| failed(crate::error::chain(&e)))?;
     let wants = snapshot.wants();
     if !args.allow_folders && !wants.is_empty() {
         return Err(failed(format!(
@@ -169,14 +205,22 @@ pub fn restore(context: &Context, args: RestoreArgs) -> Outcome {
     if !args.publish.is_empty() && network != Network::Nat {
         return Err(failed("-p needs a network of type nat".to_owned()));
     }
+    // Its hosting process has another working folder.
+    let touched = args.prefetch.then(|| {
+        let mut path = args.file.canonicalize()?.into_os_string();
+        path.push(TOUCHED);
+        Ok::<_, std::io::Error>(PathBuf::from(path))
+    });
+    let touched = touched.transpose()?;
     let pods = context.pods()?;
     let copy = Copy {
         name: args.name.as_deref(),
         rm: args.rm,
         network,
         publish: args.publish,
+        touched: touched.as_deref(),
     };
-    let (record, launched) = begin(context, &pods, &snapshot, &file, copy)?;
+    let (record, launched) = begin(context, &pods, &snapshot, &files, copy)?;
     finish(&pods, &record, launched)?;
     if args.json {
         print_json(&told(&record))?;
@@ -196,9 +240,10 @@ pub fn fork(context: &Context, args: &ForkArgs) -> Outcome {
         )));
     }
     let file = image::memory_file()?;
-    take(context, &args.container, &file)?;
+    take(context, &args.container, &file, &On::default())?;
     image::seal(&file)?;
-    let snapshot = Snapshot::open(file.try_clone()?, false)?;
+    let files = [file];
+    let snapshot = Snapshot::open(&files, false)?;
     let mut begun = Vec::new();
     let mut failure = None;
     for _ in 0..args.copies {
@@ -207,8 +252,9 @@ pub fn fork(context: &Context, args: &ForkArgs) -> Outcome {
             rm: args.rm,
             network: record.plan.network.clone(),
             publish: Vec::new(),
+            touched: None,
         };
-        match begin(context, &pods, &snapshot, &file, copy) {
+        match begin(context, &pods, &snapshot, &files, copy) {
             Ok(one) => begun.push(one),
             Err(error) => {
                 failure = Some(error);

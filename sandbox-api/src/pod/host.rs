@@ -286,9 +286,9 @@ async fn run(
         card: pod.card.clone(),
         one: tokio::sync::Mutex::default(),
     });
-    service.follow_checkpoints(move |path| {
+    service.follow_checkpoints(move |path, on| {
         let taker = Arc::clone(&taker);
-        let take = async move { taker.take(path).await.map_err(|e| crate::error::chain(&e)) };
+        let take = async move { taker.take(path, on).await.map_err(|e| crate::error::chain(&e)) };
         Box::pin(take)
     });
     tell(Moment::Started);
@@ -391,6 +391,8 @@ async fn start(
     // The virtual machine, up to its agent's first word.
     let cells = CellHost::new(CellHostConfig::default())?;
     let mut config = machine_config(&pod.record, network.nics, Origin::Boot);
+    // Of a template whose first clone this is.
+    let mut to_note = None;
     if let Some(kind) = Kind::of(&config, template::NODE)
         && let Some(image) = pod.pods.templates().find(&kind, &cells)
     {
@@ -398,6 +400,9 @@ async fn start(
             "the virtual machine is cloned from template {}",
             Shelf::name(&kind)
         );
+        if image.working_set().is_none() {
+            to_note = Some((kind, Arc::clone(&image)));
+        }
         config.origin = Origin::Clone(image);
     }
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
@@ -409,6 +414,10 @@ async fn start(
     }
     vm.configure(&network.configure.into_request(&plan.hostname))
         .await?;
+    if let Some((kind, image)) = to_note {
+        let shelf = pod.pods.templates();
+        tokio::task::spawn_blocking(move || image.working_set().map(|set| shelf.note(&kind, set)));
+    }
 
     // The container.
     let service = vm.serve(&pod.pods.socket(&id), vigil::PATIENCE).await?;
@@ -507,6 +516,10 @@ async fn restore(
     check(&interrupted)?;
 
     let cells = CellHost::new(CellHostConfig::default())?;
+    let to_note = snapshot
+        .prefetch
+        .clone()
+        .filter(|path| snapshot::prefetch(&snapshot.image, path));
     let origin = Origin::Restore(Arc::clone(&snapshot.image), Arc::new(shared));
     let config = machine_config(&pod.record, network.nics, origin);
     let vm = pod.vm.insert(PodVm::start(config, &cells).await?);
@@ -552,6 +565,9 @@ async fn restore(
         signal = interrupted.wait_for(Option::is_some) => {
             return Err(Error::Interrupted(signal.ok().and_then(|signal| *signal).unwrap_or(libc::SIGTERM)));
         }
+    }
+    if let Some(path) = to_note {
+        snapshot::note_touched(&vm.machine, path);
     }
     note_running(pod)
 }

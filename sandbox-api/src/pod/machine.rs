@@ -4,7 +4,7 @@
 use super::guest::{Guest, ShareOptions};
 use crate::net::mac_text;
 use cloister_devices::block::{BlockConfig, CacheMode, DiskKind};
-use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, FsHandle};
+use cloister_devices::fs::{AttachOptions, CachePolicy, FsConfig, FsHandle, Kept};
 use cloister_devices::mem::MemHandle;
 use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_devices::vsock::{VsockConfig, VsockHandle};
@@ -305,6 +305,15 @@ impl Machine {
             Ok(bytes) => log::debug!("{bytes} bytes of initial RAM disk were given back"),
             Err(error) => log::warn!("the initial RAM disk keeps its memory: {error}"),
         }
+    }
+
+    /// Gives copies to the files of containers' roots that are open and deleted, for a snapshot, until the answer is dropped.
+    /// For a VM that is paused.
+    ///
+    /// # Errors
+    /// A file cannot be read, or the disk is full.
+    pub fn keep_deleted(&self) -> io::Result<Kept> {
+        self.fs.keep_deleted(|name| name.starts_with(ROOT_PREFIX))
     }
 
     /// The VM itself.

@@ -4,11 +4,13 @@
 //!
 //! The name is a digest of the kind, so what has become stale (another kernel, another agent) is not found any more. On a
 //! tmpfs, as the folder of state is, the file's pages are the page cache's and the template's at once, for all pods.
+//!
+//! Beside it, in `<name>.touched`, is what the first clone has touched until it was up: the next ones have it ready.
 
 use super::template::Kind;
 use crate::image::hex;
 use cloister_vmm::CellHost;
-use cloister_vmm::image::Image;
+use cloister_vmm::image::{Image, WorkingSet};
 use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io;
@@ -17,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 const EXTENSION: &str = "image";
+const TOUCHED: &str = "touched";
 
 /// The folder of templates.
 #[derive(Clone, Debug)]
@@ -68,9 +71,28 @@ impl Shelf {
                 Ok(()) => Ok(image),
                 Err(error) => Err(crate::error::chain(&error)),
             });
-        usable
+        let image = usable
             .inspect_err(|error| log::warn!("this pod boots: its template is of no use: {error}"))
-            .ok()
+            .ok()?;
+        // One of a template that was here before is passed over, and replaced.
+        if let Ok(set) = WorkingSet::load(&self.touched(kind)) {
+            image.expect(set);
+        }
+        Some(image)
+    }
+
+    fn touched(&self, kind: &Kind) -> PathBuf {
+        self.path(&Self::name(kind)).with_extension(TOUCHED)
+    }
+
+    /// Notes what the first clone of a template has touched.
+    pub fn note(&self, kind: &Kind, set: &WorkingSet) {
+        if let Err(error) = set.store(&self.touched(kind)) {
+            log::warn!(
+                "later clones start as slowly as this one: {}",
+                crate::error::chain(&error)
+            );
+        }
     }
 
     /// Puts a template here.
@@ -117,6 +139,10 @@ impl Shelf {
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        std::fs::remove_file(self.path(name))
+        std::fs::remove_file(self.path(name))?;
+        match std::fs::remove_file(self.path(name).with_extension(TOUCHED)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 }

@@ -21,6 +21,9 @@
 //! | 64 bytes on | the facts: JSON |
 //! | then | what the container has written to its root file system: a layer of an image, as a tar |
 //!
+//! A snapshot can be taken on another one, whose image is then the base of its own: of the VM's memory it holds what differs.
+//! What the container has written is in each of them whole.
+//!
 //! Numbers are little-endian. A file is untrusted input: it may name folders and network devices of the host, which
 //! whoever restores it has to agree to ([`Snapshot::wants`]).
 
@@ -29,7 +32,7 @@ use super::state::{Network, Record};
 use super::task::{self, TaskService};
 use crate::image;
 use cloister_protocol::stream::StreamId;
-use cloister_vmm::image::{Image, ImageError};
+use cloister_vmm::image::{Image, ImageError, NewBase, WorkingSet};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::fs::File;
@@ -38,6 +41,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 const MAGIC: &[u8; 8] = b"CLOISPOD";
 /// Grows with every change of the layout or of [`Facts`].
@@ -137,6 +141,43 @@ impl Facts {
     }
 }
 
+/// The other one on which a snapshot is taken: what goes with the request for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct On {
+    /// The files, as another process of ours can open them: the other one, its own base, and so on. None for a whole one.
+    pub files: Vec<PathBuf>,
+    /// What the first is called in its folder.
+    pub name: String,
+}
+
+impl On {
+    /// For the wire.
+    ///
+    /// # Errors
+    /// It cannot be encoded.
+    pub fn encode(&self) -> io::Result<Vec<u8>> {
+        Ok(serde_json::to_vec(self)?)
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, Error> {
+        if bytes.is_empty() {
+            return Ok(Self::default());
+        }
+        serde_json::from_slice(bytes).map_err(|e| Error::Pod(format!("its base: {e}")))
+    }
+
+    /// The image to write on.
+    fn open(&self) -> Result<Option<Arc<Image>>, Error> {
+        if self.files.is_empty() {
+            return Ok(None);
+        }
+        let files: io::Result<Vec<File>> = self.files.iter().map(File::open).collect();
+        Ok(Some(Image::open_chain(
+            files.map_err(io_error("open the base of"))?,
+        )?))
+    }
+}
+
 /// What takes snapshots of a pod.
 pub struct Taker {
     /// Its VM.
@@ -154,12 +195,14 @@ pub struct Taker {
 }
 
 impl Taker {
-    /// Writes a snapshot into the empty file at `path`. The pod stands still meanwhile, and goes on whatever comes of it.
+    /// Writes a snapshot into the empty file at `path`, on the one that `on` (an encoded [`On`]) names if it names one. The
+    /// pod stands still meanwhile, and goes on whatever comes of it.
     ///
     /// # Errors
     /// See [`Error`]; the file is then of no use.
-    pub async fn take(self: &Arc<Self>, path: PathBuf) -> Result<(), Error> {
+    pub async fn take(self: &Arc<Self>, path: PathBuf, on: Vec<u8>) -> Result<(), Error> {
         let _one = self.one.lock().await;
+        let on = On::decode(&on)?;
         let service = self
             .service
             .upgrade()
@@ -171,6 +214,10 @@ impl Taker {
             .write(true)
             .open(path)
             .map_err(io_error("open"))?;
+        let base = on.open()?;
+        if let Some(base) = &base {
+            self.machine.cell().check_base(base)?;
+        }
         let (pid, streams) = service.known_to_guest(id).map_err(said)?;
         let paused = service.is_paused(id).await.map_err(said)?;
         // Nothing may return early from here on to where it is resumed.
@@ -185,7 +232,14 @@ impl Taker {
             card: self.card.clone(),
         };
         let own = Arc::clone(self);
-        let written = tokio::task::spawn_blocking(move || own.write(&file, &facts)).await;
+        let written = tokio::task::spawn_blocking(move || {
+            let base = base.as_ref().map(|image| NewBase {
+                image,
+                name: &on.name,
+            });
+            own.write(&file, &facts, base)
+        });
+        let written = written.await;
         let written = written
             .map_err(|e| Error::Pod(e.to_string()))
             .and_then(|written| written);
@@ -197,18 +251,30 @@ impl Taker {
         }
     }
 
-    fn write(&self, file: &File, facts: &Facts) -> Result<(), Error> {
+    fn write(&self, file: &File, facts: &Facts, base: Option<NewBase<'_>>) -> Result<(), Error> {
         let cell = self.machine.cell();
         cell.pause().map_err(|e| Error::Pod(crate::error::chain(&e)))?;
-        let written = cell
-            .write_image(file)
-            .map_err(|e| Error::Pod(crate::error::chain(&e)))
-            .and_then(|image| write_pod(file, image.file_bytes, facts, &self.upper));
+        let written = self.write_paused(file, facts, base);
         // One that has ended meanwhile says so by itself.
         if let Err(error) = cell.resume() {
             log::debug!("after the snapshot: {error}");
         }
         written
+    }
+
+    fn write_paused(&self, file: &File, facts: &Facts, base: Option<NewBase<'_>>) -> Result<(), Error> {
+        // They are in the image by name, and in the layer.
+        let _kept = self
+            .machine
+            .keep_deleted()
+            .map_err(io_error("keep the container's deleted files for"))?;
+        let cell = self.machine.cell();
+        let image = match base {
+            None => cell.write_image(file),
+            Some(base) => cell.write_image_on(file, base),
+        };
+        let image = image.map_err(|e| Error::Pod(crate::error::chain(&e)))?;
+        write_pod(file, image.file_bytes, facts, &self.upper)
     }
 }
 
@@ -232,8 +298,11 @@ impl Write for Summed<'_> {
     }
 }
 
-/// Writes what comes behind an image that ends at `image_end`.
-fn write_pod(file: &File, image_end: u64, facts: &Facts, upper: &Path) -> Result<(), Error> {
+/// Writes what comes behind an image that ends at `image_end`: the facts, and the layer of what is in the folder `upper`.
+///
+/// # Errors
+/// The folder cannot be read, or the disk is full.
+pub fn write_pod(file: &File, image_end: u64, facts: &Facts, upper: &Path) -> Result<(), Error> {
     let start = image_end.next_multiple_of(PAGE);
     let json = serde_json::to_vec(facts).map_err(|e| io_error("write")(e.into()))?;
     let facts_len = u32::try_from(json.len()).map_err(|e| io_error("write")(io::Error::other(e)))?;
@@ -263,9 +332,51 @@ pub struct Snapshot {
     pub image: Arc<Image>,
     /// What else there is to know.
     pub facts: Facts,
+    /// The file that says what its copies touch first, or is to say it once the first one has.
+    pub prefetch: Option<PathBuf>,
     file: File,
     layer_start: u64,
     layer_len: u64,
+}
+
+/// Until when a copy's touches are its first ones, once it goes on.
+const FIRST: Duration = Duration::from_secs(1);
+
+/// Has clones of `image` begin with what the file at `path` says. Answers whether there is nothing to be used, and so something
+/// to be noted.
+pub fn prefetch(image: &Image, path: &Path) -> bool {
+    match WorkingSet::load(path) {
+        Ok(set) => {
+            let (written, read) = set.bytes();
+            if image.expect(set) {
+                log::info!("{} KiB are copied ahead, {} KiB read", written >> 10, read >> 10);
+                return false;
+            }
+            log::info!("{} is of another snapshot and is replaced", path.display());
+        }
+        Err(ImageError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => log::warn!("{}: {}", path.display(), crate::error::chain(&error)),
+    }
+    true
+}
+
+/// Notes in the file at `path` what the clone has touched, once it has run for a while.
+pub fn note_touched(machine: &Arc<Machine>, path: PathBuf) {
+    let machine = Arc::downgrade(machine);
+    tokio::spawn(async move {
+        tokio::time::sleep(FIRST).await;
+        let Some(machine) = machine.upgrade() else { return };
+        let noted = tokio::task::spawn_blocking(move || {
+            let Some(set) = machine.cell().working_set() else {
+                return;
+            };
+            if let Err(error) = set.store(&path) {
+                log::warn!("{}: {}", path.display(), crate::error::chain(&error));
+            }
+        });
+        // A panic is told by the runtime.
+        let _ = noted.await;
+    });
 }
 
 /// Part of a file.
@@ -289,12 +400,20 @@ impl Read for Part<'_> {
 }
 
 impl Snapshot {
-    /// Opens the one in `file`, whose RAM is checked, too, where `whole` says so.
+    /// Opens the one in the first of these files, which was taken on that in the second, and so on. Their RAM is checked,
+    /// too, where `whole` says so.
     ///
     /// # Errors
-    /// It is none, or damaged.
-    pub fn open(file: File, whole: bool) -> Result<Self, Error> {
-        let image = Image::open(file.try_clone().map_err(io_error("open"))?)?;
+    /// It is none, or damaged; or another one is not its base.
+    pub fn open(files: &[File], whole: bool) -> Result<Self, Error> {
+        let copies: io::Result<Vec<File>> = files.iter().map(File::try_clone).collect();
+        let copies = copies.map_err(io_error("open"))?;
+        let image = Image::open_chain(copies)?;
+        let file = files
+            .first()
+            .ok_or(Error::NoPod)?
+            .try_clone()
+            .map_err(io_error("open"))?;
         let start = image.file_len().next_multiple_of(PAGE);
         let len = file.metadata().map_err(io_error("read"))?.len();
         let mut prefix = [0; 64];
@@ -344,6 +463,7 @@ impl Snapshot {
         Ok(Self {
             image,
             facts,
+            prefetch: None,
             file,
             layer_start,
             layer_len,
@@ -408,7 +528,7 @@ mod tests {
     fn no_image_is_no_snapshot() {
         let mut file = File::from(rustix::fs::memfd_create("t", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
         file.write_all(&[7; 10_000]).unwrap();
-        let error = Snapshot::open(file, true).err().unwrap();
+        let error = Snapshot::open(&[file], true).err().unwrap();
         assert!(matches!(error, Error::Image(ImageError::NotAnImage)), "{error}");
     }
 }

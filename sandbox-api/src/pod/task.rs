@@ -107,8 +107,9 @@ pub struct Adopted {
     pub terminal: bool,
 }
 
-/// Takes a snapshot of the pod into a file.
-type Checkpoint = Box<dyn Fn(PathBuf) -> BoxFuture<'static, std::result::Result<(), String>> + Send + Sync>;
+/// Takes a snapshot of the pod into a file, with options in an encoding of its own.
+type Checkpoint =
+    Box<dyn Fn(PathBuf, Vec<u8>) -> BoxFuture<'static, std::result::Result<(), String>> + Send + Sync>;
 
 /// Hears of a process that has started, by the ids of its container and, if it is not that itself, of the exec.
 type Started = Box<dyn Fn(&str, &str) -> Box<dyn Running> + Send + Sync>;
@@ -262,7 +263,7 @@ impl TaskService {
     /// Has snapshots of the pod be taken by `checkpoint`. Only the first call counts.
     pub fn follow_checkpoints(
         &self,
-        checkpoint: impl Fn(PathBuf) -> BoxFuture<'static, std::result::Result<(), String>>
+        checkpoint: impl Fn(PathBuf, Vec<u8>) -> BoxFuture<'static, std::result::Result<(), String>>
         + Send
         + Sync
         + 'static,
@@ -1221,7 +1222,8 @@ impl api::Task for Served {
             let Some(checkpoint) = service.checkpoint.get() else {
                 return Err(status(Code::UNIMPLEMENTED, "checkpoint is not supported"));
             };
-            checkpoint(PathBuf::from(request.path))
+            let options = request.options.into_option().map(|any| any.value);
+            checkpoint(PathBuf::from(request.path), options.unwrap_or_default())
                 .await
                 .map_err(|why| status(Code::UNKNOWN, why))
         };

@@ -200,6 +200,15 @@ impl Stage {
         self.start_command(command)
     }
 
+    /// Starts `cloister` with these arguments on a terminal of its own.
+    pub fn on_a_terminal(&self, line: &str) -> Child {
+        let mut command = Command::new("script");
+        command
+            .args(["-qec", &format!("exec cloister {line}"), "/dev/null"])
+            .env("SHELL", "/bin/sh");
+        self.start_command(command)
+    }
+
     /// Starts any command so that a `cloister` in it finds its way.
     pub fn start_command(&self, mut command: Command) -> Child {
         self.environment(&mut command);

@@ -17,12 +17,13 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 
+use super::bounded::bounded;
 use super::write::PageSum;
 use super::{ImageError, io_error};
 use crate::cell::SavedCell;
 
 /// Grows with every change of the file's layout or of [`Header`].
-pub const EPOCH: u32 = 1;
+pub const EPOCH: u32 = 2;
 const MAGIC: &[u8; 8] = b"CLOISTER";
 /// Where the header begins.
 const HEADER_START: u64 = 64;
@@ -30,6 +31,14 @@ const HEADER_START: u64 = 64;
 const MAX_HEADER: usize = 256 << 20;
 /// Most extents: each is a mapping of each clone's, of which a process has some 65,000.
 pub const MAX_EXTENTS: usize = 16;
+/// Most extents of an image that has a base. Those are exact, and most of them are copied.
+pub const MAX_CHANGES: usize = 1 << 20;
+/// Most bytes that an extent takes in the header: two numbers below [`MAX_RAM`].
+pub const EXTENT_BYTES: usize = 16;
+/// Most devices. There are fewer: each needs an interrupt of its own.
+const MAX_DEVICES: usize = 256;
+/// Longest name of a base, as file systems have it.
+pub const MAX_NAME: usize = 255;
 /// Bytes per page of the host.
 pub const PAGE: usize = 4096;
 /// Most RAM: what x86_64 can address.
@@ -48,19 +57,55 @@ pub struct Shape {
     pub serial: bool,
     /// Names of the devices in the order of their register pages. In the place of a `slot` a clone may have any device:
     /// the guest has not seen it yet.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_DEVICES>")]
     pub devices: Vec<String>,
+}
+
+/// Tells an image from all others: drawn when it is written, and the checksum of its header, in which that of its RAM is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    drawn: [u8; 16],
+    sum: u32,
+}
+
+#[cfg(test)]
+impl Identity {
+    pub(super) fn of_test(sum: u32) -> Self {
+        Self { drawn: [9; 16], sum }
+    }
+}
+
+impl std::fmt::Display for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:032x}-{:08x}", u128::from_be_bytes(self.drawn), self.sum)
+    }
+}
+
+/// What an image differs from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Name of its file, without a folder, when this was written. Nothing but a hint.
+    pub name: String,
+    /// Which image it is.
+    pub identity: Identity,
 }
 
 /// All but RAM.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Header {
+    /// Random.
+    pub drawn: [u8; 16],
+    /// What the RAM differs from; from nothing but zeroes if none.
+    pub base: Option<Base>,
     /// Where RAM begins in the file.
     pub data_start: u64,
     /// Size of the memory file.
     pub ram_len: u64,
-    /// The parts of it that are stored: whole pages, ascending, disjoint.
+    /// The parts of it that are stored: whole pages, ascending, disjoint. With a base exactly those that differ, pages
+    /// of zeroes among them; what is not in any of them is as in the base.
+    #[serde(deserialize_with = "bounded::<_, _, MAX_CHANGES>")]
     pub extents: Vec<Range<u64>>,
-    /// Of the pages that are not zero.
+    /// Of the pages that are not zero; with a base, of all that are stored.
     pub ram_sum: PageSum,
     /// The cell.
     pub saved: SavedCell,
@@ -79,8 +124,16 @@ impl Header {
         if !aligned(self.data_start) || self.data_start < header_end || self.data_start > MAX_RAM {
             return wrong("its RAM begins at an impossible place");
         }
-        if self.ram_len > MAX_RAM || self.extents.len() > MAX_EXTENTS {
+        let most = if self.base.is_some() {
+            MAX_CHANGES
+        } else {
+            MAX_EXTENTS
+        };
+        if self.ram_len > MAX_RAM || self.extents.len() > most {
             return wrong("its RAM is impossibly large");
+        }
+        if self.base.as_ref().is_some_and(|base| !is_name(&base.name)) {
+            return wrong("the name of its base is no file's");
         }
         let mut last = 0;
         for extent in &self.extents {
@@ -120,16 +173,24 @@ impl Header {
     }
 }
 
-/// Where RAM begins behind a header of so many bytes; there is room for extents to come.
-pub fn data_start(header: usize) -> u64 {
-    let end = u64::try_from(header)
+/// Whether a file in a folder can be called so.
+pub fn is_name(name: &str) -> bool {
+    !matches!(name, "" | "." | "..")
+        && name.len() <= MAX_NAME
+        && !name.chars().any(|c| c == '/' || c.is_control())
+}
+
+/// Where RAM begins behind a header of so many bytes, to which so many extents are to come. The room is a hole.
+pub fn data_start(header: usize, extents: usize) -> u64 {
+    let room = extents.saturating_add(1).saturating_mul(EXTENT_BYTES);
+    let end = u64::try_from(header.saturating_add(room))
         .unwrap_or(u64::MAX)
-        .saturating_add(2 * PAGE as u64);
+        .saturating_add(PAGE as u64);
     end.saturating_add(HEADER_START).next_multiple_of(PAGE as u64)
 }
 
 /// Reads and checks everything before RAM.
-pub fn read(file: &File) -> Result<Header, ImageError> {
+pub fn read(file: &File) -> Result<(Header, Identity), ImageError> {
     let mut prefix = [0; 64];
     let read = file.read_at(&mut prefix, 0).map_err(io_error("read"))?;
     let number = |at: usize| {
@@ -163,5 +224,9 @@ pub fn read(file: &File) -> Result<Header, ImageError> {
     if there < header.file_len() {
         return Err(damaged("its end is missing"));
     }
-    Ok(header)
+    let identity = Identity {
+        drawn: header.drawn,
+        sum: number(16),
+    };
+    Ok((header, identity))
 }

@@ -4,11 +4,13 @@
 use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 
-use super::format::{self, Header, MAX_EXTENTS, PAGE};
-use super::{ImageError, io_error};
+use super::format::{self, Base, Header, MAX_CHANGES, MAX_EXTENTS, PAGE};
+use super::{Image, ImageError, io_error};
 use crate::cell::SavedCell;
 use crate::memory::Memory;
 
@@ -43,7 +45,7 @@ impl PageSum {
 /// What was written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Written {
-    /// Bytes of RAM that are not zero.
+    /// Bytes of RAM that are not zero; on a base, of those pages that differ.
     pub ram_bytes: u64,
     /// Bytes of everything else.
     pub state_bytes: u64,
@@ -51,12 +53,11 @@ pub struct Written {
     pub file_bytes: u64,
 }
 
-/// The runs of pages that are not zero in a piece of RAM, as ranges of its bytes.
-pub fn runs(piece: &[u8]) -> Vec<Range<usize>> {
+/// The runs of pages for which `is_one` holds, as ranges of a piece's bytes.
+fn runs_of(piece: &[u8], mut is_one: impl FnMut(&[u8], usize) -> bool) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     for (page, start) in piece.chunks(PAGE).zip((0..).step_by(PAGE)) {
-        // Sixteen bytes at a time, as the compiler makes of it.
-        if page.iter().fold(0, |all, byte| all | byte) == 0 {
+        if !is_one(page, start) {
             continue;
         }
         let end = start + page.len();
@@ -66,6 +67,19 @@ pub fn runs(piece: &[u8]) -> Vec<Range<usize>> {
         }
     }
     runs
+}
+
+/// The runs of pages that are not zero in a piece of RAM, as ranges of its bytes.
+pub fn runs(piece: &[u8]) -> Vec<Range<usize>> {
+    // Sixteen bytes at a time, as the compiler makes of it.
+    runs_of(piece, |page, _| page.iter().fold(0, |all, byte| all | byte) != 0)
+}
+
+/// The runs of pages that are not the same in two pieces of one length.
+fn differing(piece: &[u8], other: &[u8]) -> Vec<Range<usize>> {
+    runs_of(piece, |page, start| {
+        other.get(start..start + page.len()) != Some(page)
+    })
 }
 
 /// Joins neighbours, the nearest first, until so many are left.
@@ -87,36 +101,88 @@ fn join(mut extents: Vec<Range<u64>>, most: usize) -> Vec<Range<u64>> {
     extents
 }
 
+/// What an image is to be written on.
+#[derive(Clone, Copy)]
+pub struct NewBase<'a> {
+    /// The base.
+    pub image: &'a Arc<Image>,
+    /// Name of its file, without a folder.
+    pub name: &'a str,
+}
+
 /// All that an image is made of.
 pub struct Whole<'a> {
     pub saved: SavedCell,
     pub memory: &'a Memory,
+    pub base: Option<NewBase<'a>>,
+}
+
+fn random() -> Result<[u8; 16], ImageError> {
+    let mut drawn = [0; 16];
+    // So few bytes come whole.
+    match getrandom(&mut drawn, GetRandomFlags::empty()) {
+        Ok(16) => Ok(drawn),
+        Ok(_) => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        Err(error) => Err(error.into()),
+    }
+    .map_err(io_error("draw an identity for"))
 }
 
 /// Writes an image into `file`, which is empty.
 pub fn write(file: &File, whole: Whole<'_>) -> Result<Written, ImageError> {
-    let Whole { saved, memory } = whole;
+    let Whole { saved, memory, base } = whole;
+    if let Some(base) = base {
+        base.image.check_can_be_base(memory.len())?;
+    }
     let mut header = Header {
+        drawn: random()?,
+        base: base.map(|base| Base {
+            name: base.name.to_owned(),
+            identity: base.image.identity(),
+        }),
         data_start: 0,
         ram_len: memory.len(),
         extents: Vec::new(),
         ram_sum: PageSum::default(),
         saved,
     };
-    header.data_start = format::data_start(header.encode()?.len());
+    let (ranges, most) = match base {
+        None => (memory.holding(), MAX_EXTENTS),
+        Some(base) => {
+            let ranges = memory.changed_since(base.image);
+            let pages: u64 = ranges.iter().map(|range| range.end - range.start).sum::<u64>() / PAGE as u64;
+            // Every other page of each range.
+            let most = usize::try_from(pages / 2).unwrap_or(usize::MAX);
+            let most = most.saturating_add(ranges.len());
+            (ranges, most.min(MAX_CHANGES))
+        }
+    };
+    header.data_start = format::data_start(header.encode()?.len(), most);
     let mut buffer = vec![0; BUFFER];
+    let mut was = vec![0; if base.is_some() { BUFFER } else { 0 }];
     let mut extents: Vec<Range<u64>> = Vec::new();
-    for range in memory.holding() {
+    for range in ranges {
         let mut at = range.start;
         while at < range.end {
             let len = usize::try_from(range.end - at).unwrap_or(usize::MAX).min(BUFFER);
             let piece = &mut buffer[..len];
             memory.read(at, piece).map_err(io_error("read the RAM for"))?;
-            for run in runs(piece) {
+            let stored = match base {
+                None => runs(piece),
+                Some(base) => {
+                    let was = &mut was[..len];
+                    base.image.read(at, was).map_err(io_error("read the base of"))?;
+                    differing(piece, was)
+                }
+            };
+            for run in stored {
                 let start = at + run.start as u64;
                 let pages = &piece[run];
-                file.write_all_at(pages, header.data_start + start)
-                    .map_err(io_error("write"))?;
+                // Those of zeroes that differ from the base's are holes of the file.
+                for run in runs(pages) {
+                    file.write_all_at(&pages[run.clone()], header.data_start + start + run.start as u64)
+                        .map_err(io_error("write"))?;
+                }
                 header.ram_sum.add(start, pages);
                 let end = start + pages.len() as u64;
                 match extents.last_mut() {
@@ -127,12 +193,16 @@ pub fn write(file: &File, whole: Whole<'_>) -> Result<Written, ImageError> {
             at += len as u64;
         }
     }
-    header.extents = join(extents, MAX_EXTENTS);
+    header.extents = match base {
+        None => join(extents, MAX_EXTENTS),
+        Some(_) if extents.len() > MAX_CHANGES => return Err(ImageError::TooManyChanges),
+        Some(_) => extents,
+    };
     let first = header.encode()?;
     if first.len() as u64 > header.data_start {
         return Err(ImageError::TooLarge { bytes: first.len() });
     }
-    // A run of zeroes at the end of an extent cannot be: the file ends with its last page.
+    // A run of zeroes at the end of an extent cannot be, unless it has a base: the file ends with its last page.
     file.set_len(header.file_len()).map_err(io_error("write"))?;
     file.write_all_at(&first, 0).map_err(io_error("write"))?;
     Ok(Written {
@@ -154,6 +224,24 @@ mod tests {
         piece[2 * PAGE] = 1;
         piece[5 * PAGE - 1] = 1;
         assert_eq!(runs(&piece), [PAGE..3 * PAGE, 4 * PAGE..5 * PAGE]);
+    }
+
+    #[test]
+    fn pages_that_differ_are_found_zero_or_not() {
+        let (mut piece, mut was) = (vec![0; 5 * PAGE], vec![0; 5 * PAGE]);
+        was[PAGE] = 1;
+        piece[2 * PAGE + 9] = 1;
+        for both in [&mut piece, &mut was] {
+            both[4 * PAGE] = 7;
+        }
+        assert_eq!(
+            differing(&piece, &was),
+            vec![Range {
+                start: PAGE,
+                end: 3 * PAGE
+            }]
+        );
+        assert!(differing(&was, &was).is_empty());
     }
 
     #[test]

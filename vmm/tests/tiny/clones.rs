@@ -6,7 +6,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::sync::Arc;
 
 use cloister_devices::net::{NetBackend, NetConfig};
-use cloister_vmm::image::{self, Image, ImageError};
+use cloister_vmm::image::{self, Image, ImageError, MAX_CHAIN, NewBase, WorkingSet};
 use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, CellState, CreateError, DeviceConfig, InterruptChip, LifecycleError,
     PlugError,
@@ -181,6 +181,222 @@ fn a_clone_can_be_cloned() {
             assert_eq!(read_u32(&next, 0x38_0000 + u64::from(before) * 0x2000), before);
         }
     }
+}
+
+/// An image on another one, in sealed memory, opened on that.
+fn image_on(cell: &Cell, base: &Arc<Image>) -> (Arc<Image>, u64) {
+    let file = image::memory_file().unwrap();
+    let on = NewBase {
+        image: base,
+        name: "base",
+    };
+    let written = cell.write_image_on(&file, on).unwrap();
+    image::seal(&file).unwrap();
+    let image = Image::open_on(file, Arc::clone(base)).unwrap();
+    image.verify().unwrap();
+    assert_eq!(image.ram_bytes(), written.ram_bytes);
+    (image, written.ram_bytes)
+}
+
+fn write(cell: &Cell, address: u64, value: u32) {
+    cell.ram()
+        .unwrap()
+        .write_obj(value, GuestAddress(address))
+        .unwrap();
+}
+
+/// What the counting guest writes in a moment: its counter, and perhaps its stack.
+const COUNTED: u64 = 0x2000;
+
+#[test]
+fn an_image_on_a_base_holds_what_differs() {
+    let _alone = alone();
+    let host = host();
+    let booted = paused(&host, counting());
+    write(&booted, 0x30_0000, 1);
+    write(&booted, 0x31_0000, 1);
+    let whole = image_of(&booted);
+    // One that booted, and one that was made of the base: what is found by comparison is what the page tables say.
+    let cloned = Cell::create(clone_of(&whole), &host).unwrap();
+    cloned.start().unwrap();
+    goes_on(&cloned);
+    cloned.pause().unwrap();
+    for cell in [&booted, &cloned] {
+        // Another content, a page of zeroes, a new page, a long run of new pages, one that is written but the same.
+        write(cell, 0x30_0000, 2);
+        write(cell, 0x31_0000, 0);
+        write(cell, 0x38_0000, 3);
+        for page in 0..32 {
+            write(cell, 0x3a_0000 + page * 0x1000, 4);
+        }
+        write(cell, 0x10_0000, read_u32(cell, 0x10_0000));
+        let (later, bytes) = image_on(cell, &whole);
+        let own = 35 * 0x1000;
+        assert!((own..=own + COUNTED).contains(&bytes), "{bytes:#x}");
+        assert_eq!(later.base().unwrap().identity(), whole.identity());
+        let next = Cell::create(clone_of(&later), &host).unwrap();
+        assert_eq!(read_u32(&next, COUNT), read_u32(cell, COUNT));
+        for (address, value) in [
+            (0x30_0000, 2),
+            (0x31_0000, 0),
+            (0x38_0000, 3),
+            (0x3a_0000, 4),
+            (0x3b_f000, 4),
+            (0x10_0000, read_u32(cell, 0x10_0000)),
+        ] {
+            assert_eq!(read_u32(&next, address), value, "{address:#x}");
+        }
+        next.start().unwrap();
+        goes_on(&next);
+        // All of RAM is the same as in a whole image of the same moment.
+        let (one, other) = (
+            Cell::create(clone_of(&later), &host).unwrap(),
+            Cell::create(clone_of(&image_of(cell)), &host).unwrap(),
+        );
+        for page in 0..0x400 {
+            let content = |cell: &Cell| {
+                let mut bytes = vec![0; 0x1000];
+                let address = GuestAddress(page * 0x1000);
+                cell.ram().unwrap().read_slice(&mut bytes, address).unwrap();
+                bytes
+            };
+            assert!(content(&one) == content(&other), "page {page:#x}");
+        }
+    }
+    // The base is as it was.
+    let first = Cell::create(clone_of(&whole), &host).unwrap();
+    assert_eq!(read_u32(&first, 0x31_0000), 1);
+    // What differs from one image is not what differs from another.
+    let (_, bytes) = image_on(&first, &whole);
+    assert_eq!(bytes, 0);
+}
+
+#[test]
+fn images_stand_on_each_other_to_a_bound() {
+    let _alone = alone();
+    let host = host();
+    let mut cell = paused(&host, counting());
+    let mut image = image_of(&cell);
+    for generation in 1..u32::try_from(MAX_CHAIN).unwrap() {
+        let own = 0x38_0000 + u64::from(generation) * 0x2000;
+        write(&cell, own, generation);
+        // All write this one: the newest counts.
+        write(&cell, 0x34_0000, generation);
+        let (next, bytes) = image_on(&cell, &image);
+        assert!((0x2000..=0x2000 + COUNTED).contains(&bytes), "{bytes:#x}");
+        image = next;
+        cell = paused(&host, clone_of(&image));
+        assert_eq!(read_u32(&cell, 0x34_0000), generation);
+        for before in 1..=generation {
+            assert_eq!(read_u32(&cell, 0x38_0000 + u64::from(before) * 0x2000), before);
+        }
+    }
+    let on = NewBase {
+        image: &image,
+        name: "last",
+    };
+    let file = image::memory_file().unwrap();
+    let error = cell.write_image_on(&file, on).unwrap_err();
+    assert!(
+        matches!(error, LifecycleError::Image(ImageError::TooDeep)),
+        "{error:?}"
+    );
+    assert!(matches!(cell.check_base(&image), Err(ImageError::TooDeep)));
+    // A whole one goes, and the next can stand on that.
+    let whole = image_of(&cell);
+    assert!(image_on(&cell, &whole).1 == 0);
+}
+
+#[test]
+fn a_wrong_or_missing_base_is_refused_by_name() {
+    let _alone = alone();
+    let host = host();
+    let cell = paused(&host, counting());
+    let (one, other) = (image_of(&cell), image_of(&cell));
+    assert_ne!(one.identity(), other.identity());
+    let file = image::memory_file().unwrap();
+    let on = NewBase {
+        image: &one,
+        name: "monday.image",
+    };
+    cell.write_image_on(&file, on).unwrap();
+    let again = || file.try_clone().unwrap();
+    assert_eq!(image::base_of(&file).unwrap().unwrap().identity, one.identity());
+    let missing = Image::open(again()).unwrap_err();
+    let wrong = Image::open_on(again(), Arc::clone(&other)).unwrap_err();
+    assert!(matches!(missing, ImageError::NeedsBase { .. }), "{missing:?}");
+    assert!(matches!(wrong, ImageError::WrongBase { .. }), "{wrong:?}");
+    for error in [&missing, &wrong] {
+        let said = error.to_string();
+        assert!(said.contains("monday.image"), "{said}");
+        assert!(said.contains(&one.identity().to_string()), "{said}");
+    }
+    assert!(wrong.to_string().contains(&other.identity().to_string()));
+    let itself = Image::open_on(again(), one).unwrap();
+    // Nor can a whole one stand on something, or one of another size be stood on.
+    let whole = image::memory_file().unwrap();
+    cell.write_image(&whole).unwrap();
+    assert!(matches!(Image::open_on(whole, itself), Err(ImageError::NoBase)));
+    let larger = Cell::create(
+        CellConfig {
+            memory_mib: 8,
+            ..counting()
+        },
+        &host,
+    )
+    .unwrap();
+    let on = NewBase {
+        image: &other,
+        name: "other",
+    };
+    let error = larger
+        .write_image_on(&image::memory_file().unwrap(), on)
+        .unwrap_err();
+    assert!(
+        matches!(error, LifecycleError::Image(ImageError::OtherRam { .. })),
+        "{error:?}"
+    );
+    // A full disk leaves the cell as it was here, too.
+    let full = File::options().read(true).write(true).open("/dev/full").unwrap();
+    write(&cell, 0x30_0000, 9);
+    assert!(matches!(
+        cell.write_image_on(&full, on),
+        Err(LifecycleError::Image(ImageError::Io { .. }))
+    ));
+    cell.resume().unwrap();
+    goes_on(&cell);
+}
+
+#[test]
+fn what_a_clone_touches_can_be_kept_for_others() {
+    let _alone = alone();
+    let host = host();
+    let file = image::memory_file().unwrap();
+    paused(&host, counting()).write_image(&file).unwrap();
+    image::seal(&file).unwrap();
+    let open = || Image::open(file.try_clone().unwrap()).unwrap();
+    let own = |cell: &Cell| cell.resident_ram().unwrap();
+    let first = Cell::create(clone_of(&open()), &host).unwrap();
+    first.start().unwrap();
+    goes_on(&first);
+    first.pause().unwrap();
+    let path = std::env::temp_dir().join(format!("cloister-touched-{}", std::process::id()));
+    first.working_set().unwrap().store(&path).unwrap();
+    // Another process, or so.
+    let image = open();
+    assert!(image.working_set().is_none());
+    let set = WorkingSet::load(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(set.bytes().0, own(&first));
+    assert!(image.expect(set.clone()));
+    let next = Cell::create(clone_of(&image), &host).unwrap();
+    assert_eq!(own(&next), own(&first));
+    next.start().unwrap();
+    goes_on(&next);
+    // Of another image it is of no use, and does no harm.
+    let other = image_of(&paused(&host, counting()));
+    assert!(!other.expect(set));
+    assert!(other.working_set().is_none());
 }
 
 #[test]
