@@ -11,7 +11,7 @@
 //! others use. Nothing in it is secret: it has seen no pod. What the kernel's random generator held then is in it;
 //! a clone is given fresh randomness with its identity, before anything of its pod runs.
 
-use super::machine::{self, MachineConfig, Origin, Room};
+use super::machine::{MachineConfig, Origin, Room};
 use super::vm::{self, PodVm, QUICK, agent_error, io_error};
 use cloister_protocol::pod::InfoRequest;
 use cloister_protocol::ttrpc::context::with_duration;
@@ -72,7 +72,7 @@ impl Kind {
             return None;
         }
         let kernel = File::open(config.kernel).ok()?;
-        if machine::description(&kernel) != cloister_boot::x86_64::Description::MpTable {
+        if cloister_boot::x86_64::Description::of(&kernel) != cloister_boot::x86_64::Description::MpTable {
             return None;
         }
         Some(Self {
