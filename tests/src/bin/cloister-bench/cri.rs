@@ -125,7 +125,7 @@ pub const CLONES: usize = 2;
 
 /// Ours by their place among a contest's handlers.
 pub fn ours() -> impl Iterator<Item = (&'static str, usize)> {
-    OURS.iter().zip(1..).map(|((how, _), at)| (*how, at))
+    OURS.into_iter().zip(1..).map(|((how, _), at)| (how, at))
 }
 
 impl Contest {
