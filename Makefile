@@ -2,7 +2,9 @@
 #
 #   make run             set up, build, and show a container in its own VM
 #   make test            set up, build, lint, run every test
-#   make bench [ONLY=P]  the benchmarks whose names start with P; results in target/bench/results.jsonl
+#   make bench [ONLY=P] [ICOUNT=1] [PEER='NAME=PATH ...']
+#                        the benchmarks whose names start with P; with ICOUNT=1 only those of instructions; with PEER against other
+#                        VMMs and runtimes, too (tests/bench/README.md); results in target/bench/results.jsonl
 #   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME
 #   make plots           the figures of the last `make bench`, drawn: docs/figures
 #   make deb             the Debian package, checked: target/deb/cloister_VERSION_amd64.deb
@@ -96,7 +98,7 @@ bench: build
 		cargo build --locked --package cloister-guest-bench --profile agent --target $(agent_target)
 	guest-image/build-initramfs $(CARGO_TARGET_DIR)/$(agent_target)/agent/cloister-guest-bench $(guest)/bench.cpio
 	tests/demo/prepare
-	ci/bench --only '$(ONLY)' $(kvm_options)
+	ci/bench --only '$(ONLY)' $(foreach peer,$(PEER),--peer '$(peer)') $(if $(ICOUNT),--icount) $(kvm_options)
 
 plots:
 	$(CARGO_TARGET_DIR)/release/cloister-bench --out target/bench/results.jsonl --plot docs/figures

@@ -29,6 +29,7 @@ use crate::initrd::{self, Initrd};
 use entry::EntryPoint;
 use layout::Layout;
 use std::fs::File;
+use std::os::unix::fs::FileExt as _;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError};
 
 /// How the kernel learns of processors, interrupt controllers and virtio-mmio devices.
@@ -39,6 +40,20 @@ pub enum Description {
     MpTable,
     /// ACPI (hardware-reduced) with the devices in the DSDT: for distribution kernels.
     Acpi,
+}
+
+impl Description {
+    /// What a kernel understands: distributions' come as a bzImage and have ACPI, ours is an ELF file and has not. A file that
+    /// cannot be read is taken for ours; loading it will say so.
+    pub fn of(kernel: &File) -> Self {
+        let mut magic = [0; 4];
+        // Offset of the boot protocol's magic, Documentation/arch/x86/boot.rst.
+        if kernel.read_exact_at(&mut magic, 0x202).is_ok() && &magic == b"HdrS" {
+            Self::Acpi
+        } else {
+            Self::MpTable
+        }
+    }
 }
 
 /// One virtio-mmio device as the kernel is told of it.

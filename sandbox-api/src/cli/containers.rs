@@ -137,7 +137,7 @@ pub fn logs(context: &Context, args: &LogsArgs) -> Outcome {
             let only = target::only_container(&pod)?;
             (pod, only)
         }
-        None => return Err(crate::pod::state::Error::NotFound(args.container.clone()).into()),
+        None => return Err(target::not_found(context, &args.container)),
     };
     let known = Known::pods(context)?;
     pods::logs(context, known.daemon.as_ref(), &pod, &container, how)

@@ -9,7 +9,7 @@ use super::{Context, Failure, Outcome, client, parse};
 use crate::daemon::report::{Container, Pod};
 use crate::daemon::sandbox::Phase;
 use crate::ids;
-use crate::pod::state::{self, Pods, Record, Status};
+use crate::pod::state::{Pods, Record, Status};
 use crate::pod::terminal;
 use crate::runtime::{spec, user};
 use cloister_protocol::PROCESS_TYPE_URL;
@@ -51,7 +51,7 @@ pub fn exec(context: &Context, args: &ExecArgs) -> Outcome {
         }
         Some(Target::Pod(pod)) => of_pod(&pod, &target::only_container(&pod)?, args, command)?,
         Some(Target::Container(pod, container)) => of_pod(&pod, &container, args, command)?,
-        None => return Err(state::Error::NotFound(container.clone()).into()),
+        None => return Err(target::not_found(context, container)),
     };
     let runtime = client::runtime()?;
     let code = runtime.block_on(run(&place, args, process));

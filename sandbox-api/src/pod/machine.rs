@@ -19,7 +19,6 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -516,7 +515,7 @@ fn kernel_boot(config: &MachineConfig<'_>) -> Result<Boot, Error> {
     };
     let kernel = open("guest kernel", config.kernel, "--kernel")?;
     let initrd = open("initramfs", config.initrd, "--initrd")?;
-    let description = description(&kernel);
+    let description = cloister_boot::x86_64::Description::of(&kernel);
     let mut command_line = BASE_COMMAND_LINE.to_owned();
     // The serial port needs no driver to be probed: the fastest for few words.
     if !config.kernel_args.iter().any(|word| word.starts_with("console=")) {
@@ -532,18 +531,6 @@ fn kernel_boot(config: &MachineConfig<'_>) -> Result<Boot, Error> {
         command_line,
         description,
     }))
-}
-
-/// Distribution kernels (bzImage) find their devices by ACPI, ours by its command line.
-pub(super) fn description(kernel: &File) -> cloister_boot::x86_64::Description {
-    let mut magic = [0; 4];
-    // Offset of the boot protocol's magic, Documentation/arch/x86/boot.rst.
-    let is_bzimage = kernel.read_exact_at(&mut magic, 0x202).is_ok() && &magic == b"HdrS";
-    if is_bzimage {
-        cloister_boot::x86_64::Description::Acpi
-    } else {
-        cloister_boot::x86_64::Description::MpTable
-    }
 }
 
 fn watch_end(cell: &Arc<Cell>) -> io::Result<watch::Receiver<Option<StopReason>>> {

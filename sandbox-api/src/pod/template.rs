@@ -76,7 +76,7 @@ impl Kind {
             return None;
         }
         let kernel = File::open(config.kernel).ok()?;
-        if machine::description(&kernel) != cloister_boot::x86_64::Description::MpTable {
+        if cloister_boot::x86_64::Description::of(&kernel) != cloister_boot::x86_64::Description::MpTable {
             return None;
         }
         Some(Self {

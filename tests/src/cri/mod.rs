@@ -25,7 +25,7 @@ pub use config::{cni, containerd_with_runc};
 pub use container::{Container, Output, Security, args, script, security};
 pub use k8s_cri::v1 as api;
 pub use log::Line;
-pub use node::{End, Node, containerd_bin};
+pub use node::{End, Node, PeerHandler, containerd_bin};
 pub use pod::Pod;
 pub use runtime::{Runtime, code};
 pub use stream::{PortForward, Stream, Streamed};
@@ -43,6 +43,11 @@ pub const HANDLERS: [&str; 6] = [
     "cloister-worker",
     "cloister-workers",
 ];
+
+/// Whether pods of this handler are Cloister's.
+pub(crate) fn is_ours(handler: &str) -> bool {
+    handler.starts_with("cloister")
+}
 
 /// An image of Debian's own tools.
 pub const TOOLS: &str = "localhost/tools:latest";

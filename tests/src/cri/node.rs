@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The daemons of the node, from their start to the last file they leave.
 
-use super::{PATIENCE, Runtime, config};
+use super::{PATIENCE, Runtime, config, is_ours};
 use crate::e2e::{Footprint, ProcessFootprint, checkout, eventually};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -28,6 +28,15 @@ struct Daemon {
     process: Child,
 }
 
+/// A runtime handler that is neither runc nor ours.
+#[derive(Debug, Clone)]
+pub struct PeerHandler {
+    /// Its part of containerd's configuration.
+    pub containerd: String,
+    /// A name under which containerd is to find a shim that does nothing.
+    pub shim: Option<String>,
+}
+
 /// How a daemon is made to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
@@ -40,7 +49,12 @@ pub enum End {
 impl Node {
     /// Starts the daemons that these handlers need, with a spare for pods that boot.
     pub fn start_with_spares(handlers: &[&'static str]) -> Self {
-        Self::start_with(handlers, |config| {
+        Self::start_with_peers(handlers, &[])
+    }
+
+    /// The same, with handlers beside those that a node of tests has; they are among `handlers`, too.
+    pub fn start_with_peers(handlers: &[&'static str], peers: &[PeerHandler]) -> Self {
+        Self::start_all(handlers, peers, |config| {
             config.replace("[sandboxer.cloister]\n", "[sandboxer.cloister]\nspare_vms = 1\n")
         })
     }
@@ -52,6 +66,14 @@ impl Node {
 
     /// Starts them, cloisterd with its configuration changed.
     pub fn start_with(handlers: &[&'static str], cloisterd: impl FnOnce(String) -> String) -> Self {
+        Self::start_all(handlers, &[], cloisterd)
+    }
+
+    fn start_all(
+        handlers: &[&'static str],
+        peers: &[PeerHandler],
+        cloisterd: impl FnOnce(String) -> String,
+    ) -> Self {
         // Sockets of pods lie in it, and their paths may not be long.
         let dir = Path::new("/run").join(format!("cri-{}", std::process::id()));
         fs::create_dir(&dir).unwrap();
@@ -76,11 +98,13 @@ impl Node {
             fs::create_dir(node.path(folder)).unwrap();
         }
         // containerd asks a program of this name what the runtime can do, and after a restart runs it to clean up.
-        let shim = node.path("bin/containerd-shim-cloister-v1");
-        std::os::unix::fs::symlink(program("cloister"), shim).unwrap();
+        let shims = peers.iter().filter_map(|peer| peer.shim.as_deref());
+        for shim in shims.chain(["containerd-shim-cloister-v1"]) {
+            std::os::unix::fs::symlink(program("cloister"), node.path("bin").join(shim)).unwrap();
+        }
         fs::write(node.path("cni/10-cri-e2e.conflist"), config::cni(&node.dir)).unwrap();
 
-        if handlers.iter().any(|&handler| handler != "runc") {
+        if handlers.iter().any(|&handler| is_ours(handler)) {
             let config = cloisterd(config::cloisterd(&node.dir));
             fs::write(node.path("cloister/config.toml"), config).unwrap();
             node.spawn(
@@ -90,7 +114,8 @@ impl Node {
             );
         }
         let file = node.path("containerd.toml");
-        fs::write(&file, config::containerd(&node.dir)).unwrap();
+        let more: String = peers.iter().map(|peer| peer.containerd.as_str()).collect();
+        fs::write(&file, config::containerd(&node.dir) + &more).unwrap();
         node.spawn("containerd", file, "containerd.sock");
         node.load_images();
         node

@@ -2,7 +2,7 @@
 //! CRI for the pods of one runtime handler.
 
 use super::api::runtime_service_client::RuntimeServiceClient;
-use super::{Container, Outcome, PATIENCE, Pod, api, script};
+use super::{Container, Outcome, PATIENCE, Pod, api, is_ours, script};
 use hyper_util::rt::TokioIo;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -57,9 +57,9 @@ impl Runtime {
         self.0.handler
     }
 
-    /// Its pods are virtual machines.
+    /// Its pods are virtual machines of ours.
     pub fn is_vm(&self) -> bool {
-        self.0.handler != "runc"
+        is_ours(self.0.handler)
     }
 
     /// Of the handlers that the node has, this one and the others.

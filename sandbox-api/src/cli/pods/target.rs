@@ -156,15 +156,7 @@ pub fn pod(context: &Context, name: &str) -> Outcome<(Known, Pod)> {
 pub fn only_container(pod: &Pod) -> Outcome<Container> {
     match pod.containers.as_slice() {
         [only] => Ok(only.clone()),
-        [] => {
-            let reason = pod.exit.as_ref().and_then(|exit| exit.reason.as_deref());
-            Err(Failure::new(
-                match reason.and_then(|reason| reason.lines().next()) {
-                    Some(reason) => format!("pod {} has stopped: {}", pod_name(pod), printable(reason)),
-                    None => format!("pod {} has no container", pod_name(pod)),
-                },
-            ))
-        }
+        [] => Err(no_container(pod)),
         several => {
             let names: Vec<String> = several
                 .iter()
@@ -177,6 +169,25 @@ pub fn only_container(pod: &Pod) -> Outcome<Container> {
             )))
         }
     }
+}
+
+/// Why there is no container in a pod.
+fn no_container(pod: &Pod) -> Failure {
+    let reason = pod.exit.as_ref().and_then(|exit| exit.reason.as_deref());
+    Failure::new(match reason.and_then(|reason| reason.lines().next()) {
+        Some(reason) => format!("pod {} has stopped: {}", pod_name(pod), printable(reason)),
+        None => format!("pod {} has no container", pod_name(pod)),
+    })
+}
+
+/// Nothing has this name. Of a container whose pod has stopped, which containerd has removed since, that is said instead.
+pub fn not_found(context: &Context, name: &str) -> Failure {
+    let known = Known::pods(context).ok();
+    let of = name.rsplit_once('/').map(|(of, _)| of);
+    let stopped = known.iter().flat_map(|known| &known.pods).find(|pod| {
+        pod.phase >= Phase::Stopped && of.is_some_and(|of| means_pod(pod, of) || pod.id.starts_with(of))
+    });
+    stopped.map_or_else(|| state::Error::NotFound(name.to_owned()).into(), no_container)
 }
 
 fn choose(own: &[Record], pods: &[Pod], name: &str) -> Outcome<Option<Target>> {

@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-//! `boot.*`: from nothing to the agent's ready message (the first bytes on vsock port 1025), against QEMU.
+//! `boot.*`: from nothing to the agent's ready message (the first bytes on vsock port 1025), against QEMU and the VMMs that
+//! the user has given (`--peer`).
 //!
 //! A host that runs many pods keeps a spare ([`SpareConfig`]) and refills it while nothing is asked of it: the headline
-//! figure is measured like that, the refilling outside of the clock. `*_cold` is the same without a spare. Times of an
-//! emulated host are those of an emulator; where it counts instructions (`ci/kvm-host --icount`), [`count`] does.
+//! figure is measured like that, the refilling outside of the clock. `*_cold` is the same without a spare. A peer that cannot
+//! boot our kernel is measured against a cell with the peer's. Times of an emulated host are those of an emulator; where it
+//! counts instructions (`ci/kvm-host --icount`), [`count`] does.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::time::{Duration, Instant};
 
+use cloister_vmm::config::{BASE_COMMAND_LINE, NO_SERIAL};
 use cloister_vmm::{Cell, CellHost, CellHostConfig, CellStats, HugePages, SpareConfig};
 
 use crate::Context;
 use crate::ours::{Ours, chain};
-use crate::qemu::Qemu;
+use crate::peers::{Guest, GuestFiles, READY_PORT, Vmm, qemu, seconds_to_ready};
 use crate::report::{Figure, median};
-use crate::vsock_server;
 
-const READY_PORT: u32 = 1025;
 const MEMORY_MIB: u32 = 256;
 const PAIRS: u32 = 10;
 
@@ -63,10 +64,10 @@ pub fn kvm_exits(cell: &Cell) -> io::Result<u64> {
 }
 
 /// Has `host` keep a spare of what [`ours`] boots.
-fn keep_spare(context: &Context, host: &CellHost, huge_pages: HugePages) -> io::Result<()> {
+fn keep_spare(host: &CellHost, files: &GuestFiles, huge_pages: HugePages) -> io::Result<()> {
     let config = SpareConfig {
-        kernel: File::open(&context.kernel)?,
-        initrd: Some(File::open(&context.initrd)?),
+        kernel: File::open(&files.kernel)?,
+        initrd: Some(File::open(&files.initrd)?),
         memory_mib: MEMORY_MIB.into(),
         pluggable_mib: 0,
         huge_pages,
@@ -84,11 +85,11 @@ fn ram_kib(cell: &Cell) -> io::Result<f64> {
     Ok(f64::from(u32::try_from(blocks / 2).unwrap_or(u32::MAX)))
 }
 
-fn ours(context: &Context, host: &CellHost, cid: u32, huge_pages: HugePages) -> io::Result<Boot> {
+fn ours(host: &CellHost, files: &GuestFiles, cid: u32, huge_pages: HugePages) -> io::Result<Boot> {
     let start = Instant::now();
     let config = Ours {
-        kernel: &context.kernel,
-        initrd: &context.initrd,
+        kernel: &files.kernel,
+        initrd: &files.initrd,
         memory_mib: MEMORY_MIB,
         cmdline: "",
         console: None,
@@ -115,103 +116,141 @@ fn ours(context: &Context, host: &CellHost, cid: u32, huge_pages: HugePages) -> 
     })
 }
 
-fn qemu(context: &Context, cid: u32) -> io::Result<f64> {
-    let listener = vsock_server::listen(READY_PORT)?;
-    let start = Instant::now();
-    let config = Qemu {
-        kernel: &context.kernel,
-        initrd: &context.initrd,
-        memory_mib: MEMORY_MIB,
-        cmdline: cloister_vmm::config::BASE_COMMAND_LINE,
-        serial: false,
-        share: None,
-        cid,
-    };
-    let running = config.start()?;
-    let mut stream = vsock_server::accept(&listener)?;
-    stream.read_exact(&mut [0])?;
-    let seconds = start.elapsed().as_secs_f64();
-    drop(running);
-    Ok(seconds)
+fn theirs(vmm: &dyn Vmm, files: &GuestFiles, cid: u32) -> io::Result<f64> {
+    let cmdline = format!("{BASE_COMMAND_LINE} {NO_SERIAL}");
+    seconds_to_ready(
+        vmm,
+        &Guest {
+            files,
+            memory_mib: MEMORY_MIB,
+            cmdline: &cmdline,
+            cid,
+        },
+    )
 }
 
-/// Times, and counts of exits and pages.
-pub fn run(context: &mut Context) -> io::Result<()> {
-    let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
-    keep_spare(context, &host, HugePages::Transparent)?;
+/// Our kernel, and the initramfs with the agent.
+fn our_files(context: &Context) -> GuestFiles {
+    GuestFiles {
+        kernel: context.kernel.clone(),
+        initrd: context.initrd.clone(),
+    }
+}
+
+/// Figures of a peer are named after it; QEMU's times have always had the shorter name.
+fn short(label: &str) -> &str {
+    if label == qemu::LABEL { "qemu" } else { label }
+}
+
+/// What both sides ran, for figures' conditions.
+fn conditions(vmm: &dyn Vmm) -> String {
+    let guest = match vmm.files() {
+        None => "our kernel and initramfs".to_owned(),
+        Some(files) => format!(
+            "both boot {} and {}",
+            files.kernel.display(),
+            files.initrd.display()
+        ),
+    };
+    format!("1 vCPU, {MEMORY_MIB} MiB, {guest}, no serial port, vsock only, transparent huge pages")
+}
+
+/// Times of our boots with a spare and without, and of a peer's, in turn: `boot.ready_vs_*`. Answers the last of ours.
+fn against(context: &mut Context, host: &CellHost, vmm: &dyn Vmm) -> io::Result<Boot> {
+    let files = vmm.files().cloned().unwrap_or_else(|| our_files(context));
+    let pages = HugePages::Transparent;
+    keep_spare(host, &files, pages)?;
     // Says what a boot touches.
-    end(&ours(context, &host, 100, HugePages::Transparent)?.cell);
-    let (mut our_times, mut cold_times, mut qemu_times) = (Vec::new(), Vec::new(), Vec::new());
-    let mut last = None;
+    let mut boot = ours(host, &files, 100, pages)?;
+    end(&boot.cell);
+    let (mut our_times, mut cold_times, mut their_times) = (Vec::new(), Vec::new(), Vec::new());
     for pair in 0..PAIRS {
         host.refill_spares().map_err(chain)?;
-        let boot = ours(context, &host, 110 + pair, HugePages::Transparent)?;
+        boot = ours(host, &files, 110 + pair, pages)?;
         our_times.push(boot.seconds);
         end(&boot.cell);
-        qemu_times.push(qemu(context, 200 + pair)?);
-        let boot = ours(context, &host, 140 + pair, HugePages::Transparent)?;
+        their_times.push(theirs(vmm, &files, 200 + pair)?);
+        boot = ours(host, &files, 140 + pair, pages)?;
         cold_times.push(boot.seconds);
         end(&boot.cell);
-        last = Some(boot);
     }
-    let Some(boot) = last else { return Ok(()) };
-    let small_pages = ours(context, &host, 199, HugePages::No)?;
-    let given_back = small_pages.cell.discard_initrd()?;
-    let conditions = format!(
-        "1 vCPU, {MEMORY_MIB} MiB, our kernel and initramfs, no serial port, vsock only, transparent huge pages"
+    let in_turn = format!(
+        "{}; medians of {PAIRS}, in turn; peer: {}",
+        conditions(vmm),
+        vmm.version()
     );
-    let in_turn = format!("{conditions}; medians of {PAIRS}, in turn");
-    let peer = "QEMU -M microvm".to_owned();
-    let (our, cold, theirs) = (median(&our_times), median(&cold_times), median(&qemu_times));
-    let mut add = |name: &str, value: f64, unit, peer: &str, goal, conditions: &str| {
+    let (our, cold, their) = (median(&our_times), median(&cold_times), median(&their_times));
+    let label = vmm.label();
+    // The time of ours by itself is told once.
+    let is_first = label == qemu::LABEL;
+    let mut add = |name: String, value: f64, unit, peer: &str, goal, more: &str| {
         context.report.add(Figure {
-            name: name.into(),
+            name,
             value,
             unit,
             peer: peer.into(),
-            conditions: conditions.into(),
+            conditions: format!("{in_turn}{more}"),
             goal,
         })
     };
+    let peer = vmm.title();
     add(
-        "boot.ready_vs_qemu_microvm",
-        our / theirs,
+        format!("boot.ready_vs_{label}"),
+        our / their,
         "ratio",
-        &peer,
-        "<= 0.45",
-        &format!("{in_turn}; the host keeps one spare, refilled between the boots"),
+        peer,
+        if is_first { "<= 0.45" } else { "" },
+        "; the host keeps one spare, refilled between the boots",
     )?;
     add(
-        "boot.ready_cold_vs_qemu_microvm",
-        cold / theirs,
+        format!("boot.ready_cold_vs_{label}"),
+        cold / their,
         "ratio",
-        &peer,
+        peer,
         "",
-        &format!("{in_turn}; no spare"),
+        "; no spare",
     )?;
-    add(
-        "boot.ready",
-        our * 1e3,
-        "ms",
-        "",
-        "",
-        &format!("{in_turn}; one spare"),
-    )?;
-    add(
-        "boot.ready_cold",
-        cold * 1e3,
-        "ms",
-        "",
-        "",
-        &format!("{in_turn}; no spare"),
-    )?;
-    add("boot.ready_qemu", theirs * 1e3, "ms", &peer, "", &in_turn)?;
+    if is_first {
+        add("boot.ready".into(), our * 1e3, "ms", "", "", "; one spare")?;
+        add("boot.ready_cold".into(), cold * 1e3, "ms", "", "", "; no spare")?;
+    }
+    let name = format!("boot.ready_{}", short(label));
+    add(name, their * 1e3, "ms", peer, "", "")?;
+    Ok(boot)
+}
+
+/// Times, and counts of exits and pages. A peer that fails does not take the others' figures with it.
+pub fn run(context: &mut Context) -> io::Result<()> {
+    let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
+    let vmms = std::mem::take(&mut context.peers.vmms);
+    let mut vmms = vmms.iter().map(AsRef::as_ref);
+    let Some(first) = vmms.next() else { return Ok(()) };
+    let boot = against(context, &host, first)?;
+    counts(context, &host, &boot, &conditions(first))?;
+    for vmm in vmms {
+        if let Err(error) = against(context, &host, vmm) {
+            context
+                .report
+                .fail(&format!("boot.ready_vs_{}", vmm.label()), &error);
+        }
+    }
+    Ok(())
+}
+
+/// Exits and pages of a boot of ours.
+fn counts(context: &mut Context, host: &CellHost, boot: &Boot, conditions: &str) -> io::Result<()> {
+    let small_pages = ours(host, &our_files(context), 199, HugePages::No)?;
+    let given_back = small_pages.cell.discard_initrd()?;
+    let mut add = |name: &str, value: f64, unit, goal, conditions: &str| {
+        context
+            .report
+            .add(Figure::ours(name, value, unit, goal, conditions))
+    };
     let exits = f64::from(u32::try_from(boot.all).unwrap_or(u32::MAX));
     add(
         "boot.exits",
         exits,
         "exits",
-        "",
         "<= 1000",
         &format!("{conditions}; KVM's own count, handled in the kernel or not"),
     )?;
@@ -222,12 +261,11 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         exits,
         "exits",
         "",
-        "",
         &format!("{conditions}; {stats:?}"),
     )?;
     let exits = f64::from(u32::try_from(small_pages.all).unwrap_or(u32::MAX));
     let own = format!("{conditions}, but no huge pages: one exit per page that the guest touches first");
-    add("boot.exits_4k_pages", exits, "exits", "", "", &own)?;
+    add("boot.exits_4k_pages", exits, "exits", "", &own)?;
     let own = format!(
         "{conditions}; pages of the guest's memory file when it is ready, no huge pages; {} KiB of initramfs have been \
          given back",
@@ -237,7 +275,6 @@ pub fn run(context: &mut Context) -> io::Result<()> {
         "guest.ram_used_kib",
         ram_kib(&small_pages.cell)?,
         "KiB",
-        "",
         "<= 32768",
         &own,
     )?;
@@ -248,77 +285,84 @@ pub fn run(context: &mut Context) -> io::Result<()> {
 /// Instructions, where a nanosecond is one: `ci/kvm-host --icount`. The same each time, whatever else the machine does.
 pub fn count(context: &mut Context) -> io::Result<()> {
     let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
-    keep_spare(context, &host, HugePages::Transparent)?;
+    let vmms = std::mem::take(&mut context.peers.vmms);
+    for vmm in vmms.iter().map(AsRef::as_ref) {
+        if let Err(error) = count_against(context, &host, vmm) {
+            let name = format!("boot.instructions_vs_{}", vmm.label());
+            context.report.fail(&name, &error);
+        }
+    }
+    Ok(())
+}
+
+fn count_against(context: &mut Context, host: &CellHost, vmm: &dyn Vmm) -> io::Result<()> {
+    let files = vmm.files().cloned().unwrap_or_else(|| our_files(context));
+    let pages = HugePages::Transparent;
+    keep_spare(host, &files, pages)?;
     // Warms the page cache for all three, and says what a boot touches.
-    end(&ours(context, &host, 100, HugePages::Transparent)?.cell);
-    qemu(context, 101)?;
-    let cold = ours(context, &host, 102, HugePages::Transparent)?;
+    end(&ours(host, &files, 100, pages)?.cell);
+    theirs(vmm, &files, 101)?;
+    let cold = ours(host, &files, 102, pages)?;
     end(&cold.cell);
     host.refill_spares().map_err(chain)?;
-    let spare = ours(context, &host, 103, HugePages::Transparent)?;
+    let spare = ours(host, &files, 103, pages)?;
     end(&spare.cell);
-    let theirs = qemu(context, 104)?;
-    let peer = "QEMU -M microvm";
-    let how = format!("1 vCPU, {MEMORY_MIB} MiB, vsock only; 1 ns of the host's clock is one instruction");
+    let their = theirs(vmm, &files, 104)?;
+    let (label, peer) = (vmm.label(), vmm.title());
+    let how = format!(
+        "{}; peer: {}; 1 ns of the host's clock is one instruction",
+        conditions(vmm),
+        vmm.version()
+    );
     let all = format!("{how}; all instructions of the host and the guest from the call to the ready message");
-    let figures: [(&str, f64, &'static str, &str, &'static str, String); 6] = [
-        (
-            "boot.guest_instructions",
-            cold.vcpu_seconds * 1e9,
-            "instructions",
-            "",
-            "",
-            format!("{how}; CPU time of the vCPU's thread: the guest, and KVM's work for it"),
-        ),
-        (
-            "boot.instructions",
-            spare.seconds * 1e9,
-            "instructions",
-            "",
-            "",
-            format!("{all}; one spare"),
-        ),
-        (
-            "boot.instructions_cold",
-            cold.seconds * 1e9,
-            "instructions",
-            "",
-            "",
-            format!("{all}; no spare"),
-        ),
-        (
-            "boot.instructions_qemu",
-            theirs * 1e9,
-            "instructions",
-            peer,
-            "",
-            all.clone(),
-        ),
-        (
-            "boot.instructions_vs_qemu_microvm",
-            spare.seconds / theirs,
-            "ratio",
-            peer,
-            "<= 0.45",
-            format!("{all}; one spare"),
-        ),
-        (
-            "boot.instructions_cold_vs_qemu_microvm",
-            cold.seconds / theirs,
-            "ratio",
-            peer,
-            "",
-            format!("{all}; no spare"),
-        ),
-    ];
-    for (name, value, unit, peer, goal, conditions) in figures {
+    let mut figures = Vec::new();
+    // Ours by itself is told once.
+    if label == qemu::LABEL {
+        let guest = "CPU time of the vCPU's thread: the guest, and KVM's work for it";
+        figures.extend([
+            (
+                "boot.guest_instructions".to_owned(),
+                cold.vcpu_seconds * 1e9,
+                "",
+                format!("{how}; {guest}"),
+            ),
+            (
+                "boot.instructions".into(),
+                spare.seconds * 1e9,
+                "",
+                format!("{all}; one spare"),
+            ),
+            (
+                "boot.instructions_cold".into(),
+                cold.seconds * 1e9,
+                "",
+                format!("{all}; no spare"),
+            ),
+        ]);
+    }
+    let name = format!("boot.instructions_{}", short(label));
+    figures.push((name, their * 1e9, peer, all.clone()));
+    for (name, value, peer, conditions) in figures {
         context.report.add(Figure {
-            name: name.into(),
+            name,
             value,
-            unit,
+            unit: "instructions",
             peer: peer.into(),
             conditions,
-            goal,
+            goal: "",
+        })?;
+    }
+    for (how, our, goal, conditions) in [
+        ("", spare.seconds, "<= 0.45", "one spare"),
+        ("_cold", cold.seconds, "", "no spare"),
+    ] {
+        context.report.add(Figure {
+            name: format!("boot.instructions{how}_vs_{label}"),
+            value: our / their,
+            unit: "ratio",
+            peer: peer.into(),
+            conditions: format!("{all}; {conditions}"),
+            goal: if label == qemu::LABEL { goal } else { "" },
         })?;
     }
     Ok(())

@@ -5,11 +5,12 @@ use std::io;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use cloister_tests::cri::{Node, Outcome, Pod, Runtime, ensure, script};
+use cloister_tests::cri::{Node, Outcome, PeerHandler, Pod, Runtime, ensure, script};
 use futures_util::future::join_all;
 
 use crate::Context;
 use crate::cells::Pss;
+use crate::peers::Handler;
 use crate::report::{Figure, median};
 
 /// Pods in turn.
@@ -33,9 +34,13 @@ const REQUESTS: u32 = 500;
 /// The parts of a pod's start that cloisterd times (`cloister_phase_seconds`).
 const PHASES: [&str; 6] = ["network", "create", "boot", "configure", "forward", "serve"];
 
+/// Counters of cloisterd's, as its figures have them.
+pub const CLONED: &str = "cloister_pods_cloned_total ";
+const POOLED: &str = "cloister_pods_pooled_total ";
+
 /// Where the time of a pod with one container goes.
 #[derive(Default)]
-struct Phases {
+pub struct Phases {
     run: Vec<f64>,
     create: Vec<f64>,
     start: Vec<f64>,
@@ -43,7 +48,8 @@ struct Phases {
     exec: Vec<f64>,
 }
 
-fn failure(error: Box<dyn std::error::Error + Send + Sync>) -> io::Error {
+/// As an error of files.
+pub fn failure(error: Box<dyn std::error::Error + Send + Sync>) -> io::Error {
     io::Error::other(error)
 }
 
@@ -52,7 +58,7 @@ fn millis(since: Instant) -> f64 {
 }
 
 /// A pod with a container that stays, timed.
-async fn pod(runtime: &Runtime, phases: &mut Phases) -> Outcome<Pod> {
+pub async fn pod(runtime: &Runtime, phases: &mut Phases) -> Outcome<Pod> {
     let begin = Instant::now();
     let pod = Pod::run(runtime, Pod::config(runtime)).await?;
     phases.run.push(millis(begin));
@@ -113,19 +119,91 @@ fn node<const N: usize>(handlers: [&'static str; N]) -> (Node, [Runtime; N]) {
     (node, runtimes)
 }
 
-/// What a pod and its container take until they are there, and an exec: runc's, one that boots, one that is a clone, and one
-/// whose clone was made ahead.
+/// What pods are compared: of runc, ours that boot, ours that are clones, ours whose clones were made ahead, and of the peers that the user has given.
+pub struct Contest {
+    /// The node.
+    pub node: Node,
+    /// The handlers, in that order.
+    pub runtimes: Vec<Runtime>,
+    /// Whom ours are compared with: which of `runtimes`, and its version.
+    pub peers: Vec<(usize, String)>,
+}
+
+/// Ours, from the second handler of a contest on: the beginning of their figures' names, and the handler.
+pub const OURS: [(&str, &str); 3] = [
+    ("", "cloister"),
+    ("clone_", "cloister-clone"),
+    ("pool_", "cloister-pool"),
+];
+/// Which of a contest's handlers clones.
+pub const CLONES: usize = 2;
+/// Which of them takes clones that were made ahead.
+pub const POOLS: usize = 3;
+
+/// Ours by their place among a contest's handlers.
+pub fn ours() -> impl Iterator<Item = (&'static str, usize)> {
+    OURS.into_iter().zip(1..).map(|((how, _), at)| (how, at))
+}
+
+impl Contest {
+    /// Starts the node.
+    pub fn start(peers: &[Handler]) -> Self {
+        let mut handlers = vec!["runc"];
+        handlers.extend(OURS.map(|(_, handler)| handler));
+        let mut versions = vec![(0, version_of_runc())];
+        for peer in peers {
+            versions.push((handlers.len(), peer.version().to_owned()));
+            // Handlers' names live as long as tests do.
+            handlers.push(peer.label().to_owned().leak());
+        }
+        let peers: Vec<PeerHandler> = peers
+            .iter()
+            .map(|peer| PeerHandler {
+                containerd: peer.containerd_config(),
+                shim: peer.shim(),
+            })
+            .collect();
+        let node = Node::start_with_peers(&handlers, &peers);
+        let runtimes = handlers.iter().map(|handler| node.runtime(handler)).collect();
+        Self {
+            node,
+            runtimes,
+            peers: versions,
+        }
+    }
+
+    /// The name of a peer's handler, and what conditions say of it.
+    pub fn peer(&self, at: usize, version: &str) -> (&'static str, String) {
+        let name = self.runtimes[at].handler();
+        (
+            name,
+            format!("peer: {}", if version.is_empty() { name } else { version }),
+        )
+    }
+}
+
+fn version_of_runc() -> String {
+    let output = std::process::Command::new("runc").arg("--version").output();
+    let said = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    said.ok()
+        .and_then(|said| said.lines().next().map(str::to_owned))
+        .unwrap_or_default()
+}
+
+/// What a pod and its container take until they are there, and an exec: of runc and other peers, one that boots, a clone, and a clone
+/// that was made ahead.
 pub fn start(context: &mut Context) -> io::Result<()> {
-    let (node, runtimes) = node(["runc", "cloister", "cloister-clone", "cloister-pool"]);
-    let mut phases: [Phases; 4] = Default::default();
-    let mut parts = [[0.0; PHASES.len()]; 4];
+    let contest = Contest::start(&context.peers.handlers);
+    let (node, runtimes) = (&contest.node, &contest.runtimes);
+    let mut phases: Vec<Phases> = runtimes.iter().map(|_| Phases::default()).collect();
+    let mut parts = vec![[0.0; PHASES.len()]; runtimes.len()];
     // The first pod of each pays for what is done once; a template is built after it, too.
     for turn in 0..=SERIAL {
         for ((runtime, phases), parts) in runtimes.iter().zip(&mut phases).zip(&mut parts) {
-            let before = phase_seconds(&node)?;
+            let before = phase_seconds(node)?;
             node.block_on(async { pod(runtime, phases).await?.remove().await })
                 .map_err(failure)?;
-            let after = phase_seconds(&node)?;
+            let after = phase_seconds(node)?;
             if turn > 0 {
                 for (part, (after, before)) in parts.iter_mut().zip(after.into_iter().zip(before)) {
                     *part += after - before;
@@ -133,47 +211,50 @@ pub fn start(context: &mut Context) -> io::Result<()> {
             }
         }
         if turn == 0 {
-            until_counted(&node, &runtimes[2], "cloister_pods_cloned_total ")?;
-            until_counted(&node, &runtimes[3], "cloister_pods_pooled_total ")?;
+            until_counted(node, &runtimes[CLONES], CLONED)?;
+            until_counted(node, &runtimes[POOLS], POOLED)?;
         }
         // A cell is made in the place of the one that was taken.
         std::thread::sleep(REST);
     }
-    let pooled = counted(&node, "cloister_pods_pooled_total ")?;
+    let pooled = counted(node, POOLED)?;
     if pooled <= SERIAL as u64 {
         return Err(io::Error::other(format!(
             "only {pooled} pods took cells that were made ahead"
         )));
     }
     let of = |times: &[f64]| median(&times[1..]);
-    let conditions = format!("medians of {SERIAL}, in turn, bridge network, image unpacked");
-    for (name, get) in [
-        ("run_pod_sandbox", (|p| &p.run) as fn(&Phases) -> &Vec<f64>),
-        ("create_container", |p| &p.create),
-        ("start_container", |p| &p.start),
-        ("pod_container_start", |p| &p.all),
-        ("exec", |p| &p.exec),
-    ] {
-        let [runc, boots, clone, pool] = [0, 1, 2, 3].map(|at| of(get(&phases[at])));
-        for (how, ours) in [("", boots), ("clone_", clone), ("pool_", pool)] {
-            context.report.add(Figure {
-                name: format!("cri.{how}{name}_vs_runc"),
-                value: ours / runc,
-                unit: "ratio",
-                peer: format!("runc {runc:.0} ms, cloister {ours:.0} ms"),
-                conditions: conditions.clone(),
-                goal: if (how, name) == ("clone_", "pod_container_start") {
-                    "<= 1.5"
-                } else {
-                    ""
-                },
-            })?;
+    for (at, version) in &contest.peers {
+        let (peer, version) = contest.peer(*at, version);
+        let conditions = format!("medians of {SERIAL}, in turn, bridge network, image unpacked; {version}");
+        for (name, get) in [
+            ("run_pod_sandbox", (|p| &p.run) as fn(&Phases) -> &Vec<f64>),
+            ("create_container", |p| &p.create),
+            ("start_container", |p| &p.start),
+            ("pod_container_start", |p| &p.all),
+            ("exec", |p| &p.exec),
+        ] {
+            let their = of(get(&phases[*at]));
+            for (how, ours) in ours().map(|(how, at)| (how, of(get(&phases[at])))) {
+                context.report.add(Figure {
+                    name: format!("cri.{how}{name}_vs_{peer}"),
+                    value: ours / their,
+                    unit: "ratio",
+                    peer: format!("{peer} {their:.0} ms, cloister {ours:.0} ms"),
+                    conditions: conditions.clone(),
+                    goal: if (how, name, peer) == ("clone_", "pod_container_start", "runc") {
+                        "<= 1.5"
+                    } else {
+                        ""
+                    },
+                })?;
+            }
         }
     }
-    for (how, at) in [("", 1), ("clone_", 2), ("pool_", 3)] {
+    for (how, at) in ours() {
         where_time_goes(context, how, parts[at], of(&phases[at].all))?;
     }
-    at_once(context, &node, &runtimes[..3])
+    at_once(context, &contest)
 }
 
 /// The value of a counter.
@@ -184,7 +265,7 @@ fn counted(node: &Node, line: &str) -> io::Result<u64> {
 }
 
 /// Makes pods until one is counted, as a clone for one: the first of a kind has the template built, when it has come up.
-fn until_counted(node: &Node, runtime: &Runtime, line: &str) -> io::Result<()> {
+pub fn until_counted(node: &Node, runtime: &Runtime, line: &str) -> io::Result<()> {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(300) {
         std::thread::sleep(Duration::from_secs(5));
@@ -197,29 +278,37 @@ fn until_counted(node: &Node, runtime: &Runtime, line: &str) -> io::Result<()> {
     Err(io::Error::other(format!("no pod within 300 s for {line}")))
 }
 
-fn at_once(context: &mut Context, node: &Node, runtimes: &[Runtime]) -> io::Result<()> {
-    let mut took = [0.0; 3];
-    for (runtime, took) in runtimes.iter().zip(&mut took) {
+fn at_once(context: &mut Context, contest: &Contest) -> io::Result<()> {
+    let node = &contest.node;
+    let mut took = Vec::new();
+    for runtime in &contest.runtimes {
         let pods = node.block_on(async {
             let begin = Instant::now();
             let pods =
                 join_all((0..AT_ONCE).map(|_| async { pod(runtime, &mut Phases::default()).await })).await;
-            *took = millis(begin);
+            took.push(millis(begin));
             pods
         });
         for pod in pods {
             node.block_on(pod.map_err(failure)?.remove()).map_err(failure)?;
         }
     }
-    for (how, at) in [("", 1), ("clone_", 2)] {
-        context.report.add(Figure {
-            name: format!("cri.{how}pod_container_start_{AT_ONCE}_at_once_vs_runc"),
-            value: took[at] / took[0],
-            unit: "ratio",
-            peer: format!("runc {:.0} ms, cloister {:.0} ms", took[0], took[at]),
-            conditions: "until the last one's container has answered an exec".into(),
-            goal: if how.is_empty() { "" } else { "<= 1.5" },
-        })?;
+    for (at, version) in &contest.peers {
+        let (peer, version) = contest.peer(*at, version);
+        for (how, ours) in ours().map(|(how, at)| (how, took[at])) {
+            context.report.add(Figure {
+                name: format!("cri.{how}pod_container_start_{AT_ONCE}_at_once_vs_{peer}"),
+                value: ours / took[*at],
+                unit: "ratio",
+                peer: format!("{peer} {:.0} ms, cloister {ours:.0} ms", took[*at]),
+                conditions: format!("until the last one's container has answered an exec; {version}"),
+                goal: if how.is_empty() || peer != "runc" {
+                    ""
+                } else {
+                    "<= 1.5"
+                },
+            })?;
+        }
     }
     Ok(())
 }

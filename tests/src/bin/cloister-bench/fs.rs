@@ -14,7 +14,7 @@ use cloister_vmm::{CellHost, CellHostConfig, DeviceConfig, DeviceHandle, HugePag
 use crate::Context;
 use crate::guest_lines::GuestFigures;
 use crate::ours::{Ours, chain, wait};
-use crate::qemu::Qemu;
+use crate::peers::qemu::Qemu;
 use crate::report::Figure;
 
 const MEMORY_MIB: u32 = 512;

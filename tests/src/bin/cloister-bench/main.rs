@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The benchmarks: our cells and their peers side by side, in one run on one host.
 //!
-//! `cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list] [--plot FOLDER]`, as root on a host whose KVM runs Linux (`make bench`
-//! finds or makes one). Prints a table and writes one JSON object per figure. `--counting` says that the host's clock counts
-//! instructions: other figures then. `--list` only names the parts that would run. `--plot` draws what is in FILE, and measures nothing.
+//! `cloister-bench` as root on a host whose KVM runs Linux (`make bench` finds or makes one). Prints a table and writes one JSON
+//! object per figure. [`USAGE`] has the options; [`peers`] says what can be measured beside QEMU and runc.
 
 mod boot;
 mod cells;
 mod clone;
 mod cri;
+mod cri_rate;
 mod density;
 mod fs;
 mod guest_lines;
 mod ours;
+mod peers;
 mod plot;
-mod qemu;
 mod report;
 mod vsock;
 mod vsock_server;
@@ -23,7 +23,19 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use peers::{Given, Peers};
 use report::{Figure, Report};
+
+const USAGE: &str = "\
+usage: cloister-bench [options]
+  --only PREFIX   the parts whose names start so, or that have figures of such names
+  --out FILE      where figures go, one JSON object a line (target/bench/results.jsonl)
+  --counting      this host's clock counts instructions: figures of them
+  --list          names the parts that would run
+  --plot FOLDER   draws what is in --out's FILE, and measures nothing
+  --peer NAME=PATH[,WHAT=PATH]...
+                  measures this VMM (part boot) or runtime (parts cri.start, cri.rate) as well; may be repeated:
+";
 
 /// What every part needs.
 pub struct Context {
@@ -33,13 +45,15 @@ pub struct Context {
     pub initrd: PathBuf,
     /// The initramfs with guest-bench.
     pub bench_initrd: PathBuf,
+    /// What is measured beside ours.
+    pub peers: Peers,
     /// Where figures go.
     pub report: Report,
 }
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 10] = [
+const PARTS: [(&str, Part); 11] = [
     ("boot", boot::run),
     ("clone", clone::run),
     ("cell", cells::run),
@@ -48,6 +62,7 @@ const PARTS: [(&str, Part); 10] = [
     ("sizes", sizes),
     ("density", density::run),
     ("cri.start", cri::start),
+    ("cri.rate", cri_rate::run),
     ("cri.streams", cri::streams),
     ("cri.idle", cri::idle),
 ];
@@ -111,7 +126,7 @@ fn wanted<'a>(parts: &'a [(&'static str, Part)], only: &str) -> Vec<&'a (&'stati
 
 fn run() -> io::Result<usize> {
     let (mut only, mut out) = (String::new(), PathBuf::from("target/bench/results.jsonl"));
-    let (mut counting, mut list, mut plots) = (false, false, None);
+    let (mut counting, mut list, mut plots, mut given) = (false, false, None, Vec::new());
     let mut args = std::env::args().skip(1);
     while let Some(option) = args.next() {
         let mut value = || {
@@ -124,10 +139,15 @@ fn run() -> io::Result<usize> {
             "--counting" => counting = true,
             "--list" => list = true,
             "--plot" => plots = Some(PathBuf::from(value()?)),
+            "--peer" => given.push(Given::parse(&value()?)?),
+            "--help" => {
+                print!("{USAGE}{}", peers::usage());
+                return Ok(0);
+            }
             _ => {
-                return Err(io::Error::other(
-                    "usage: cloister-bench [--only PREFIX] [--out FILE] [--counting] [--list] [--plot FOLDER]",
-                ));
+                return Err(io::Error::other(format!(
+                    "unknown option {option}; --help lists them"
+                )));
             }
         }
     }
@@ -135,13 +155,14 @@ fn run() -> io::Result<usize> {
         plot::run(&folder, &out)?;
         return Ok(0);
     }
+    let guest =
+        std::env::var_os("CLOISTER_GUEST").map_or_else(|| PathBuf::from("target/guest"), PathBuf::from);
+    let peers = Peers::of(given, &guest)?;
     let wanted = wanted(if counting { &COUNTING_PARTS } else { &PARTS }, &only);
     if list {
         wanted.iter().for_each(|(name, _)| println!("{name}"));
         return Ok(0);
     }
-    let guest =
-        std::env::var_os("CLOISTER_GUEST").map_or_else(|| PathBuf::from("target/guest"), PathBuf::from);
     let file = |name: &str| -> io::Result<PathBuf> {
         let path = guest.join(name);
         let missing =
@@ -152,6 +173,7 @@ fn run() -> io::Result<usize> {
         kernel: file("vmlinux")?,
         initrd: file("initramfs.cpio")?,
         bench_initrd: file("bench.cpio")?,
+        peers,
         report: Report::create(Path::new(&out), host_conditions())?,
     };
     for &(name, part) in wanted {

@@ -14,7 +14,7 @@ use cloister_vmm::{
     Boot, Cell, CellConfig, CellHost, DeviceConfig, HugePages, KernelBoot, SerialConfig, StopReason,
 };
 
-/// What to run: the same as [`crate::qemu::Qemu`] describes for the peer.
+/// What to run: the same as [`crate::peers::Guest`] and [`crate::peers::qemu::Qemu`] describe for peers.
 pub struct Ours<'a> {
     /// vmlinux.
     pub kernel: &'a Path,
@@ -43,11 +43,13 @@ impl Ours<'_> {
         } else {
             ""
         };
+        let kernel = File::open(self.kernel)?;
+        let description = Description::of(&kernel);
         let boot = KernelBoot {
-            kernel: File::open(self.kernel)?,
+            kernel,
             initrd: Some(File::open(self.initrd)?),
             command_line: format!("{console}{BASE_COMMAND_LINE} {}", self.cmdline),
-            description: Description::MpTable,
+            description,
         };
         let mut config = CellConfig::new(format!("bench-{}", self.cid), Boot::Kernel(boot));
         config.memory_mib = self.memory_mib.into();

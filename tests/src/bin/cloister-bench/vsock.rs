@@ -8,7 +8,7 @@ use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 use crate::Context;
 use crate::guest_lines::GuestFigures;
 use crate::ours::{Ours, chain, wait};
-use crate::qemu::Qemu;
+use crate::peers::qemu::Qemu;
 use crate::report::Figure;
 use crate::vsock_server;
 

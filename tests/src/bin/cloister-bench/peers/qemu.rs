@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! The peer: QEMU `-M microvm`, with virtiofsd and vhost-vsock.
+//! QEMU `-M microvm`, with virtiofsd and vhost-vsock: the peer that is always there.
 //!
 //! Its options are trimmed as its own documentation says a fast microvm is: no ACPI, PIT, PIC or RTC, no default
 //! devices, the small qboot firmware, and the serial port only where the benchmark reads it.
@@ -12,7 +12,70 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// What to run.
+use super::program::Program;
+use super::vmm::{Guest, Vmm};
+use super::{Given, Peer};
+
+/// Part of figures' names.
+pub const LABEL: &str = "qemu_microvm";
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// QEMU as a VMM that boots.
+pub struct Microvm(Program);
+
+/// See [`super::ADAPTERS`].
+pub fn adapter(given: Given, _: &Path) -> io::Result<Peer> {
+    given.all_taken()?;
+    Ok(Peer::Vmm(Box::new(Microvm(Program::of(&given, LABEL, "qemu")?))))
+}
+
+impl Microvm {
+    /// The one that is installed. Where there is none, the parts that need it will say so.
+    pub fn installed() -> Self {
+        let output = Command::new(PROGRAM)
+            .arg("--version")
+            .stdin(Stdio::null())
+            .output();
+        let said = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        Self(Program {
+            label: LABEL.to_owned(),
+            path: PROGRAM.into(),
+            version: said
+                .ok()
+                .and_then(|said| said.lines().next().map(str::to_owned))
+                .unwrap_or_default(),
+        })
+    }
+}
+
+impl Vmm for Microvm {
+    fn label(&self) -> &str {
+        &self.0.label
+    }
+
+    fn title(&self) -> &str {
+        "QEMU -M microvm"
+    }
+
+    fn version(&self) -> &str {
+        &self.0.version
+    }
+
+    fn command(&self, guest: &Guest<'_>, _: &Path) -> io::Result<Command> {
+        let qemu = Qemu {
+            kernel: &guest.files.kernel,
+            initrd: &guest.files.initrd,
+            memory_mib: guest.memory_mib,
+            cmdline: guest.cmdline,
+            serial: false,
+            share: None,
+            cid: guest.cid,
+        };
+        Ok(qemu.command(&self.0.path, None))
+    }
+}
+
+/// What to run, for the parts that look at devices.
 pub struct Qemu<'a> {
     /// vmlinux.
     pub kernel: &'a Path,
@@ -38,29 +101,19 @@ pub struct Running {
 }
 
 impl Qemu<'_> {
-    /// Starts it. The clock of a boot benchmark starts before this call.
-    pub fn start(&self) -> io::Result<Running> {
+    /// The command; `virtiofsd` is its socket where a directory is shared.
+    fn command(&self, program: &Path, virtiofsd: Option<&Path>) -> Command {
         let mut machine = String::from("microvm,acpi=off,pit=off,pic=off,rtc=off,auto-kernel-cmdline=on");
-        machine.push_str(if self.serial {
-            ",isa-serial=on"
-        } else {
-            ",isa-serial=off"
-        });
-        let mut command = Command::new("qemu-system-x86_64");
+        let mut command = Command::new(program);
         let mut append = self.cmdline.to_owned();
         if self.serial {
+            machine.push_str(",isa-serial=on");
             append.push_str(" console=ttyS0");
             command.args(["-serial", "stdio"]);
         } else {
-            append.push(' ');
-            append.push_str(cloister_vmm::config::NO_SERIAL);
+            machine.push_str(",isa-serial=off");
         }
-        let (mut virtiofsd, mut socket) = (None, None);
-        if let Some(share) = self.share {
-            let path = std::env::temp_dir().join(format!("cloister-bench-{}.sock", self.cid));
-            // Left by an earlier run, perhaps.
-            let _ = std::fs::remove_file(&path);
-            virtiofsd = Some(start_virtiofsd(share, &path)?);
+        if let Some(path) = virtiofsd {
             machine.push_str(",memory-backend=mem");
             command
                 .arg("-object")
@@ -71,9 +124,8 @@ impl Qemu<'_> {
                 .arg("-chardev")
                 .arg(format!("socket,id=fs,path={}", path.display()))
                 .args(["-device", "vhost-user-fs-device,chardev=fs,tag=cloister"]);
-            socket = Some(path);
         }
-        let qemu = command
+        command
             .args([
                 "-M",
                 &machine,
@@ -95,14 +147,27 @@ impl Qemu<'_> {
             .arg(self.initrd)
             .args(["-append", &append])
             .arg("-device")
-            .arg(format!("vhost-vsock-device,guest-cid={}", self.cid))
+            .arg(format!("vhost-vsock-device,guest-cid={}", self.cid));
+        command
+    }
+
+    /// Starts it, with its virtiofsd before it.
+    pub fn start(&self) -> io::Result<Running> {
+        let (mut virtiofsd, mut socket) = (None, None);
+        if let Some(share) = self.share {
+            let path = std::env::temp_dir().join(format!("cloister-bench-{}.sock", self.cid));
+            // Left by an earlier run, perhaps.
+            let _ = std::fs::remove_file(&path);
+            virtiofsd = Some(start_virtiofsd(share, &path)?);
+            socket = Some(path);
+        }
+        let qemu = self
+            .command(Path::new(PROGRAM), socket.as_deref())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
             .spawn()
-            .map_err(|error| {
-                io::Error::other(format!("qemu-system-x86_64 (install it with ci/setup): {error}"))
-            });
+            .map_err(|error| io::Error::other(format!("{PROGRAM} (install it with ci/setup): {error}")));
         match qemu {
             Ok(qemu) => Ok(Running {
                 qemu,
