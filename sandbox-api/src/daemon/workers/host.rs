@@ -77,11 +77,10 @@ pub fn run(dir: &Path) -> Result<(), Error> {
     let telemetry = runtime.block_on(async { telemetry::init(&config.log, &config.tracing) })?;
     if let Some((Err(error), cgroup)) = entered.zip(about.cgroup.as_ref()) {
         log::warn!(
-            "pods of worker {} are charged to cloisterd: cannot enter {}/{} of {}: {error}",
+            "pods of worker {} are charged to cloisterd: cannot enter {}/{} of cgroup v2: {error}",
             about.name,
             cgroup.parent.display(),
-            cgroup.name,
-            "/sys/fs/cgroup"
+            cgroup.name
         );
     }
     let result = runtime.block_on(serve(config, &about, sockets, dir));

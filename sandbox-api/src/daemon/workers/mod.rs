@@ -41,8 +41,8 @@ use std::time::Duration;
 use tokio::sync::{OnceCell, watch};
 use tonic::transport::Channel;
 
-/// Time for a worker's answer to an operator: it may have to ask many VMs.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Time for a worker's answer to an operator: it may have to ask its VMs, and a scraper has 10 s.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// More is no answer of a worker's.
 const MAX_ANSWER: usize = 64 << 20;
 /// Longest line of events.
@@ -181,9 +181,10 @@ impl std::fmt::Debug for Workers {
     }
 }
 
-/// The folder of all workers' folders.
+/// The folder of all workers' folders, by the one name by which a worker is known.
 pub fn folder(state_dir: &Path) -> PathBuf {
-    state_dir.join("workers")
+    let real = state_dir.canonicalize();
+    real.as_deref().unwrap_or(state_dir).join("workers")
 }
 
 /// Where the worker of this name answers operators, if it runs. For one who is not its daemon.

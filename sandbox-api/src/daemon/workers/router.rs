@@ -134,7 +134,9 @@ impl Router {
         if call.method() == "Create"
             && let Some(wanted) = self.wanted(&call, &id)
         {
-            return self.create(call, &id, &wanted).await;
+            // To its end, even if the caller gives up: no process is left that nobody knows.
+            let created = tokio::spawn(self.create(call, id, wanted)).await;
+            return created.unwrap_or_else(|e| Status::internal(e.to_string()).into_http());
         }
         match self.node.workers.of(&id) {
             Some(worker) => self.forward(call, &id, &worker).await,
@@ -195,11 +197,11 @@ impl Router {
     }
 
     /// A worker that is on its way out is given up for a fresh one, once.
-    async fn create(self, call: Call, id: &str, wanted: &Wanted) -> Response<Body> {
+    async fn create(self, call: Call, id: String, wanted: Wanted) -> Response<Body> {
         let workers = &self.node.workers;
         let mut failure = String::new();
         for fresh in [false, true] {
-            let (worker, is_new) = workers.place(id, wanted, fresh);
+            let (worker, is_new) = workers.place(&id, &wanted, fresh);
             if let Err(error) = workers.start(&self.node, &worker).await {
                 let told = format!("sandbox {id}: cannot start a worker for it: {error}");
                 return Status::unavailable(told).into_http();
@@ -208,18 +210,18 @@ impl Router {
                 Ok(answer) if answer.code() == Code::Unavailable => {
                     worker.close();
                     "its worker ends".clone_into(&mut failure);
-                    workers.forget_pod(id, &worker, Millis::MAX);
+                    workers.forget_pod(&id, &worker, Millis::MAX);
                 }
                 Ok(answer) => {
                     if answer.code() != Code::Ok && is_new {
-                        workers.forget_pod(id, &worker, Millis::MAX);
+                        workers.forget_pod(&id, &worker, Millis::MAX);
                     }
                     return answer.response();
                 }
                 Err(error) => {
                     let ended = worker.ended(DEATH).await;
                     failure = ended.map_or(error, |how| format!("its worker {how}"));
-                    workers.forget_pod(id, &worker, Millis::MAX);
+                    workers.forget_pod(&id, &worker, Millis::MAX);
                 }
             }
         }
