@@ -45,8 +45,9 @@ async fn is_over(container: &Container) -> Outcome {
     })
     .await?;
     let status = container.ended().await?;
+    // What containerd says of a task whose connection broke.
     ensure(
-        status.exit_code == 137 && status.finished_at > 0,
+        status.exit_code == 255 && status.finished_at > 0,
         format_args!("{status:?}"),
     )
 }
