@@ -320,6 +320,7 @@ fn cloister_run_clones_what_template_built() {
     };
     let is_clone = |stderr: &str| stderr.contains("cloned from template");
     assert!(!is_clone(&run(&[], &["true"]).stderr));
+    let empty = Footprint::of_host(&stage);
     let name = stage.cloister(&["template", "build"]).expect(0).stdout;
     let name = name.trim();
     let listed = stage.json(&["template", "ls", "--json"]);
@@ -327,6 +328,8 @@ fn cloister_run_clones_what_template_built() {
         (&listed[0]["name"], &listed[0]["memory_mib"]),
         (&name.into(), &512.into())
     );
+    // What the first one touches is noted for the others.
+    assert!(is_clone(&run(&[], &["true"]).stderr));
     let before = Footprint::of_host(&stage);
     let script = "ip -4 addr show eth0 && ping -c 1 -w 60 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p') && hostname";
     let output = run(&["-h", "pod"], &["sh", "-c", script]);
@@ -339,6 +342,7 @@ fn cloister_run_clones_what_template_built() {
     assert!(!is_clone(&run(&["-m", "256m"], &["true"]).stderr));
     before.assert_unchanged();
     stage.cloister(&["template", "rm", name]).expect(0);
+    empty.assert_unchanged();
     assert!(!is_clone(&run(&[], &["true"]).stderr));
     stage.cloister(&["template", "rm", name]).expect(1);
 }
