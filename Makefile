@@ -82,7 +82,7 @@ cri: build
 	tests/demo/prepare
 	CLOISTER_CRI_ALL=1 ci/e2e --timeout 3600 --env CLOISTER_CRI_ALL $(kvm_options) -- cri::
 
-# All that can be made to fail on a node; `make faults SOAK=500` for a long soak.
+# All that can be made to fail on a node, workers too; `make faults SOAK=500` for a long soak.
 faults: build
 	tests/demo/prepare
 	CLOISTER_FAULTS_ALL=1 CLOISTER_SOAK=$(or $(SOAK),12) ci/e2e --timeout 7200 $(kvm_options) -- faults::

@@ -374,7 +374,7 @@ fn every_clone_answers() {
 /// `CLOISTER_CYCLES` says how many.
 #[test]
 fn clones_killed_again_and_again_leave_nothing() {
-    let cycles = number_of("CLOISTER_CYCLES", 12);
+    let cycles = number_of("CLOISTER_CYCLES", 4);
     runtime().block_on(async {
         let bed = Bed::new();
         let image = bed.template(1).await;

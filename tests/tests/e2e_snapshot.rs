@@ -177,7 +177,7 @@ const CHECK: &str = "made=$(cat /made); i=$made; while [ $i -gt 0 ] && [ $i -gt 
 /// says how often.
 #[test]
 fn restored_again_and_again_under_load_it_loses_nothing() {
-    let restores = number_of("CLOISTER_RESTORES", 2);
+    let restores = number_of("CLOISTER_RESTORES", 1);
     let stage = Stage::with_busybox("load");
     run(&stage, &["--net", "none", "--name", "pod-0"], LOAD);
     let mut last = (0, 0);

@@ -318,8 +318,17 @@ fn walk(node: &mut Node) -> Outcome {
     Ok(())
 }
 
-#[test]
-fn pods_outlive_the_daemon_and_end_with_their_own_worker_alone() {
-    let mut node = Node::start(&["cloister-worker", "cloister-workers"]);
-    walk(&mut node).unwrap_or_else(|error| panic!("{error}\n{}", node.said()));
+/// Part of `make faults`: it takes a few minutes, and `tests/controller` of sandbox-api has the same without guests.
+mod faults {
+    use super::{Node, walk};
+
+    #[test]
+    fn pods_outlive_the_daemon_and_end_with_their_own_worker_alone() {
+        if std::env::var_os("CLOISTER_FAULTS_ALL").is_none() {
+            eprintln!("left to `make faults`");
+            return;
+        }
+        let mut node = Node::start(&["cloister-worker", "cloister-workers"]);
+        walk(&mut node).unwrap_or_else(|error| panic!("{error}\n{}", node.said()));
+    }
 }

@@ -106,7 +106,7 @@ fn a_container_that_rests_lets_the_processor_sleep() {
     };
     pod.run("c", "exec $b sleep 100000", |_| {});
     // What the start has left to do.
-    std::thread::sleep(Duration::from_secs(15));
+    std::thread::sleep(Duration::from_secs(10));
     let before = halts();
     std::thread::sleep(Duration::from_secs(30));
     let woken = halts() - before;
