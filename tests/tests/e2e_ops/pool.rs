@@ -47,7 +47,7 @@ fn uuid(said: &str) -> String {
 }
 
 #[test]
-#[ignore = "hung for minutes when it first ran, under the load of another host: not understood yet"]
+#[ignore = "hung when it ran: see the test of the pool in e2e_clone"]
 fn pods_take_cells_that_were_made_ahead() {
     let mut node = Node::start(&["cloister-pool"]);
     let runtime = node.runtime("cloister-pool");
