@@ -3,12 +3,14 @@
 //! FOLDER/image and FOLDER/snapshot.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../tests/common/small_facts.rs"]
+mod small_facts;
+
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use cloister_sandbox_api::pod::snapshot::{Facts, write_pod};
-use cloister_sandbox_api::pod::state::{Network, Plan, Record};
+use cloister_sandbox_api::pod::snapshot::write_pod;
 use cloister_tests::images;
 use cloister_vmm::image::memory_file;
 
@@ -18,34 +20,6 @@ fn header(image: &File) -> Vec<u8> {
     let mut header = vec![0; usize::try_from(u32::from_le_bytes(length)).unwrap()];
     image.read_exact_at(&mut header, 64).unwrap();
     header
-}
-
-fn facts() -> Facts {
-    let plan = Plan {
-        wishes: Default::default(),
-        cpus: 1,
-        memory: 4 << 20,
-        dax: Some(1 << 30),
-        network: Network::None,
-        publish: Vec::new(),
-        hostname: "small".into(),
-        kernel: "/kernel".into(),
-        initrd: "/initrd".into(),
-        kernel_args: vec!["quiet".into()],
-        init_timeout_ms: 1000,
-        auto_remove: false,
-        interactive: true,
-        stop_signal: 15,
-        rootfs: Some("/folder".into()),
-        labels: Default::default(),
-    };
-    Facts {
-        record: Record::of("ab".repeat(32), plan, None),
-        pid: 7,
-        streams: Default::default(),
-        paused: false,
-        card: None,
-    }
 }
 
 fn main() {
@@ -66,7 +40,7 @@ fn main() {
     let files = folder.join("snapshot");
     fs::create_dir_all(&files).unwrap();
     // A layer of what is there already: the folder of the seeds.
-    write_pod(&pod, 0, &facts(), &files).unwrap();
+    write_pod(&pod, 0, &small_facts::facts(), &files).unwrap();
     let mut lengths = [0; 12];
     pod.read_exact_at(&mut lengths, 12).unwrap();
     let mut rest = vec![0; usize::try_from(pod.metadata().unwrap().len()).unwrap() - 64];

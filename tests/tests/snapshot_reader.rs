@@ -5,13 +5,15 @@
 //! From fixed seeds. The fuzz targets `image` and `snapshot` in `fuzz/` do the same with coverage as their guide.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "common/small_facts.rs"]
+mod small_facts;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use cloister_sandbox_api::pod::snapshot::{self, Facts, Snapshot};
-use cloister_sandbox_api::pod::state::{Network, Plan, Record};
+use cloister_sandbox_api::pod::snapshot::{self, Snapshot};
 use cloister_tests::images;
 use cloister_tests::random::Random;
 use cloister_vmm::image::{Image, ImageError, memory_file};
@@ -206,34 +208,6 @@ fn long_lists_are_refused_before_they_are_there() {
     }
 }
 
-fn facts() -> Facts {
-    let plan = Plan {
-        wishes: Default::default(),
-        cpus: 1,
-        memory: 4 << 20,
-        dax: None,
-        network: Network::None,
-        publish: Vec::new(),
-        hostname: "small".into(),
-        kernel: "/kernel".into(),
-        initrd: "/initrd".into(),
-        kernel_args: Vec::new(),
-        init_timeout_ms: 1000,
-        auto_remove: false,
-        interactive: false,
-        stop_signal: 15,
-        rootfs: None,
-        labels: Default::default(),
-    };
-    Facts {
-        record: Record::of("ab".repeat(32), plan, None),
-        pid: 7,
-        streams: Default::default(),
-        paused: false,
-        card: None,
-    }
-}
-
 #[test]
 fn a_changed_snapshot_is_refused_or_the_same() {
     let small = images::small();
@@ -242,7 +216,7 @@ fn a_changed_snapshot_is_refused_or_the_same() {
     std::fs::create_dir(folder.path().join("folder")).unwrap();
     let image_end = Image::open(small.whole.try_clone().unwrap()).unwrap().file_len();
     let start = usize::try_from(image_end.next_multiple_of(4096)).unwrap();
-    let facts = facts();
+    let facts = small_facts::facts();
     snapshot::write_pod(&small.whole, image_end, &facts, folder.path()).unwrap();
     let good = bytes_of(&small.whole);
     let opened = Snapshot::open(&[file_with(&good)], true).unwrap();

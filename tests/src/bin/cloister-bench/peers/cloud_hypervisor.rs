@@ -9,13 +9,8 @@ use std::path::Path;
 use std::process::Command;
 
 use super::program::Program;
-use super::vmm::{self, Guest, GuestFiles, Vmm};
+use super::vmm::{self, Guest, GuestFiles, ProgramVmm};
 use super::{Given, Peer};
-
-struct CloudHypervisor {
-    program: Program,
-    files: GuestFiles,
-}
 
 /// See [`super::ADAPTERS`].
 pub fn adapter(mut given: Given, guest: &Path) -> io::Result<Peer> {
@@ -33,44 +28,33 @@ pub fn adapter(mut given: Given, guest: &Path) -> io::Result<Peer> {
             )));
         }
     }
-    Ok(Peer::Vmm(Box::new(CloudHypervisor { program, files })))
+    Ok(Peer::Vmm(Box::new(ProgramVmm {
+        program,
+        files: Some(files),
+        command,
+    })))
 }
 
-impl Vmm for CloudHypervisor {
-    fn label(&self) -> &str {
-        &self.program.label
-    }
-
-    fn version(&self) -> &str {
-        &self.program.version
-    }
-
-    fn files(&self) -> Option<&GuestFiles> {
-        Some(&self.files)
-    }
-
-    fn command(&self, guest: &Guest<'_>, folder: &Path) -> io::Result<Command> {
-        let mut command = Command::new(&self.program.path);
-        command
-            .arg("--kernel")
-            .arg(&guest.files.kernel)
-            .arg("--initramfs")
-            .arg(&guest.files.initrd)
-            .args(["--cmdline", guest.cmdline])
-            .args(["--cpus", "boot=1"])
-            .arg("--memory")
-            .arg(format!("size={}M", guest.memory_mib))
-            .args(["--console", "off", "--serial", "off"])
-            .arg("--vsock")
-            .arg(format!(
-                "cid={},socket={}",
-                guest.cid,
-                vmm::vsock_socket(folder).display()
-            ));
-        Ok(command)
-    }
+fn command(program: &Program, guest: &Guest<'_>, folder: &Path) -> io::Result<Command> {
+    let mut command = Command::new(&program.path);
+    command
+        .arg("--kernel")
+        .arg(&guest.files.kernel)
+        .arg("--initramfs")
+        .arg(&guest.files.initrd)
+        .args(["--cmdline", guest.cmdline])
+        .args(["--cpus", "boot=1"])
+        .arg("--memory")
+        .arg(format!("size={}M", guest.memory_mib))
+        .args(["--console", "off", "--serial", "off"])
+        .arg("--vsock")
+        .arg(format!(
+            "cid={},socket={}",
+            guest.cid,
+            vmm::vsock_socket(folder).display()
+        ));
+    Ok(command)
 }
-
 #[cfg(test)]
 mod tests {
     use super::super::vmm::seconds_to_ready;

@@ -12,55 +12,39 @@ use std::process::Command;
 use serde_json::json;
 
 use super::program::Program;
-use super::vmm::{self, Guest, GuestFiles, Vmm};
+use super::vmm::{self, Guest, GuestFiles, ProgramVmm};
 use super::{Given, Peer};
-
-struct Firecracker {
-    program: Program,
-    files: Option<GuestFiles>,
-}
 
 /// See [`super::ADAPTERS`].
 pub fn adapter(mut given: Given, _: &Path) -> io::Result<Peer> {
     let files = GuestFiles::taken(&mut given)?;
     let program = Program::of(&given, "firecracker", "firecracker")?;
-    Ok(Peer::Vmm(Box::new(Firecracker { program, files })))
+    Ok(Peer::Vmm(Box::new(ProgramVmm {
+        program,
+        files,
+        command,
+    })))
 }
 
-impl Vmm for Firecracker {
-    fn label(&self) -> &str {
-        &self.program.label
-    }
-
-    fn version(&self) -> &str {
-        &self.program.version
-    }
-
-    fn files(&self) -> Option<&GuestFiles> {
-        self.files.as_ref()
-    }
-
-    fn command(&self, guest: &Guest<'_>, folder: &Path) -> io::Result<Command> {
-        let config = json!({
-            "boot-source": {
-                "kernel_image_path": guest.files.kernel,
-                "initrd_path": guest.files.initrd,
-                "boot_args": guest.cmdline,
-            },
-            "drives": [],
-            "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
-            "vsock": { "guest_cid": guest.cid, "uds_path": vmm::vsock_socket(folder) },
-        });
-        let path = folder.join("firecracker.json");
-        fs::write(&path, config.to_string())?;
-        let mut command = Command::new(&self.program.path);
-        command
-            .args(["--no-api", "--id", "bench", "--config-file"])
-            .arg(path);
-        Ok(command)
-    }
+fn command(program: &Program, guest: &Guest<'_>, folder: &Path) -> io::Result<Command> {
+    let config = json!({
+        "boot-source": {
+            "kernel_image_path": guest.files.kernel,
+            "initrd_path": guest.files.initrd,
+            "boot_args": guest.cmdline,
+        },
+        "drives": [],
+        "machine-config": { "vcpu_count": 1, "mem_size_mib": guest.memory_mib },
+        "vsock": { "guest_cid": guest.cid, "uds_path": vmm::vsock_socket(folder) },
+    });
+    let path = folder.join("firecracker.json");
+    fs::write(&path, config.to_string())?;
+    let mut command = Command::new(&program.path);
+    command
+        .args(["--no-api", "--id", "bench", "--config-file"])
+        .arg(path);
+    Ok(command)
 }
-
 #[cfg(test)]
 mod tests {
     use super::super::vmm::seconds_to_ready;

@@ -10,48 +10,32 @@ use std::path::Path;
 use std::process::Command;
 
 use super::program::Program;
-use super::vmm::{self, Guest, GuestFiles, Vmm};
+use super::vmm::{self, Guest, GuestFiles, ProgramVmm};
 use super::{Given, Peer};
-
-struct Script {
-    program: Program,
-    files: Option<GuestFiles>,
-}
 
 /// See [`super::ADAPTERS`].
 pub fn adapter(mut given: Given, _: &Path) -> io::Result<Peer> {
     let files = GuestFiles::taken(&mut given)?;
     let program = Program::named_by_file(&given)?;
-    Ok(Peer::Vmm(Box::new(Script { program, files })))
+    Ok(Peer::Vmm(Box::new(ProgramVmm {
+        program,
+        files,
+        command,
+    })))
 }
 
-impl Vmm for Script {
-    fn label(&self) -> &str {
-        &self.program.label
-    }
-
-    fn version(&self) -> &str {
-        &self.program.version
-    }
-
-    fn files(&self) -> Option<&GuestFiles> {
-        self.files.as_ref()
-    }
-
-    fn command(&self, guest: &Guest<'_>, folder: &Path) -> io::Result<Command> {
-        let mut command = Command::new(&self.program.path);
-        command
-            .env("KERNEL", &guest.files.kernel)
-            .env("INITRD", &guest.files.initrd)
-            .env("CMDLINE", guest.cmdline)
-            .env("MEMORY_MIB", guest.memory_mib.to_string())
-            .env("CID", guest.cid.to_string())
-            .env("VSOCK", vmm::vsock_socket(folder))
-            .current_dir(folder);
-        Ok(command)
-    }
+fn command(program: &Program, guest: &Guest<'_>, folder: &Path) -> io::Result<Command> {
+    let mut command = Command::new(&program.path);
+    command
+        .env("KERNEL", &guest.files.kernel)
+        .env("INITRD", &guest.files.initrd)
+        .env("CMDLINE", guest.cmdline)
+        .env("MEMORY_MIB", guest.memory_mib.to_string())
+        .env("CID", guest.cid.to_string())
+        .env("VSOCK", vmm::vsock_socket(folder))
+        .current_dir(folder);
+    Ok(command)
 }
-
 #[cfg(test)]
 mod tests {
     use super::super::vmm::seconds_to_ready;

@@ -17,6 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::Given;
+use super::program::Program;
 use crate::vsock_server;
 
 /// The port on which an agent says that it is ready.
@@ -86,6 +87,34 @@ pub trait Vmm {
     /// # Errors
     /// A file could not be written.
     fn command(&self, guest: &Guest<'_>, folder: &Path) -> io::Result<Command>;
+}
+
+/// A VMM that is a program which the user has: an adapter says what it is called with.
+pub struct ProgramVmm {
+    /// The program.
+    pub program: Program,
+    /// As [`Vmm::files`].
+    pub files: Option<GuestFiles>,
+    /// As [`Vmm::command`].
+    pub command: fn(&Program, &Guest<'_>, &Path) -> io::Result<Command>,
+}
+
+impl Vmm for ProgramVmm {
+    fn label(&self) -> &str {
+        &self.program.label
+    }
+
+    fn version(&self) -> &str {
+        &self.program.version
+    }
+
+    fn files(&self) -> Option<&GuestFiles> {
+        self.files.as_ref()
+    }
+
+    fn command(&self, guest: &Guest<'_>, folder: &Path) -> io::Result<Command> {
+        (self.command)(&self.program, guest, folder)
+    }
 }
 
 /// The unix socket of the vsock device of a VMM that does not use vhost-vsock.
