@@ -67,9 +67,16 @@ socket=$VSOCK
         let said = std::fs::read_to_string(seen).unwrap();
         let (pid, said) = said.trim_end().split_once(':').unwrap();
         assert_eq!(said, "/guest/vmlinux:/guest/initramfs.cpio:panic=-1 quiet:256:77");
-        // Killed; it may be waited for by an init that takes its time.
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        assert!(stat.is_empty() || stat.contains(") Z "), "{stat}");
+        // Killed: it takes a moment to end, and may be waited for by an init that takes its time.
+        let gone = || {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.is_empty() || stat.contains(") Z ")
+        };
+        let begin = std::time::Instant::now();
+        while !gone() {
+            assert!(begin.elapsed().as_secs() < 60, "process {pid} goes on");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
     }
 
     #[test]
