@@ -192,7 +192,6 @@ fn clones_have_an_identity_of_their_own_and_run_containers() {
 /// Cells that were made ahead stand still until they are taken, are made again, and are as different from each other as other
 /// clones. Nothing is left of those that nobody took.
 #[test]
-#[ignore = "hangs now and then, all its VMs gone: a fault of the pool's that is not understood yet"]
 fn cells_made_ahead_become_pods_of_their_own() {
     runtime().block_on(async {
         let bed = Bed::new();

@@ -60,7 +60,6 @@ fn name(pod: &Pod) -> String {
 }
 
 #[test]
-#[ignore = "seen to pass as far as the guest's panic; what follows was mended and not seen yet"]
 fn pods_of_containerd_are_seen_and_debugged() {
     let journal = listen::journald();
     let (collector, traces) = listen::collector();
