@@ -1508,6 +1508,8 @@ fn a_snapshot_holds_files_that_are_open_and_deleted() {
         let root = driver.lookup(ROOT_ID, attachment).unwrap();
         let (entry, fh) = driver.create(root, "gone", libc::O_WRONLY, 0o640).unwrap();
         driver.write(entry.nodeid, fh, 0, attachment.as_bytes()).unwrap();
+        // Far behind a hole, and a hole behind it.
+        driver.write(entry.nodeid, fh, 1 << 40, b"far").unwrap();
         driver.call(Opcode::Unlink, root, &[b"gone\0"]).unwrap();
         (entry.nodeid, fh)
     };
@@ -1520,7 +1522,11 @@ fn a_snapshot_holds_files_that_are_open_and_deleted() {
     std::fs::create_dir(folder("restored")).unwrap();
     for entry in std::fs::read_dir(folder("kept")).unwrap() {
         let entry = entry.unwrap();
-        std::fs::copy(entry.path(), folder("restored").join(entry.file_name())).unwrap();
+        assert!(
+            entry.metadata().unwrap().blocks() < 1 << 10,
+            "its holes are holes"
+        );
+        std::fs::rename(entry.path(), folder("restored").join(entry.file_name())).unwrap();
     }
     drop(copies);
     assert_eq!(names("kept"), 0);
@@ -1539,7 +1545,7 @@ fn a_snapshot_holds_files_that_are_open_and_deleted() {
     let attributes = restored.getattr(node).unwrap().attr;
     assert_eq!(
         (attributes.size, attributes.mode & 0o7777, attributes.nlink),
-        (7, 0o640, 0)
+        ((1 << 40) + 3, 0o640, 0)
     );
     assert_eq!(restored.getattr(other.0).unwrap_err(), Errno::STALE);
     assert_eq!(
