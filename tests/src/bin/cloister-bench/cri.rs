@@ -35,7 +35,7 @@ const REQUESTS: u32 = 500;
 const PHASES: [&str; 6] = ["network", "create", "boot", "configure", "forward", "serve"];
 
 /// Counters of cloisterd's, as its figures have them.
-pub const CLONED: &str = "cloister_pods_cloned_total ";
+const CLONED: &str = "cloister_pods_cloned_total ";
 const POOLED: &str = "cloister_pods_pooled_total ";
 
 /// Where the time of a pod with one container goes.
@@ -136,9 +136,9 @@ pub const OURS: [(&str, &str); 3] = [
     ("pool_", "cloister-pool"),
 ];
 /// Which of a contest's handlers clones.
-pub const CLONES: usize = 2;
+const CLONES: usize = 2;
 /// Which of them takes clones that were made ahead.
-pub const POOLS: usize = 3;
+const POOLS: usize = 3;
 
 /// Ours by their place among a contest's handlers.
 pub fn ours() -> impl Iterator<Item = (&'static str, usize)> {
@@ -172,6 +172,17 @@ impl Contest {
         }
     }
 
+    /// Has what is done once done: the first pod of each handler pays for it, and has a template built, too.
+    pub fn warm(&self) -> io::Result<()> {
+        for runtime in &self.runtimes {
+            self.node
+                .block_on(async { pod(runtime, &mut Phases::default()).await?.remove().await })
+                .map_err(failure)?;
+        }
+        until_counted(&self.node, &self.runtimes[CLONES], CLONED)?;
+        until_counted(&self.node, &self.runtimes[POOLS], POOLED)
+    }
+
     /// The name of a peer's handler, and what conditions say of it.
     pub fn peer(&self, at: usize, version: &str) -> (&'static str, String) {
         let name = self.runtimes[at].handler();
@@ -197,25 +208,19 @@ pub fn start(context: &mut Context) -> io::Result<()> {
     let (node, runtimes) = (&contest.node, &contest.runtimes);
     let mut phases: Vec<Phases> = runtimes.iter().map(|_| Phases::default()).collect();
     let mut parts = vec![[0.0; PHASES.len()]; runtimes.len()];
-    // The first pod of each pays for what is done once; a template is built after it, too.
-    for turn in 0..=SERIAL {
+    contest.warm()?;
+    for _ in 0..SERIAL {
+        // A cell is made in the place of the one that was taken.
+        std::thread::sleep(REST);
         for ((runtime, phases), parts) in runtimes.iter().zip(&mut phases).zip(&mut parts) {
             let before = phase_seconds(node)?;
             node.block_on(async { pod(runtime, phases).await?.remove().await })
                 .map_err(failure)?;
             let after = phase_seconds(node)?;
-            if turn > 0 {
-                for (part, (after, before)) in parts.iter_mut().zip(after.into_iter().zip(before)) {
-                    *part += after - before;
-                }
+            for (part, (after, before)) in parts.iter_mut().zip(after.into_iter().zip(before)) {
+                *part += after - before;
             }
         }
-        if turn == 0 {
-            until_counted(node, &runtimes[CLONES], CLONED)?;
-            until_counted(node, &runtimes[POOLS], POOLED)?;
-        }
-        // A cell is made in the place of the one that was taken.
-        std::thread::sleep(REST);
     }
     let pooled = counted(node, POOLED)?;
     if pooled <= SERIAL as u64 {
@@ -223,7 +228,7 @@ pub fn start(context: &mut Context) -> io::Result<()> {
             "only {pooled} pods took cells that were made ahead"
         )));
     }
-    let of = |times: &[f64]| median(&times[1..]);
+    let of = |times: &[f64]| median(times);
     for (at, version) in &contest.peers {
         let (peer, version) = contest.peer(*at, version);
         let conditions = format!("medians of {SERIAL}, in turn, bridge network, image unpacked; {version}");
@@ -254,7 +259,7 @@ pub fn start(context: &mut Context) -> io::Result<()> {
     for (how, at) in ours() {
         where_time_goes(context, how, parts[at], of(&phases[at].all))?;
     }
-    at_once(context, &contest)
+    Ok(())
 }
 
 /// The value of a counter.
@@ -265,7 +270,7 @@ fn counted(node: &Node, line: &str) -> io::Result<u64> {
 }
 
 /// Makes pods until one is counted, as a clone for one: the first of a kind has the template built, when it has come up.
-pub fn until_counted(node: &Node, runtime: &Runtime, line: &str) -> io::Result<()> {
+fn until_counted(node: &Node, runtime: &Runtime, line: &str) -> io::Result<()> {
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(300) {
         std::thread::sleep(Duration::from_secs(5));
@@ -278,7 +283,10 @@ pub fn until_counted(node: &Node, runtime: &Runtime, line: &str) -> io::Result<(
     Err(io::Error::other(format!("no pod within 300 s for {line}")))
 }
 
-fn at_once(context: &mut Context, contest: &Contest) -> io::Result<()> {
+/// Pods that are all asked for at once.
+pub fn at_once(context: &mut Context) -> io::Result<()> {
+    let contest = Contest::start(&context.peers.handlers);
+    contest.warm()?;
     let node = &contest.node;
     let mut took = Vec::new();
     for runtime in &contest.runtimes {

@@ -11,7 +11,7 @@ use cloister_tests::cri::{Outcome, Pod, Runtime, script};
 use futures_util::{StreamExt as _, stream};
 
 use crate::Context;
-use crate::cri::{CLONED, CLONES, Contest, Phases, failure, ours, pod, until_counted};
+use crate::cri::{Contest, failure, ours};
 use crate::report::Figure;
 
 /// Pods of each handler.
@@ -31,13 +31,8 @@ pub fn run(context: &mut Context) -> io::Result<()> {
     let node = &contest.node;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let mut rates = Vec::new();
-    for (at, runtime) in contest.runtimes.iter().enumerate() {
-        // Pays for what is done once.
-        node.block_on(async { pod(runtime, &mut Phases::default()).await?.remove().await })
-            .map_err(failure)?;
-        if at == CLONES {
-            until_counted(node, runtime, CLONED)?;
-        }
+    contest.warm()?;
+    for runtime in &contest.runtimes {
         let (pods, seconds) = node.block_on(async {
             let begin = Instant::now();
             let pods: Vec<Outcome<Pod>> = stream::iter(0..PODS)

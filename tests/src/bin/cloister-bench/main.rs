@@ -34,7 +34,7 @@ usage: cloister-bench [options]
   --list          names the parts that would run
   --plot FOLDER   draws what is in --out's FILE, and measures nothing
   --peer NAME=PATH[,WHAT=PATH]...
-                  measures this VMM (part boot) or runtime (parts cri.start, cri.rate) as well; may be repeated:
+                  measures this VMM (part boot) or runtime (parts cri.start, cri.at_once, cri.rate) as well; may be repeated:
 ";
 
 /// What every part needs.
@@ -53,7 +53,7 @@ pub struct Context {
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 11] = [
+const PARTS: [(&str, Part); 12] = [
     ("boot", boot::run),
     ("clone", clone::run),
     ("cell", cells::run),
@@ -62,6 +62,7 @@ const PARTS: [(&str, Part); 11] = [
     ("sizes", sizes),
     ("density", density::run),
     ("cri.start", cri::start),
+    ("cri.at_once", cri::at_once),
     ("cri.rate", cri_rate::run),
     ("cri.streams", cri::streams),
     ("cri.idle", cri::idle),
