@@ -5,7 +5,7 @@
 #   make bench [ONLY=P] [ICOUNT=1] [PEER='NAME=PATH ...']
 #                        the benchmarks whose names start with P; with ICOUNT=1 only those of instructions; with PEER against other
 #                        VMMs and runtimes, too (tests/bench/README.md); results in target/bench/results.jsonl
-#   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME
+#   make e2e [E2E=NAME]  only the end-to-end tests, or those whose names contain NAME (net::, cri::pods::life)
 #   make plots           the figures of the last `make bench`, drawn: docs/figures
 #   make deb             the Debian package, checked: target/deb/cloister_VERSION_amd64.deb
 #   make cri             every case of CRI, on runc and on Cloister
@@ -66,7 +66,7 @@ lint: setup
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 
-# Unit tests, the hostile-guest kit and tiny guests, which any /dev/kvm can run. Without the e2e_* programs: to link them takes a minute.
+# Unit tests, the hostile-guest kit and tiny guests, which any /dev/kvm can run. Not the e2e* programs: to link them takes long.
 unit: setup
 	cargo nextest run --config-file ci/nextest.toml --locked --workspace --lib --bins --test '[!e]*'
 
@@ -85,7 +85,7 @@ cri: build
 # All that can be made to fail on a node, workers too; `make faults SOAK=500` for a long soak.
 faults: build
 	tests/demo/prepare
-	CLOISTER_FAULTS_ALL=1 CLOISTER_SOAK=$(or $(SOAK),12) ci/e2e --timeout 7200 $(kvm_options) -- faults::
+	CLOISTER_FAULTS_ALL=1 CLOISTER_SOAK=$(or $(SOAK),12) ci/e2e --timeout 7200 $(kvm_options) -- --include-ignored faults::
 
 # A thousand clones that are killed, and a pod under load that is restored a hundred times.
 again: build

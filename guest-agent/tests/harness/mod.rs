@@ -232,7 +232,7 @@ impl Bed {
                 "--mount-proc",
             ])
             .args(["--propagation", "private", "sh", "-c", script, "sh"])
-            // Not set where only VMs are booted, tests/tests/e2e_agent.rs.
+            // Not set where only VMs are booted, tests/tests/e2e/agent.rs.
             .arg(option_env!("CARGO_BIN_EXE_cloister-agent").unwrap_or("cloister-agent"))
             .args(["--listen", &format!("unix:{}", socket.display())])
             .args(["--host", &format!("unix:{}", path("host").display())])

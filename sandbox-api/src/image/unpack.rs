@@ -23,12 +23,41 @@ use rustix::fs::{
 use rustix::io::Errno;
 use std::cell::Cell;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 use std::rc::Rc;
 use tar::EntryType;
+
+/// Copies, and leaves holes where whole blocks are zeros: a layer says in a few bytes that a file has terabytes of them.
+fn copy_sparse(from: &mut impl Read, to: &mut File) -> io::Result<()> {
+    const BLOCK: usize = 4096;
+    let mut buffer = vec![0; 16 * BLOCK];
+    let mut length = 0u64;
+    loop {
+        let mut filled = 0;
+        while let Some(rest @ [_, ..]) = buffer.get_mut(filled..) {
+            match from.read(rest) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        for block in buffer.get(..filled).unwrap_or_default().chunks(BLOCK) {
+            if block.iter().any(|byte| *byte != 0) {
+                to.write_all_at(block, length)?;
+            }
+            length = length.saturating_add(u64::try_from(block.len()).unwrap_or(0));
+        }
+        if filled < buffer.len() {
+            return to.set_len(length);
+        }
+    }
+}
 
 /// Bounds of one layer. What real images need is far below.
 #[derive(Clone, Copy, Debug)]
@@ -329,8 +358,8 @@ impl Unpacker<'_> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file =
             rustix::fs::openat(parent, name, flags, Mode::RUSR | Mode::WUSR).map_err(|e| failed(entry, e))?;
-        let mut file = std::fs::File::from(file);
-        io::copy(entry, &mut file).map_err(|e| failed(entry, e))?;
+        let mut file = File::from(file);
+        copy_sparse(entry, &mut file).map_err(|e| failed(entry, e))?;
         let apply = || {
             rustix::fs::fchown(&file, Some(attributes.uid), Some(attributes.gid))?;
             // After chown, which clears the set-user-id bits.

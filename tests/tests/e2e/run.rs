@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cloister` as its users meet it: containers of a real image, each in a VM, on the host that `ci/e2e` chose.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use cloister_tests::e2e::{Child, Footprint, Output, PATIENCE, Stage, anonymous_kib, eventually};
 use rustix::process::Signal;
 use std::fs;

@@ -2,11 +2,6 @@
 //! Pods cloned from a template, with a real kernel and agent: each comes to life without a boot, with an identity and
 //! randomness of its own; containers run in them; nothing of them is left.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-#[path = "common/container.rs"]
-mod container;
-
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use crate::container::{Script, pod_initramfs};
 use cloister_protocol::pod::{ConfigureRequest, InfoRequest, PingRequest};
 use cloister_protocol::task::WaitRequest;
 use cloister_protocol::ttrpc::context::with_duration;
@@ -28,7 +24,6 @@ use cloister_tests::e2e::{
 };
 use cloister_vmm::image::Image;
 use cloister_vmm::{CellHost, CellHostConfig, CellState, HugePages};
-use container::{Script, pod_initramfs};
 use serde_json::json;
 
 struct Bed {

@@ -2,8 +2,6 @@
 //! Many VMs with a real kernel and agent in one process: they come up together, one that ends badly says why and takes
 //! nobody along, and nothing of them is left in the process.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use cloister_boot::x86_64::Description;
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
 use cloister_tests::e2e::{PATIENCE, ProcessFootprint, archive, guest_file};

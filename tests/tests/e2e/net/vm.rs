@@ -2,9 +2,9 @@
 //! A pod's VM on its network: ping, a web server, bulk data both ways with segmentation left to the host, and port-forward
 //! into it.
 
-use crate::bed::{Bed, POD, assert_no_thread, link, run};
+use super::bed::{Bed, POD, assert_no_thread, link, run};
+use super::{runtime, test};
 use crate::container::{Script, pod_initramfs};
-use crate::{runtime, test};
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_sandbox_api::net::cni::{self, PodNet};
 use cloister_sandbox_api::net::forward::Forwarder;

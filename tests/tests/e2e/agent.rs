@@ -3,9 +3,7 @@
 //!
 //! Needs KVM, /dev/vhost-vsock and root: `ci/e2e` runs it where they are. CLOISTER_GUEST is the folder of the static agent
 //! and the guest kernel (default: target/guest).
-#![allow(clippy::unwrap_used)]
-
-#[path = "../../guest-agent/tests/harness/mod.rs"]
+#[path = "../../../guest-agent/tests/harness/mod.rs"]
 mod harness;
 
 use cloister_protocol::pod::{

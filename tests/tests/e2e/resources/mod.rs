@@ -2,8 +2,6 @@
 //! What a pod has, and how it changes while it runs: processors, memory, disks, limits and what becomes of who exceeds
 //! them, and what its containers share.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 mod pod;
 
 use std::fs::File;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cloister` on pods that containerd made, from the first look to a guest kernel that panics, and the daemon's end.
 
-use crate::listen;
+use super::listen;
 use cloister_tests::cri::{Container, End, Node, Pod, Runtime, api, script, security};
 use cloister_tests::e2e::eventually;
 use serde_json::Value;

@@ -2,8 +2,6 @@
 //! Our devices, and the ends of a VM, under Linux's own drivers: a VM whose init is a shell script that uses the device and says on the serial
 //! console what it saw, while the test looks at the host's side.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 mod guest;
 mod loop_device;
 

@@ -1,11 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Networks of pods under CNI: what the plugins made arrives in the guest, frames pass, and nothing stays.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 mod bed;
-#[path = "../common/container.rs"]
-mod container;
 mod frames;
 mod vm;
 

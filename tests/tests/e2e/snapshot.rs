@@ -2,8 +2,6 @@
 //! Snapshots of running containers, as a user takes them: what runs goes on where it is restored, once or many times, with
 //! its memory, its files and its output; copies share nothing; what is no snapshot is refused.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{Read, Write};
