@@ -22,6 +22,8 @@ const HOST_TSO4: u64 = 1 << 11;
 const MRG_RXBUF: u64 = 1 << 15;
 const STATUS: u64 = 1 << 16;
 const CTRL_VQ: u64 = 1 << 17;
+const CTRL_RX: u64 = 1 << 18;
+const CTRL_MAC_ADDR: u64 = 1 << 23;
 const MQ: u64 = 1 << 22;
 
 const RECEIVE: usize = 0;
@@ -723,6 +725,113 @@ mod tap {
                 driver.request(&mut queues[2 * pair + 1], &[&frame(60, 1)], &[]);
             }
             assert_eq!(metrics.transmitted_frames.get(), 2);
+            assert!(!driver.health().is_failed());
+        });
+    }
+
+    #[test]
+    fn the_tap_drops_what_the_driver_does_not_want() {
+        in_netns(|| {
+            const OWN: [u8; 6] = [2, 0, 0, 1, 2, 3];
+            const OTHER: [u8; 6] = [2, 0, 0, 7, 7, 7];
+            const GROUP: [u8; 6] = [0x33, 0x33, 0, 0, 0, 0x16];
+            const BROADCAST: [u8; 6] = [0xff; 6];
+            let machine = Machine::new();
+            let features = CTRL_VQ | CTRL_RX | CTRL_MAC_ADDR | MRG_RXBUF;
+            let sizes = [64, 16, 16];
+            let mut driver = Driver::new(&machine, new(NetBackend::Tap(vec![open(FLAGS)])));
+            let socket = packet_socket();
+            let mut queues = driver.start(features, &sizes);
+            let mut buffers = Vec::new();
+            for _ in 0..64 {
+                buffers.extend(add_buffer(&machine, &mut queues[RECEIVE], &[2000]));
+            }
+            driver.kick(0);
+            // A frame to each, and one to all that says that the others have come, or not.
+            let come = |driver: &mut Driver, queue: &mut VirtQueue| -> Vec<[u8; 6]> {
+                for (number, to) in [OWN, OTHER, GROUP, BROADCAST].into_iter().enumerate() {
+                    let mut frame = tcp(number);
+                    frame[..6].copy_from_slice(&to);
+                    send(&socket, &[vec![0; 10], frame].concat());
+                }
+                let mut seen = Vec::new();
+                while seen.last() != Some(&BROADCAST) {
+                    let frame = wait_ours(driver, queue, &buffers);
+                    seen.push(frame[HEADER..HEADER + 6].try_into().unwrap());
+                }
+                seen
+            };
+            let command = |driver: &mut Driver, queue: &mut VirtQueue, command: &[u8]| {
+                driver
+                    .request(queue, &[&command[..2], &command[2..]], &[1])
+                    .buffers[0][0]
+            };
+            let table = |unicast: &[[u8; 6]], multicast: &[[u8; 6]]| {
+                let part = |macs: &[[u8; 6]]| {
+                    [
+                        &u32::try_from(macs.len()).unwrap().to_le_bytes(),
+                        macs.as_flattened(),
+                    ]
+                    .concat()
+                };
+                [vec![1, 0], part(unicast), part(multicast)].concat()
+            };
+            let [receive, _, control] = &mut queues[..] else {
+                unreachable!()
+            };
+            assert_eq!(come(&mut driver, receive), [OWN, OTHER, GROUP, BROADCAST]);
+            assert_eq!(command(&mut driver, control, &[0, 0, 0]), 0);
+            assert_eq!(come(&mut driver, receive), [OWN, BROADCAST]);
+            assert_eq!(command(&mut driver, control, &[0, 1, 1]), 0);
+            assert_eq!(come(&mut driver, receive), [OWN, GROUP, BROADCAST]);
+            assert_eq!(command(&mut driver, control, &[0, 1, 0]), 0);
+            assert_eq!(command(&mut driver, control, &table(&[OTHER], &[GROUP])), 0);
+            assert_eq!(come(&mut driver, receive), [OWN, OTHER, GROUP, BROADCAST]);
+            // Longer than anything that is kept: all of their kind.
+            assert_eq!(command(&mut driver, control, &table(&[OTHER; 100], &[])), 0);
+            assert_eq!(come(&mut driver, receive), [OWN, OTHER, GROUP, BROADCAST]);
+            assert_eq!(command(&mut driver, control, &table(&[], &[GROUP; 100])), 0);
+            assert_eq!(come(&mut driver, receive), [OWN, GROUP, BROADCAST]);
+            let mut short = table(&[], &[GROUP; 2]);
+            short.pop();
+            let mut huge = table(&[], &[]);
+            huge[2..6].copy_from_slice(&u32::MAX.to_le_bytes());
+            for bad in [
+                &short[..],
+                &huge,
+                &[1, 0],
+                &[1, 0, 0, 0, 0],
+                &[0, 0, 1, 0],
+                &[1, 1, 2, 0, 0, 7, 7],
+            ] {
+                assert_eq!(command(&mut driver, control, bad), 1, "{bad:?}");
+            }
+            assert_eq!(command(&mut driver, control, &table(&[], &[])), 0);
+            assert_eq!(command(&mut driver, control, &[&[1, 1], &OTHER[..]].concat()), 0);
+            assert_eq!(come(&mut driver, receive), [OTHER, BROADCAST]);
+            // What was said goes along into a snapshot.
+            driver.transport.pause();
+            let saved = driver.transport.save().unwrap();
+            drop(driver);
+            let mut driver =
+                Driver::restored(&machine, new(NetBackend::Tap(vec![open(FLAGS)])), &saved).unwrap();
+            let socket_again = packet_socket();
+            let again = |driver: &mut Driver, queue: &mut VirtQueue, to: [u8; 6]| {
+                let mut frame = tcp(0);
+                frame[..6].copy_from_slice(&to);
+                send(&socket_again, &[vec![0; 10], frame].concat());
+                if to != BROADCAST {
+                    return Vec::new();
+                }
+                let frame = wait_ours(driver, queue, &buffers);
+                frame[HEADER..HEADER + 6].to_vec()
+            };
+            again(&mut driver, receive, OWN);
+            assert_eq!(
+                again(&mut driver, receive, BROADCAST),
+                BROADCAST,
+                "the one to another came"
+            );
             assert!(!driver.health().is_failed());
         });
     }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use super::NetMetrics;
-use super::handler::{HandlerState, NetHandler, Pair};
+use super::handler::{self, HandlerState, NetHandler, Pair};
 use super::tap::{self, TapError, offload};
 use crate::state::{SavedState, StateError};
 use crate::virtio::{
@@ -18,7 +18,7 @@ use crate::virtio::{
 };
 
 pub(super) const WHAT: &str = "net";
-pub(super) const STATE_VERSION: u16 = 1;
+pub(super) const STATE_VERSION: u16 = 2;
 const QUEUE_SIZE: u16 = 256;
 const CONTROL_QUEUE_SIZE: u16 = 16;
 const MAX_PAIRS: usize = 8;
@@ -42,7 +42,9 @@ pub(super) mod feature {
     pub const MRG_RXBUF: u64 = 1 << 15;
     pub const STATUS: u64 = 1 << 16;
     pub const CTRL_VQ: u64 = 1 << 17;
+    pub const CTRL_RX: u64 = 1 << 18;
     pub const MQ: u64 = 1 << 22;
+    pub const CTRL_MAC_ADDR: u64 = 1 << 23;
     pub const GUEST_USO4: u64 = 1 << 54;
     pub const GUEST_USO6: u64 = 1 << 55;
     pub const HOST_USO: u64 = 1 << 56;
@@ -191,6 +193,7 @@ impl Net {
             })?;
         }
         let mut offered = feature::MAC | feature::STATUS | feature::MRG_RXBUF;
+        offered |= feature::CTRL_VQ | feature::CTRL_RX | feature::CTRL_MAC_ADDR;
         if config.mtu.is_some() {
             offered |= feature::MTU;
         }
@@ -200,9 +203,9 @@ impl Net {
             Kind::Unplugged => feature::CLASSIC,
         };
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * fds.len()];
+        queue_sizes.push(CONTROL_QUEUE_SIZE);
         if fds.len() > 1 {
-            offered |= feature::CTRL_VQ | feature::MQ;
-            queue_sizes.push(CONTROL_QUEUE_SIZE);
+            offered |= feature::MQ;
         }
         Ok(Self {
             common: Arc::new(Common {
@@ -302,14 +305,20 @@ impl Net {
             })?;
         }
         self.common.signal.connect(Some(context.interrupt));
+        let common = handler::Common::new(
+            features,
+            usize::from(self.mtu.unwrap_or(1500)),
+            context.health,
+            Arc::clone(&self.metrics),
+        );
+        let filters = self.kind == Kind::Tap;
         let mut handler = NetHandler::new(
             live,
             control,
-            features,
-            usize::from(self.mtu.unwrap_or(1500)),
             self.queue_sizes.len(),
-            context.health,
-            Arc::clone(&self.metrics),
+            common,
+            state.filter,
+            filters,
         );
         handler
             .set_pairs(state.pairs)
@@ -317,6 +326,10 @@ impl Net {
                 what: "cannot attach the queues of the tap",
                 source,
             })?;
+        handler.apply_filter().map_err(|source| ActivateError::Host {
+            what: "cannot have the tap filter frames",
+            source,
+        })?;
         // Queues that no pair stands for get no flows.
         let others = self.fds.iter().skip(handler.pair_count().max(1));
         for fd in others.filter(|_| self.kind == Kind::Tap) {
@@ -383,7 +396,7 @@ impl VirtioDevice for Net {
         &mut self,
         context: ActivationContext,
     ) -> Result<Arc<Mutex<dyn ActiveDevice>>, ActivateError> {
-        self.start(context, HandlerState::default())
+        self.start(context, HandlerState::new(self.mac))
     }
 
     fn reset(&mut self) {

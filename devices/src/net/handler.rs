@@ -17,8 +17,9 @@ use virtio_queue::QueueState;
 use vm_memory::VolatileSlice;
 
 use super::NetMetrics;
-use super::control;
+use super::control::{self, Command};
 use super::device::{STATE_VERSION, WHAT, feature};
+use super::filter::{Filter, Mac};
 use super::header::{self, ETHERNET_SIZE, HEADER_SIZE, MAX_FRAME, NUM_BUFFERS};
 use super::tap;
 use crate::GuestRam;
@@ -43,12 +44,18 @@ const CONTROL: u32 = u32::MAX;
 pub(super) struct HandlerState {
     /// Queue pairs that the driver uses.
     pub pairs: u16,
+    /// The frames that it wants.
+    pub filter: Filter,
 }
 
-impl Default for HandlerState {
-    fn default() -> Self {
+impl HandlerState {
+    /// That of a device of this address which is new to its driver.
+    pub(super) fn new(mac: Mac) -> Self {
         // 5.1.5: one, until the driver says otherwise.
-        Self { pairs: 1 }
+        Self {
+            pairs: 1,
+            filter: Filter::new(mac),
+        }
     }
 }
 
@@ -110,7 +117,7 @@ impl Pair {
 }
 
 /// What all pairs share.
-struct Common {
+pub(super) struct Common {
     features: u64,
     /// Bytes of buffers that any frame fits into, header included.
     room_needed: usize,
@@ -123,6 +130,9 @@ pub(super) struct NetHandler {
     control: Option<ActiveQueue>,
     common: Common,
     used_pairs: u16,
+    filter: Filter,
+    /// The pairs are a tap's, which can drop what the driver does not want.
+    filters: bool,
     /// Queues of the device, whether the driver set them up or not.
     queue_count: usize,
 }
@@ -153,30 +163,22 @@ fn take_used(buffers: &mut VecDeque<(u16, Slices<'_>)>, len: usize) -> Vec<(u16,
 }
 
 impl NetHandler {
+    /// A handler that has still to be told how many pairs are on. `filters`: they are a tap's.
     pub(super) fn new(
         pairs: Vec<Pair>,
         control: Option<ActiveQueue>,
-        features: u64,
-        mtu: usize,
         queue_count: usize,
-        health: Arc<Health>,
-        metrics: Arc<NetMetrics>,
+        common: Common,
+        filter: Filter,
+        filters: bool,
     ) -> Self {
-        let frame = if features & feature::GUEST_BIG != 0 {
-            MAX_FRAME
-        } else {
-            mtu + ETHERNET_SIZE + 8
-        };
         Self {
             pairs,
             control,
-            common: Common {
-                features,
-                room_needed: HEADER_SIZE + frame,
-                health,
-                metrics,
-            },
+            common,
             used_pairs: 1,
+            filter,
+            filters,
             queue_count,
         }
     }
@@ -199,6 +201,42 @@ impl NetHandler {
         }
         self.used_pairs = u16::try_from(count).unwrap_or(1);
         Ok(())
+    }
+
+    /// Has the tap drop what the driver does not want.
+    pub(super) fn apply_filter(&self) -> io::Result<()> {
+        let Some(pair) = self.pairs.first().filter(|pair| self.filters && !pair.gone) else {
+            return Ok(());
+        };
+        let (all_multicast, addresses) = self.filter.wanted().unwrap_or_default();
+        tap::set_filter(pair.fd.as_fd(), all_multicast, &addresses)
+    }
+
+    fn obey(&mut self, command: Command) -> Result<(), String> {
+        let needed = match &command {
+            Command::Pairs(_) => feature::CTRL_VQ,
+            Command::Address(_) => feature::CTRL_MAC_ADDR,
+            Command::Promiscuous(_) | Command::AllMulticast(_) | Command::Table(..) => feature::CTRL_RX,
+        };
+        if self.common.features & needed == 0 {
+            return Err("a control command of a feature that was not accepted".to_owned());
+        }
+        match command {
+            Command::Pairs(count) if count == 0 || usize::from(count) > self.pairs.len() => {
+                return Err(format!("{count} queue pairs do not exist"));
+            }
+            Command::Pairs(count) => {
+                return self
+                    .set_pairs(count)
+                    .map_err(|error| format!("the tap does not do {count} queue pairs: {error}"));
+            }
+            Command::Promiscuous(on) => self.filter.set_promiscuous(on),
+            Command::AllMulticast(on) => self.filter.set_all_multicast(on),
+            Command::Table(unicast, multicast) => self.filter.set_table(unicast, multicast),
+            Command::Address(mac) => self.filter.set_mac(mac),
+        }
+        self.apply_filter()
+            .map_err(|error| format!("the tap does not filter frames: {error}"))
     }
 
     fn start(&mut self, ops: &mut EventOps) -> Result<(), Failure> {
@@ -267,18 +305,12 @@ impl NetHandler {
             let served = Buffers::of(chain)
                 .map_err(|error| error.to_string())
                 .and_then(|buffers| {
-                    control::serve(&buffers, |count| {
-                        if count == 0 || usize::from(count) > self.pairs.len() {
-                            return Err(format!("{count} queue pairs do not exist"));
-                        }
-                        self.set_pairs(count)
-                            .map_err(|error| format!("the tap does not do {count} queue pairs: {error}"))
-                    })
-                    // An answer was written all the same.
-                    .or_else(|complaint| {
-                        self.common.health.complain(complaint);
-                        Ok(u32::from(!buffers.writable.is_empty()))
-                    })
+                    control::serve(&buffers, |command| self.obey(command))
+                        // An answer was written all the same.
+                        .or_else(|complaint| {
+                            self.common.health.complain(complaint);
+                            Ok(u32::from(!buffers.writable.is_empty()))
+                        })
                 });
             let len = served.unwrap_or_else(|complaint: String| {
                 self.common.health.complain(complaint);
@@ -296,6 +328,20 @@ impl NetHandler {
 }
 
 impl Common {
+    pub(super) fn new(features: u64, mtu: usize, health: Arc<Health>, metrics: Arc<NetMetrics>) -> Self {
+        let frame = if features & feature::GUEST_BIG != 0 {
+            MAX_FRAME
+        } else {
+            mtu + ETHERNET_SIZE + 8
+        };
+        Self {
+            features,
+            room_needed: HEADER_SIZE + frame,
+            health,
+            metrics,
+        }
+    }
+
     /// The tap is gone: nothing is read any more, what the guest sends is dropped.
     fn lose(&self, pair: &mut Pair, why: impl std::fmt::Display) {
         if !pair.gone {
@@ -520,6 +566,7 @@ impl ActiveDevice for NetHandler {
     fn save(&self) -> Result<SavedState, StateError> {
         let state = HandlerState {
             pairs: self.used_pairs,
+            filter: self.filter.clone(),
         };
         SavedState::encode(WHAT, STATE_VERSION, &state)
     }

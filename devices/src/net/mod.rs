@@ -17,10 +17,14 @@
 //! Several pairs are one device on one event loop; the tap spreads flows over the pairs that the driver has turned on
 //! through the control queue (VIRTIO_NET_CTRL_MQ), the others are detached.
 //!
+//! The driver says through the same queue which frames it wants (VIRTIO_NET_CTRL_RX, _MAC): the tap drops the others, and a guest is not woken
+//! for them.
+//!
 //! A datagram socket can stand in for the tap ([`NetBackend::Socket`]): each datagram is a header and a frame.
 
 mod control;
 mod device;
+mod filter;
 mod handler;
 mod header;
 mod metrics;

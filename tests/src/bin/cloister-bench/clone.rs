@@ -31,9 +31,6 @@ const ROUNDS: u32 = 10;
 const MANY: u32 = 20;
 /// How long they are left alone.
 const IDLE: Duration = Duration::from_secs(10);
-/// How long a template's boot, and a clone's call, may take.
-const BOOTED: Duration = Duration::from_secs(120);
-const DIALED: Duration = Duration::from_secs(3);
 /// And until what a start has left to be done is done.
 const SETTLED: Duration = Duration::from_secs(60);
 /// How long they are looked at then.
@@ -116,26 +113,11 @@ impl Pod {
         stream.read_exact(&mut [0])
     }
 
-    /// Takes the agent's "ready" as cloisterd does, and answers it: an agent that is not answered dials again and again. None if it does not
-    /// dial within `limit`; else the connection, which it keeps.
-    pub fn answer(&self, limit: Duration) -> io::Result<Option<UnixStream>> {
-        let begin = Instant::now();
-        self.ready.set_nonblocking(true)?;
-        let accepted = loop {
-            match self.ready.accept() {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock && begin.elapsed() < limit => {
-                    std::thread::sleep(Duration::from_millis(20));
-                }
-                accepted => break accepted,
-            }
-        };
-        self.ready.set_nonblocking(false)?;
-        let mut stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-            Err(error) => return Err(error),
-        };
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    /// Waits for the ready message of a boot, and answers it as cloisterd does: an agent that is not answered dials again and
+    /// again. To be kept.
+    fn answered(&self) -> io::Result<UnixStream> {
+        let (mut stream, _) = self.ready.accept()?;
+        stream.set_read_timeout(Some(Duration::from_secs(120)))?;
         // ttrpc's header: length, stream, kind, flags.
         let mut header = [0; 10];
         stream.read_exact(&mut header)?;
@@ -143,9 +125,9 @@ impl Pod {
         let length = u64::from(u32::from_be_bytes([a, b, c, d]));
         io::copy(&mut (&stream).take(length), &mut io::sink())?;
         // A Response without fields is an empty one.
-        let kind_response = [2, 0];
-        stream.write_all(&[&[0; 4], &stream_id[..], &kind_response].concat())?;
-        Ok(Some(stream))
+        let response = [2, 0];
+        stream.write_all(&[&[0; 4], &stream_id[..], &response].concat())?;
+        Ok(stream)
     }
 
     fn vcpu_seconds(&self) -> io::Result<f64> {
@@ -157,10 +139,7 @@ impl Pod {
 /// A template, as `cloisterd` makes them.
 pub fn template(context: &Context, host: &CellHost, huge_pages: HugePages) -> io::Result<Arc<Image>> {
     let pod = pod(host, "template".to_owned(), kernel(context)?, huge_pages)?;
-    let events = pod.answer(BOOTED)?;
-    if events.is_none() {
-        return Err(io::Error::other("the template's agent was not ready in time"));
-    }
+    let _events = pod.answered()?;
     pod.ask()?;
     pod.cell.discard_initrd()?;
     pod.cell.pause().map_err(chain)?;
@@ -333,11 +312,8 @@ fn idle(context: &mut Context, host: &CellHost) -> io::Result<()> {
         };
         let pod = pod(host, format!("idle-{number:02}"), boot, HugePages::No)?;
         drop(pod.ask()?);
-        let events = pod.answer(DIALED)?;
-        pods.push((pod, events));
+        pods.push(pod);
     }
-    let dialed = pods.iter().filter(|(_, events)| events.is_some()).count();
-    let (pods, _events): (Vec<Pod>, Vec<_>) = pods.into_iter().unzip();
     std::thread::sleep(IDLE);
     let own: Vec<f64> = pods
         .iter()
@@ -350,7 +326,7 @@ fn idle(context: &mut Context, host: &CellHost) -> io::Result<()> {
     let all = rollup("Private_Dirty")?.saturating_sub(private) + page_tables()?.saturating_sub(tables);
     let beyond = (float(all) / f64::from(MANY) - dirtied).max(0.0);
     let how = format!(
-        "{MANY} clones of {MEMORY_MIB} MiB, ordinary pages, {} s idle, {dialed} have said that they are ready",
+        "{MANY} clones of {MEMORY_MIB} MiB, ordinary pages, {} s idle",
         IDLE.as_secs()
     );
     for (name, value, unit, goal) in [
