@@ -82,6 +82,9 @@ fn it_can_be_seen_whose_turn_it_is() {
     let mut queues = driver.start_with_event_idx(0, &[16]);
     let queue = &mut queues[0];
     driver.request(queue, &[], &[4]);
+    // It has looked for another one before it rests.
+    assert!(wait_until(|| queue.available_event() == 1));
+    assert!(wait_until(|| driver.transport.report().is_some()));
     // The device's turn, of which it has not been notified.
     queue.set_used_event(7);
     let buffer = machine.allocate(64, 16);

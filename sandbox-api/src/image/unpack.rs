@@ -35,6 +35,7 @@ use tar::EntryType;
 /// Copies, and leaves holes where whole blocks are zeros: a layer says in a few bytes that a file has terabytes of them.
 fn copy_sparse(from: &mut impl Read, to: &mut File) -> io::Result<()> {
     const BLOCK: usize = 4096;
+    static ZEROS: [u8; BLOCK] = [0; BLOCK];
     let mut buffer = vec![0; 16 * BLOCK];
     let mut length = 0u64;
     loop {
@@ -48,7 +49,7 @@ fn copy_sparse(from: &mut impl Read, to: &mut File) -> io::Result<()> {
             }
         }
         for block in buffer.get(..filled).unwrap_or_default().chunks(BLOCK) {
-            if block.iter().any(|byte| *byte != 0) {
+            if Some(block) != ZEROS.get(..block.len()) {
                 to.write_all_at(block, length)?;
             }
             length = length.saturating_add(u64::try_from(block.len()).unwrap_or(0));

@@ -53,7 +53,7 @@ pub struct Context {
 
 type Part = fn(&mut Context) -> io::Result<()>;
 
-const PARTS: [(&str, Part); 12] = [
+const PARTS: [(&str, Part); 13] = [
     ("boot", boot::run),
     ("clone", clone::run),
     ("cell", cells::run),
@@ -66,6 +66,7 @@ const PARTS: [(&str, Part); 12] = [
     ("cri.rate", cri_rate::run),
     ("cri.streams", cri::streams),
     ("cri.idle", cri::idle),
+    ("cri.rest", cri::rest),
 ];
 
 const COUNTING_PARTS: [(&str, Part); 2] = [("boot", boot::count), ("clone", clone::count)];
