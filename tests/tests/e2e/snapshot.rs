@@ -227,7 +227,9 @@ fn forks_share_nothing() {
     assert_eq!(names.len(), 3);
     let (mut seen, mut addresses) = (HashSet::new(), HashSet::new());
     for name in names.iter().copied().chain(["original"]) {
-        for line in prints_on(&stage, name) {
+        // What was drawn before the fork and printed after it is in each of them: one line, the first that a fork prints.
+        let early = usize::from(name != "original");
+        for line in prints_on(&stage, name).into_iter().skip(early) {
             assert!(
                 seen.insert(line.clone()),
                 "{name} printed what another one did: {line}"
