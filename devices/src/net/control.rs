@@ -5,7 +5,7 @@
 //!  readable: class u8, command u8, data …     writable: ack u8
 //! ```
 
-use super::filter::{self, Mac};
+use super::filter::{self, Mac, Table};
 use crate::virtio::{Buffers, Slices};
 
 const CLASS_RX: u8 = 0;
@@ -28,8 +28,8 @@ pub(super) enum Command {
     Promiscuous(bool),
     /// All multicast frames.
     AllMulticast(bool),
-    /// Frames to these addresses, too; `None` stands for more than anybody keeps.
-    Table(Option<Vec<Mac>>, Option<Vec<Mac>>),
+    /// Frames to these unicast and multicast addresses, too.
+    Table(Table, Table),
     /// Another address for the device.
     Address(Mac),
 }

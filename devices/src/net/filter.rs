@@ -12,8 +12,11 @@ pub(super) type Mac = [u8; 6];
 const BROADCAST: Mac = [0xff; 6];
 /// Addresses that a tap compares whole; those behind them are hashed, which only works for multicast (`FLT_EXACT_COUNT`).
 const EXACT: usize = 8;
-/// Addresses of a kind that are kept; a driver with more gets all of that kind, which the specification allows.
+/// Addresses of a kind that are kept.
 const MOST: usize = 64;
+
+/// Addresses of a kind, or `None`: more than are kept, so that the driver gets all of that kind, which the specification allows.
+pub(super) type Table = Option<Vec<Mac>>;
 
 /// What the driver has said.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -21,8 +24,8 @@ pub(super) struct Filter {
     mac: Mac,
     promiscuous: bool,
     all_multicast: bool,
-    unicast: Vec<Mac>,
-    multicast: Vec<Mac>,
+    unicast: Table,
+    multicast: Table,
 }
 
 impl Filter {
@@ -32,8 +35,8 @@ impl Filter {
             mac,
             promiscuous: true,
             all_multicast: false,
-            unicast: Vec::new(),
-            multicast: Vec::new(),
+            unicast: Some(Vec::new()),
+            multicast: Some(Vec::new()),
         }
     }
 
@@ -52,31 +55,37 @@ impl Filter {
         self.mac = mac;
     }
 
-    /// VIRTIO_NET_CTRL_MAC_TABLE_SET: `None` for more than are kept.
-    pub(super) fn set_table(&mut self, unicast: Option<Vec<Mac>>, multicast: Option<Vec<Mac>>) {
-        // One too many for what a tap compares is as good as all.
-        self.unicast = unicast.unwrap_or_else(|| vec![BROADCAST; EXACT]);
-        self.multicast = multicast.unwrap_or_else(|| vec![BROADCAST; MOST + 1]);
+    /// VIRTIO_NET_CTRL_MAC_TABLE_SET.
+    pub(super) fn set_table(&mut self, unicast: Table, multicast: Table) {
+        self.unicast = unicast;
+        self.multicast = multicast;
     }
 
     /// What a tap is to let through: whether all multicast, and these. `None` is everything.
     pub(super) fn wanted(&self) -> Option<(bool, Vec<Mac>)> {
-        if self.promiscuous || self.unicast.len() >= EXACT {
+        // With the device's own that is as many as a tap compares.
+        let unicast = self.unicast.as_ref().filter(|table| table.len() < EXACT)?;
+        if self.promiscuous {
             return None;
         }
-        let all = self.all_multicast || self.multicast.len() > MOST;
-        let multicast: &[Mac] = if all { &[] } else { &self.multicast };
+        // A snapshot may say anything.
+        let multicast = self.multicast.as_ref().filter(|table| table.len() <= MOST);
+        let all = self.all_multicast || multicast.is_none();
         let mut addresses = vec![self.mac];
-        addresses.extend_from_slice(&self.unicast);
+        addresses.extend_from_slice(unicast);
         addresses.push(BROADCAST);
         // A tap takes no filter at all for one that is not what it should be.
-        addresses.extend(multicast.iter().filter(|[first, ..]| first & 1 != 0));
+        let multicast = multicast
+            .into_iter()
+            .flatten()
+            .filter(|[first, ..]| first & 1 != 0);
+        addresses.extend(multicast);
         Some((all, addresses))
     }
 }
 
-/// The table of one kind from its bytes: `None` if it is longer than what is kept.
-pub(super) fn table(entries: u64, mut entry: impl FnMut(u64) -> Mac) -> Option<Vec<Mac>> {
+/// A table of so many entries.
+pub(super) fn table(entries: u64, mut entry: impl FnMut(u64) -> Mac) -> Table {
     (entries <= MOST as u64).then(|| (0..entries).map(&mut entry).collect())
 }
 
@@ -113,7 +122,10 @@ mod tests {
         );
         filter.set_mac([6; 6]);
         filter.set_all_multicast(true);
-        assert_eq!(filter.wanted(), Some((true, vec![[6; 6], [4; 6], BROADCAST])));
+        assert_eq!(
+            filter.wanted(),
+            Some((true, vec![[6; 6], [4; 6], BROADCAST, GROUP]))
+        );
     }
 
     #[test]

@@ -9,7 +9,7 @@
 use super::unpack::{DIRECTORY, ENCODED_XATTR, MAX_DEPTH, OPAQUE, XATTR, xattr_allowed};
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -17,11 +17,14 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use tar::{Builder, EntryType, Header};
 
 /// Longest list of attributes' names, and longest attribute: what Linux has.
 const MAX_XATTR: usize = 64 << 10;
+/// Most pieces of a file between its holes: 21 are said in 512 bytes, of which an entry may have 1 MiB.
+const MAX_PIECES: usize = 32 << 10;
 
 /// Packs the tree below `root` into `archive`, a tar.
 ///
@@ -59,6 +62,29 @@ fn header(stat: &Stat, kind: EntryType) -> io::Result<Header> {
         header.set_device_minor(rustix::fs::minor(stat.st_rdev))?;
     }
     Ok(header)
+}
+
+/// Whether a file is packed without its holes: a guest makes those of any length at no cost. Of more pieces than the headers of one
+/// entry say to [`super::unpack`] it is packed whole, if it is not much longer than what it takes on the disk.
+fn without_holes(file: &File) -> io::Result<bool> {
+    let data = file.metadata()?;
+    let (mut at, mut pieces) = (0, 0);
+    while pieces <= MAX_PIECES {
+        let hole = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(start) => rustix::fs::seek(file, SeekFrom::Hole(start))?,
+            // Nothing but a hole is left, or this file system knows none.
+            Err(Errno::NXIO | Errno::INVAL) => break,
+            Err(error) => return Err(error.into()),
+        };
+        pieces += 1;
+        at = hole;
+    }
+    rustix::fs::seek(file, SeekFrom::Start(0))?;
+    if pieces > MAX_PIECES && data.len() / 2 > data.blocks().saturating_mul(512) {
+        let why = format!("more than {MAX_PIECES} pieces between holes cannot be said in a layer");
+        return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+    }
+    Ok(pieces <= MAX_PIECES)
 }
 
 fn at(path: &Path) -> impl Fn(io::Error) -> io::Error {
@@ -126,7 +152,8 @@ impl<W: Write> Packer<W> {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
                 let mut file = File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?);
                 self.attributes(&own)?;
-                // Without its holes: a guest makes those of any length at no cost. Nobody writes to it: the VM stands still.
+                self.archive.sparse(without_holes(&file)?);
+                // Nobody writes to it: the VM stands still.
                 self.archive.append_file(path, &mut file)
             }
             FileType::Symlink => {
@@ -207,7 +234,7 @@ mod tests {
     use super::*;
     use rustix::fs::{CWD, XattrFlags};
     use std::fs;
-    use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, PermissionsExt};
+    use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
     use std::os::unix::net::UnixListener;
 
     /// What was packed, unpacked again. Needs root, as whiteouts are devices.
@@ -292,6 +319,34 @@ mod tests {
     }
 
     #[test]
+    fn files_of_many_pieces_come_back() {
+        const STEP: u64 = 8192;
+        // The last one that is packed without its holes, and the first one that is packed with them.
+        let files = [("most", MAX_PIECES as u64), ("more", MAX_PIECES as u64 + 1)];
+        round_trip(
+            |dir| {
+                for (name, pieces) in files {
+                    let file = File::create_new(dir.join(name)).unwrap();
+                    (0..pieces).for_each(|at| file.write_all_at(b"x", at * STEP).unwrap());
+                    let file = File::open(dir.join(name)).unwrap();
+                    assert_eq!(without_holes(&file).unwrap(), name == "most");
+                }
+            },
+            |dir| {
+                for (name, pieces) in files {
+                    let file = File::open(dir.join(name)).unwrap();
+                    assert_eq!(file.metadata().unwrap().len(), (pieces - 1) * STEP + 1);
+                    for at in 0..pieces {
+                        let mut byte = [0];
+                        file.read_exact_at(&mut byte, at * STEP).unwrap();
+                        assert_eq!(byte, *b"x");
+                    }
+                }
+            },
+        );
+    }
+
+    #[test]
     fn what_a_layer_cannot_say_is_refused() {
         let dir = std::env::temp_dir().join(format!("cloister-pack-{}", crate::ids::random_hex(8)));
         fs::create_dir_all(dir.join("moved")).unwrap();
@@ -299,6 +354,11 @@ mod tests {
         let root = File::open(&dir).unwrap();
         let error = pack(root.as_fd(), Vec::new()).unwrap_err();
         assert!(error.to_string().contains("moved: overlayfs's"), "{error}");
+        fs::remove_dir(dir.join("moved")).unwrap();
+        let file = File::create(dir.join("pieces")).unwrap();
+        (0..=MAX_PIECES as u64).for_each(|at| file.write_all_at(b"x", at * (1 << 20)).unwrap());
+        let error = pack(root.as_fd(), Vec::new()).unwrap_err();
+        assert!(error.to_string().contains("pieces: more than"), "{error}");
         fs::remove_dir_all(dir).unwrap();
     }
 }
