@@ -54,7 +54,8 @@ pub type Stream = Pin<Box<dyn Duplex>>;
 
 type Waiting = Arc<Mutex<HashMap<StreamId, oneshot::Sender<Stream>>>>;
 
-struct Sink(mpsc::UnboundedSender<Envelope>);
+/// The host's Events service: what the agent publishes.
+pub struct Sink(pub mpsc::UnboundedSender<Envelope>);
 
 #[async_trait::async_trait]
 impl Events for Sink {

@@ -4,7 +4,7 @@
 //! Needs KVM, /dev/vhost-vsock and root: `ci/e2e` runs it where they are. CLOISTER_GUEST is the folder of the static agent
 //! and the guest kernel (default: target/guest).
 #[path = "../../../guest-agent/tests/harness/mod.rs"]
-mod harness;
+pub mod harness;
 
 use cloister_protocol::pod::{
     ConfigureRequest, DnsFiles, InfoRequest, Interface, MountRequest, OnlineRequest, PowerOffRequest, Route,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use crate::container::{Script, pod_initramfs};
+use crate::runtime;
 use cloister_protocol::pod::{ConfigureRequest, InfoRequest, PingRequest};
 use cloister_protocol::task::WaitRequest;
 use cloister_protocol::ttrpc::context::with_duration;
@@ -77,14 +78,6 @@ impl Bed {
         vm.configure(&request).await.unwrap();
         (vm, agent)
     }
-}
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap()
 }
 
 /// Runs a script in a container of the pod, with a folder of the host's at /out, to its end.

@@ -15,3 +15,12 @@ mod resources;
 mod run;
 mod snapshot;
 mod workers;
+
+/// What tests of asynchronous code run on.
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+}

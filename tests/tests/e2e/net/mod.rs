@@ -5,6 +5,7 @@ mod bed;
 mod frames;
 mod vm;
 
+use crate::runtime;
 use bed::{Bed, MTU, NODE, POD, add_address, assert_no_thread, link, run};
 use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_protocol::pod::{Neighbor, Route};
@@ -15,14 +16,6 @@ use rtnetlink::packet_route::route::{RouteAttribute, RouteMetric, RouteNextHop, 
 use rtnetlink::{LinkUnspec, LinkVeth, RouteMessageBuilder};
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
-
-fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .unwrap()
-}
 
 /// A test that leaves nothing in this process.
 fn test(body: impl Future<Output = ()>) {

@@ -3,8 +3,9 @@
 //! into it.
 
 use super::bed::{Bed, POD, assert_no_thread, link, run};
-use super::{runtime, test};
+use super::test;
 use crate::container::{Script, pod_initramfs};
+use crate::runtime;
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_sandbox_api::net::cni::{self, PodNet};
 use cloister_sandbox_api::net::forward::Forwarder;

@@ -6,19 +6,20 @@ use std::fs::{self, File};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::agent::harness::Sink;
 use cloister_boot::x86_64::Description;
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
-use cloister_protocol::events::{Envelope, Events, ForwardRequest, create_events};
+use cloister_protocol::events::{Envelope, create_events};
 use cloister_protocol::pod::PodClient;
 use cloister_protocol::protobuf::MessageField;
-use cloister_protocol::protobuf::well_known_types::{any::Any, empty::Empty};
+use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::task::{
     CreateTaskRequest, DeleteRequest, KillRequest, StartRequest, TaskClient, WaitRequest,
 };
 use cloister_protocol::ttrpc::asynchronous::transport::{Listener, Socket};
-use cloister_protocol::ttrpc::asynchronous::{Client, Server, TtrpcContext};
+use cloister_protocol::ttrpc::asynchronous::{Client, Server};
 use cloister_protocol::ttrpc::context::{Context, with_timeout};
-use cloister_protocol::{AGENT_PORT, EVENTS_PORT, SPEC_TYPE_URL, ttrpc};
+use cloister_protocol::{AGENT_PORT, EVENTS_PORT, SPEC_TYPE_URL};
 use cloister_tests::e2e::{PATIENCE, archive, guest_file};
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::{Boot, Cell, CellConfig, CellHost, DeviceConfig, DeviceHandle, KernelBoot};
@@ -31,17 +32,6 @@ use tokio::sync::mpsc;
 /// The context of every request.
 pub fn ctx() -> Context {
     with_timeout(i64::try_from(PATIENCE.as_nanos()).unwrap())
-}
-
-struct Sink(mpsc::UnboundedSender<Envelope>);
-
-#[async_trait::async_trait]
-impl Events for Sink {
-    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        // The test may have ended.
-        let _ = self.0.send(request.envelope.unwrap_or_default());
-        Ok(Empty::new())
-    }
 }
 
 /// See the module.
