@@ -307,29 +307,18 @@ impl Net {
         self.common.signal.connect(Some(context.interrupt));
         let common = handler::Common::new(
             features,
+            state.filter,
             usize::from(self.mtu.unwrap_or(1500)),
             context.health,
             Arc::clone(&self.metrics),
         );
-        let filters = self.kind == Kind::Tap;
-        let mut handler = NetHandler::new(
-            live,
-            control,
-            self.queue_sizes.len(),
-            common,
-            state.filter,
-            filters,
-        );
+        let mut handler = NetHandler::new(live, control, self.queue_sizes.len(), common);
         handler
             .set_pairs(state.pairs)
             .map_err(|source| ActivateError::Host {
                 what: "cannot attach the queues of the tap",
                 source,
             })?;
-        handler.apply_filter().map_err(|source| ActivateError::Host {
-            what: "cannot have the tap filter frames",
-            source,
-        })?;
         // Queues that no pair stands for get no flows.
         let others = self.fds.iter().skip(handler.pair_count().max(1));
         for fd in others.filter(|_| self.kind == Kind::Tap) {
@@ -426,6 +415,13 @@ impl VirtioDevice for Net {
             return Err(StateError::Invalid {
                 what: WHAT,
                 why: format!("it uses {} queue pairs", state.pairs),
+            }
+            .into());
+        }
+        if !state.filter.is_sound() {
+            return Err(StateError::Invalid {
+                what: WHAT,
+                why: "it wants frames to more addresses than are kept".to_owned(),
             }
             .into());
         }

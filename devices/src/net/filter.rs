@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Which frames the driver wants (virtio 1.3, sections 5.1.6.5.1 and 5.1.6.5.2), and what the tap is told of it.
+//! Which frames the driver wants (virtio 1.3, sections 5.1.6.5.1 and 5.1.6.5.2): a guest is not woken for what other hosts of the network
+//! tell each other by multicast.
 //!
-//! The kernel drops the others at the tap: nobody is woken for what other hosts of the network tell each other by multicast.
-//! A driver that never says what it wants gets everything.
+//! A driver that never says what it wants gets everything. The tap could drop frames by itself (TUNSETTXFILTER), but is told so under
+//! the lock of all of the node's network configuration: a guest that asks all the time would hold it up, and a lock that is held
+//! elsewhere the event loop of many guests.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,8 +12,6 @@ use serde::{Deserialize, Serialize};
 pub(super) type Mac = [u8; 6];
 
 const BROADCAST: Mac = [0xff; 6];
-/// Addresses that a tap compares whole; those behind them are hashed, which only works for multicast (`FLT_EXACT_COUNT`).
-const EXACT: usize = 8;
 /// Addresses of a kind that are kept.
 const MOST: usize = 64;
 
@@ -61,26 +61,22 @@ impl Filter {
         self.multicast = multicast;
     }
 
-    /// What a tap is to let through: whether all multicast, and these. `None` is everything.
-    pub(super) fn wanted(&self) -> Option<(bool, Vec<Mac>)> {
-        // With the device's own that is as many as a tap compares.
-        let unicast = self.unicast.as_ref().filter(|table| table.len() < EXACT)?;
-        if self.promiscuous {
-            return None;
-        }
-        // A snapshot may say anything.
-        let multicast = self.multicast.as_ref().filter(|table| table.len() <= MOST);
-        let all = self.all_multicast || multicast.is_none();
-        let mut addresses = vec![self.mac];
-        addresses.extend_from_slice(unicast);
-        addresses.push(BROADCAST);
-        // A tap takes no filter at all for one that is not what it should be.
-        let multicast = multicast
-            .into_iter()
-            .flatten()
-            .filter(|[first, ..]| first & 1 != 0);
-        addresses.extend(multicast);
-        Some((all, addresses))
+    /// Whether a frame to this address is wanted.
+    pub(super) fn wants(&self, to: Mac) -> bool {
+        let [first, ..] = to;
+        let (all, table) = if first & 1 == 0 {
+            (false, &self.unicast)
+        } else {
+            (self.all_multicast, &self.multicast)
+        };
+        let listed = || table.as_ref().is_none_or(|table| table.contains(&to));
+        self.promiscuous || all || to == self.mac || to == BROADCAST || listed()
+    }
+
+    /// Whether it can be one of this program's: tables have their bounds.
+    pub(super) fn is_sound(&self) -> bool {
+        let tables = [&self.unicast, &self.multicast];
+        tables.into_iter().flatten().all(|table| table.len() <= MOST)
     }
 }
 
@@ -96,48 +92,41 @@ mod tests {
     const OWN: Mac = [2, 0, 0, 0, 0, 1];
     const GROUP: Mac = [0x33, 0x33, 0, 0, 0, 1];
 
-    fn silent() -> Filter {
-        let mut filter = Filter::new(OWN);
-        filter.set_promiscuous(false);
-        filter
+    const OTHER: Mac = [4; 6];
+
+    fn wanted(filter: &Filter) -> Vec<Mac> {
+        let all = [OWN, OTHER, GROUP, BROADCAST];
+        all.into_iter().filter(|to| filter.wants(*to)).collect()
     }
 
     #[test]
     fn everything_until_the_driver_says_otherwise() {
         let mut filter = Filter::new(OWN);
-        assert_eq!(filter.wanted(), None);
+        assert_eq!(wanted(&filter), [OWN, OTHER, GROUP, BROADCAST]);
         filter.set_promiscuous(false);
-        assert_eq!(filter.wanted(), Some((false, vec![OWN, BROADCAST])));
-        filter.set_promiscuous(true);
-        assert_eq!(filter.wanted(), None);
-    }
-
-    #[test]
-    fn what_is_in_the_table_and_nothing_else() {
-        let mut filter = silent();
-        filter.set_table(Some(vec![[4; 6]]), Some(vec![GROUP, [4; 6]]));
-        assert_eq!(
-            filter.wanted(),
-            Some((false, vec![OWN, [4; 6], BROADCAST, GROUP]))
-        );
-        filter.set_mac([6; 6]);
+        assert_eq!(wanted(&filter), [OWN, BROADCAST]);
         filter.set_all_multicast(true);
-        assert_eq!(
-            filter.wanted(),
-            Some((true, vec![[6; 6], [4; 6], BROADCAST, GROUP]))
-        );
+        assert_eq!(wanted(&filter), [OWN, GROUP, BROADCAST]);
+        filter.set_all_multicast(false);
+        filter.set_table(Some(vec![OTHER]), Some(vec![GROUP]));
+        assert_eq!(wanted(&filter), [OWN, OTHER, GROUP, BROADCAST]);
+        filter.set_table(Some(Vec::new()), Some(Vec::new()));
+        filter.set_mac(OTHER);
+        assert_eq!(wanted(&filter), [OTHER, BROADCAST]);
     }
 
     #[test]
     fn more_than_is_kept_is_all_of_its_kind() {
         assert_eq!(table(MOST as u64 + 1, |_| GROUP), None);
         assert_eq!(table(2, |_| GROUP), Some(vec![GROUP; 2]));
-        let mut filter = silent();
+        let mut filter = Filter::new(OWN);
+        filter.set_promiscuous(false);
         filter.set_table(Some(Vec::new()), None);
-        assert_eq!(filter.wanted(), Some((true, vec![OWN, BROADCAST])));
+        assert_eq!(wanted(&filter), [OWN, GROUP, BROADCAST]);
         filter.set_table(None, Some(Vec::new()));
-        assert_eq!(filter.wanted(), None);
-        filter.set_table(Some(vec![[4; 6]; EXACT]), Some(Vec::new()));
-        assert_eq!(filter.wanted(), None, "a tap compares no more");
+        assert_eq!(wanted(&filter), [OWN, OTHER, BROADCAST]);
+        assert!(filter.is_sound());
+        filter.set_table(Some(vec![OTHER; MOST + 1]), None);
+        assert!(!filter.is_sound());
     }
 }

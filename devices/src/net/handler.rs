@@ -119,6 +119,7 @@ impl Pair {
 /// What all pairs share.
 pub(super) struct Common {
     features: u64,
+    filter: Filter,
     /// Bytes of buffers that any frame fits into, header included.
     room_needed: usize,
     health: Arc<Health>,
@@ -130,9 +131,6 @@ pub(super) struct NetHandler {
     control: Option<ActiveQueue>,
     common: Common,
     used_pairs: u16,
-    filter: Filter,
-    /// The pairs are a tap's, which can drop what the driver does not want.
-    filters: bool,
     /// Queues of the device, whether the driver set them up or not.
     queue_count: usize,
 }
@@ -145,6 +143,14 @@ enum Filled {
     TooLittle,
     /// The first buffer was useless and went back.
     BadBuffer,
+}
+
+/// One that was read.
+struct Frame {
+    /// Its bytes, header included.
+    len: usize,
+    /// Whom it is for, as the guest's memory has it: only the guest itself can have changed that.
+    to: Mac,
 }
 
 /// Takes the buffers that a frame of `len` bytes, header included, fills; their heads and how much is in each.
@@ -163,22 +169,18 @@ fn take_used(buffers: &mut VecDeque<(u16, Slices<'_>)>, len: usize) -> Vec<(u16,
 }
 
 impl NetHandler {
-    /// A handler that has still to be told how many pairs are on. `filters`: they are a tap's.
+    /// A handler that has still to be told how many pairs are on.
     pub(super) fn new(
         pairs: Vec<Pair>,
         control: Option<ActiveQueue>,
         queue_count: usize,
         common: Common,
-        filter: Filter,
-        filters: bool,
     ) -> Self {
         Self {
             pairs,
             control,
             common,
             used_pairs: 1,
-            filter,
-            filters,
             queue_count,
         }
     }
@@ -203,15 +205,6 @@ impl NetHandler {
         Ok(())
     }
 
-    /// Has the tap drop what the driver does not want.
-    pub(super) fn apply_filter(&self) -> io::Result<()> {
-        let Some(pair) = self.pairs.first().filter(|pair| self.filters && !pair.gone) else {
-            return Ok(());
-        };
-        let (all_multicast, addresses) = self.filter.wanted().unwrap_or_default();
-        tap::set_filter(pair.fd.as_fd(), all_multicast, &addresses)
-    }
-
     fn obey(&mut self, command: Command) -> Result<(), String> {
         let needed = match &command {
             Command::Pairs(_) => feature::CTRL_VQ,
@@ -230,13 +223,12 @@ impl NetHandler {
                     .set_pairs(count)
                     .map_err(|error| format!("the tap does not do {count} queue pairs: {error}"));
             }
-            Command::Promiscuous(on) => self.filter.set_promiscuous(on),
-            Command::AllMulticast(on) => self.filter.set_all_multicast(on),
-            Command::Table(unicast, multicast) => self.filter.set_table(unicast, multicast),
-            Command::Address(mac) => self.filter.set_mac(mac),
+            Command::Promiscuous(on) => self.common.filter.set_promiscuous(on),
+            Command::AllMulticast(on) => self.common.filter.set_all_multicast(on),
+            Command::Table(unicast, multicast) => self.common.filter.set_table(unicast, multicast),
+            Command::Address(mac) => self.common.filter.set_mac(mac),
         }
-        self.apply_filter()
-            .map_err(|error| format!("the tap does not filter frames: {error}"))
+        Ok(())
     }
 
     fn start(&mut self, ops: &mut EventOps) -> Result<(), Failure> {
@@ -328,7 +320,13 @@ impl NetHandler {
 }
 
 impl Common {
-    pub(super) fn new(features: u64, mtu: usize, health: Arc<Health>, metrics: Arc<NetMetrics>) -> Self {
+    pub(super) fn new(
+        features: u64,
+        filter: Filter,
+        mtu: usize,
+        health: Arc<Health>,
+        metrics: Arc<NetMetrics>,
+    ) -> Self {
         let frame = if features & feature::GUEST_BIG != 0 {
             MAX_FRAME
         } else {
@@ -336,6 +334,7 @@ impl Common {
         };
         Self {
             features,
+            filter,
             room_needed: HEADER_SIZE + frame,
             health,
             metrics,
@@ -378,11 +377,17 @@ impl Common {
                     break;
                 }
             }
-            let Some(len) = self.read_frame(pair, &buffers) else {
+            let Some(frame) = self.read_frame(pair, &buffers) else {
                 break;
             };
+            let Frame { len, to } = frame;
+            // The next one is read into the same buffers.
             if len < HEADER_SIZE + ETHERNET_SIZE {
                 self.metrics.receive_dropped.increment();
+                continue;
+            }
+            if !self.filter.wants(to) {
+                self.metrics.receive_unwanted.increment();
                 continue;
             }
             let used = take_used(&mut buffers, len);
@@ -441,7 +446,7 @@ impl Common {
     }
 
     /// Reads a frame into the first of `buffers`; `None` if there is none.
-    fn read_frame(&self, pair: &mut Pair, buffers: &VecDeque<(u16, Slices<'_>)>) -> Option<usize> {
+    fn read_frame(&self, pair: &mut Pair, buffers: &VecDeque<(u16, Slices<'_>)>) -> Option<Frame> {
         let mut room = Slices::default();
         for (_, slices) in buffers {
             room.append(slices.clone());
@@ -460,7 +465,9 @@ impl Common {
                 }
                 // Taps leave this field alone.
                 room.write(NUM_BUFFERS, &count.to_le_bytes());
-                return Some(len);
+                let mut to = Mac::default();
+                room.read(HEADER_SIZE, &mut to);
+                return Some(Frame { len, to });
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => self.lose(pair, error),
@@ -566,7 +573,7 @@ impl ActiveDevice for NetHandler {
     fn save(&self) -> Result<SavedState, StateError> {
         let state = HandlerState {
             pairs: self.used_pairs,
-            filter: self.filter.clone(),
+            filter: self.common.filter.clone(),
         };
         SavedState::encode(WHAT, STATE_VERSION, &state)
     }

@@ -18,6 +18,8 @@ pub struct NetMetrics {
     pub starved: Counter,
     /// Frames from the host that made no sense.
     pub receive_dropped: Counter,
+    /// Frames from the host that the driver has not asked for.
+    pub receive_unwanted: Counter,
     /// Frames from the guest that were malformed, or that the host did not take.
     pub transmit_dropped: Counter,
     /// Times that frames waited in the guest because the tap was full.

@@ -17,8 +17,8 @@
 //! Several pairs are one device on one event loop; the tap spreads flows over the pairs that the driver has turned on
 //! through the control queue (VIRTIO_NET_CTRL_MQ), the others are detached.
 //!
-//! The driver says through the same queue which frames it wants (VIRTIO_NET_CTRL_RX, _MAC): the tap drops the others, and a guest is not woken
-//! for them.
+//! The driver says through the same queue which frames it wants (VIRTIO_NET_CTRL_RX, _MAC): others are dropped
+//! here, and it is not woken for them.
 //!
 //! A datagram socket can stand in for the tap ([`NetBackend::Socket`]): each datagram is a header and a frame.
 

@@ -21,13 +21,9 @@ pub(super) mod offload {
 }
 
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
-const TUNSETTXFILTER: libc::c_ulong = 0x4004_54d1;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNSETQUEUE: libc::c_ulong = 0x4004_54d9;
-
-/// A flag of TUNSETTXFILTER's.
-const TUN_FLT_ALLMULTI: u16 = 0x0001;
 
 const IFF_TAP: u16 = 0x0002;
 const IFF_MULTI_QUEUE: u16 = 0x0100;
@@ -130,21 +126,5 @@ pub(super) fn set_attached(fd: BorrowedFd<'_>, attached: bool) -> io::Result<()>
         // It is so already.
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
         result => result,
-    }
-}
-
-/// Tells the tap which frames go to the guest: those to `addresses` (up to eight, and any number of multicast ones behind them),
-/// and all multicast; without addresses all frames. A macvtap, which knows nothing of that, lets all through.
-pub(super) fn set_filter(fd: BorrowedFd<'_>, all_multicast: bool, addresses: &[[u8; 6]]) -> io::Result<()> {
-    // struct tun_filter.
-    let flags = if all_multicast { TUN_FLT_ALLMULTI } else { 0 };
-    let count = u16::try_from(addresses.len()).map_err(io::Error::other)?;
-    let mut filter = [flags.to_ne_bytes(), count.to_ne_bytes()].concat();
-    filter.extend_from_slice(addresses.as_flattened());
-    // SAFETY: this request reads a header of 4 bytes and as many addresses of 6 as it says, which is what `filter` holds.
-    let result = unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETTXFILTER as _, filter.as_ptr()) };
-    match io::Error::last_os_error() {
-        error if result < 0 && error.raw_os_error() != Some(libc::EINVAL) => Err(error),
-        _ => Ok(()),
     }
 }

@@ -85,6 +85,7 @@ pub fn count(handle: &DeviceHandle, totals: &mut Totals) {
                     ("received_frames", m.received_frames.get()),
                     ("transmitted_frames", m.transmitted_frames.get()),
                     ("receive_dropped", m.receive_dropped.get()),
+                    ("receive_unwanted", m.receive_unwanted.get()),
                     ("transmit_dropped", m.transmit_dropped.get()),
                     ("starved", m.starved.get()),
                     ("tap_full", m.tap_full.get()),
