@@ -106,13 +106,6 @@ impl Pod {
         Ok(connection)
     }
 
-    /// Waits for the ready message of a boot.
-    fn booted(&self) -> io::Result<()> {
-        let (mut stream, _) = self.ready.accept()?;
-        stream.set_read_timeout(Some(Duration::from_secs(120)))?;
-        stream.read_exact(&mut [0])
-    }
-
     /// Waits for the ready message of a boot, and answers it as cloisterd does: an agent that is not answered dials again and
     /// again. To be kept.
     fn answered(&self) -> io::Result<UnixStream> {
@@ -166,7 +159,7 @@ fn start(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io
     let begin = Instant::now();
     let pod = pod(host, name, boot, huge_pages)?;
     if boots {
-        pod.booted()?;
+        pod.answered()?;
     }
     let answer = pod.ask()?;
     let seconds = begin.elapsed().as_secs_f64();
