@@ -33,6 +33,8 @@ pub const QUICK: Duration = Duration::from_secs(30);
 const MAX_ENTROPY: usize = 512;
 /// Time for the guest to power itself off.
 const POWER_OFF: Duration = Duration::from_secs(5);
+/// For the reason why a VM has ended, once it is known that it does not answer.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// Why a pod's VM did not come to serve containers, or was lost.
 #[derive(Debug, thiserror::Error)]
@@ -189,11 +191,19 @@ impl PodVm {
                 request.unix_time_ns = crate::clock::unix_ns();
             }
         }
-        tokio::select! {
-            answer = agent.pod.configure(with_duration(QUICK), &request) => {
-                answer.map_err(agent_error("configure the pod"))?;
+        let when = "before its pod was configured";
+        let answer = tokio::select! {
+            answer = agent.pod.configure(with_duration(QUICK), &request) => answer,
+            error = self.ended(when) => return Err(error),
+        };
+        match answer {
+            Ok(_) => {}
+            Err(error @ ttrpc::Error::RpcStatus(_)) => return Err(agent_error("configure the pod")(error)),
+            // The connection of a VM that ends is reset just before its end is known, which says why.
+            Err(error) => {
+                let ended = tokio::time::timeout(LAST_WORD, self.ended(when)).await;
+                return Err(ended.unwrap_or_else(|_| agent_error("configure the pod")(error)));
             }
-            error = self.ended("before its pod was configured") => return Err(error),
         }
         self.renewed = true;
         self.machine.cell().note_ready();

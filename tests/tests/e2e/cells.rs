@@ -159,10 +159,10 @@ fn eight_at_once_and_a_ninth_that_panics() {
         assert_eq!(vm.ends(), StopReason::Requested);
     }
     drop((vms, ninth, events));
-    before.assert_unchanged();
+    before.assert_no_more();
     // The shared threads go with the last handle.
     drop(host);
-    bare.assert_unchanged();
+    bare.assert_no_more();
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn the_death_of_pid_1_is_a_panic() {
     assert_eq!(other.ends(), StopReason::Requested);
     fs::remove_file(&initrd).unwrap();
     drop((vm, other, events));
-    before.assert_unchanged();
+    before.assert_no_more();
 }
 
 /// A kernel that is not ours: a bzImage, with modules in the initramfs, that finds its processors and devices by ACPI.
@@ -206,7 +206,7 @@ fn debians_kernel_with_our_agent() {
     vm.cell.stop();
     assert_eq!(vm.ends(), StopReason::Requested);
     drop((vm, events));
-    before.assert_unchanged();
+    before.assert_no_more();
 }
 
 #[test]
@@ -236,5 +236,5 @@ fn stopped_while_booting() {
     });
     drop(Cell::create(config, &host).unwrap());
     drop(handle);
-    before.assert_unchanged();
+    before.assert_no_more();
 }

@@ -226,7 +226,7 @@ fn cells_made_ahead_become_pods_of_their_own() {
         templates.want(kind.clone(), PATIENCE, ahead);
         assert!(templates.find(&kind).is_none(), "it is closed");
         drop(templates);
-        before.assert_unchanged();
+        before.assert_no_more();
     });
 }
 
@@ -266,7 +266,7 @@ fn many_live_side_by_side_and_leave_nothing() {
                 drop(agent);
                 vm.shut_down().await;
             }
-            before.assert_unchanged();
+            before.assert_no_more();
             image.verify().expect("a clone has changed the template");
         }
     });
@@ -374,7 +374,7 @@ fn clones_killed_again_and_again_leave_nothing() {
             cycle(&bed, &image, number).await;
         }
         let took = start.elapsed();
-        before.assert_unchanged();
+        before.assert_no_more();
         let last = anonymous_kib(std::process::id());
         println!(
             "{cycles} cycles in {took:.1?}: {first} KiB of the process's own memory before, {last} after"

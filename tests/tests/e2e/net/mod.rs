@@ -23,7 +23,7 @@ fn test(body: impl Future<Output = ()>) {
     drop(runtime());
     let before = ProcessFootprint::of_this();
     runtime().block_on(body);
-    before.assert_unchanged();
+    before.assert_no_more();
 }
 
 fn route(destination: &str, gateway: &str, interface: &str, scope: u32, metric: u32) -> Route {

@@ -261,7 +261,7 @@ fn disks_come_and_go() {
     pod.check("lives", "true", |_| {});
     pod.stop();
     drop((first, second));
-    bare.assert_unchanged();
+    bare.assert_no_more();
 }
 
 /// What a VM may be given later costs its boot little: exits, and memory that the guest takes.
