@@ -278,14 +278,17 @@ fn nft() -> Finding {
 }
 
 fn cgroups() -> Finding {
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+    let has = |file: &str| Path::new("/sys/fs/cgroup").join(file).exists();
+    if has("cgroup.controllers") {
         finding("cgroups", Verdict::Ok, "version 2", "")
+    } else if has("memory/cgroup.procs") {
+        finding("cgroups", Verdict::Ok, "version 1", "")
     } else {
         finding(
             "cgroups",
             Verdict::Warning,
-            "version 1 or none",
-            "boot with systemd.unified_cgroup_hierarchy=1",
+            "not mounted",
+            "mount cgroup2 at /sys/fs/cgroup; without it no pod's use is charged to the pod",
         )
     }
 }

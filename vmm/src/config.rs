@@ -64,7 +64,7 @@ pub struct CellConfig {
 }
 
 /// Pages that back guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub enum HugePages {
     /// Ordinary pages.
     No,

@@ -468,7 +468,7 @@ impl Config {
         config.metrics.listen = None;
         for profile in config.sandboxer.values_mut() {
             if profile.pods_per_worker == 1 {
-                profile.template = Trust::None;
+                profile.template_pool = 0;
                 profile.spare_vms = 0;
             }
         }
@@ -960,13 +960,16 @@ mod tests {
     #[test]
     fn workers_make_nothing_ahead_for_pods_that_they_do_not_get() {
         let config = parsed(
-            "[metrics]\nlisten = '127.0.0.1:9464'\n[sandboxer.one]\npods_per_worker = 1\ntemplate = 'node'\nspare_vms = 2\n[sandboxer.few]\npods_per_worker = 5\ntemplate = 'node'\n",
+            "[metrics]\nlisten = '127.0.0.1:9464'\n[sandboxer.one]\npods_per_worker = 1\ntemplate = 'node'\ntemplate_pool = 1\nspare_vms = 2\n[sandboxer.few]\npods_per_worker = 5\ntemplate = 'node'\n",
         )
         .unwrap();
         let told = config.for_workers();
         assert_eq!(told.metrics.listen, None);
         let one = &told.sandboxer["one"];
-        assert_eq!((one.template, one.spare_vms), (Trust::None, 0));
+        assert_eq!(
+            (one.template, one.template_pool, one.spare_vms),
+            (Trust::Node, 0, 0)
+        );
         assert_eq!(told.sandboxer["few"].template, Trust::Node);
         assert_eq!(parsed(&told.to_toml()), Ok(told));
     }

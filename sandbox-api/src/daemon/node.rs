@@ -11,6 +11,7 @@ use super::pod_plan::PodPlan;
 use super::sandbox::{self, Phase, Record, Sandbox};
 use super::workers::{self, Worker, Workers};
 use crate::clock;
+use crate::pod::shelf::Shelf;
 use crate::pod::template::{SETTLE, Templates};
 use cloister_vmm::{CellHost, SpareConfig};
 use std::collections::HashMap;
@@ -93,10 +94,14 @@ impl Node {
         workers: Workers,
         name: Option<String>,
     ) -> Self {
+        let templates = match name {
+            Some(_) => Templates::from_shelf(cells.clone(), Shelf::of_workers(&config.state_dir)),
+            None => Templates::new(cells.clone()),
+        };
         Self {
             workers,
             config,
-            templates: Templates::new(cells.clone()),
+            templates,
             cells,
             events,
             metrics,
@@ -135,6 +140,8 @@ impl Node {
         let node = Self::empty(config, cells, events, metrics, workers, None);
         let dir = node.dir();
         std::fs::create_dir_all(&dir)?;
+        // Of another kernel or agent, it may be. Clones live on without them.
+        Shelf::of_workers(&node.config.state_dir).clear()?;
         let adopted = node.workers.adopt()?;
         for entry in std::fs::read_dir(&dir)? {
             let path = entry?.path();

@@ -83,7 +83,7 @@ pub struct Shared {
 }
 
 /// What a VM can be given while it runs, beyond what it starts with. Without any it costs nothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Room {
     /// vCPUs in all. Each costs the guest some 200 KiB of its RAM; no more than it starts with if this is less.
     pub cpus: u8,

@@ -6,6 +6,9 @@
 //! tmpfs, as the folder of state is, the file's pages are the page cache's and the template's at once, for all pods.
 //!
 //! Beside it, in `<name>.touched`, is what the first clone has touched until it was up: the next ones have it ready.
+//!
+//! A daemon keeps a shelf for its workers, in `<state>/worker-templates`: one of them that has to boot a pod puts the kind there,
+//! in `<name>.wish`, and the daemon the template. So a template's memory is there once, and is charged to the daemon.
 
 use super::template::Kind;
 use crate::image::hex;
@@ -20,6 +23,7 @@ use std::sync::Arc;
 
 const EXTENSION: &str = "image";
 const TOUCHED: &str = "touched";
+const WISH: &str = "wish";
 
 /// The folder of templates.
 #[derive(Clone, Debug)]
@@ -41,6 +45,13 @@ impl Shelf {
     pub fn of(state: &Path) -> Self {
         Self {
             dir: state.join("templates"),
+        }
+    }
+
+    /// The one that a daemon with this folder of state keeps for its workers.
+    pub fn of_workers(state: &Path) -> Self {
+        Self {
+            dir: state.join("worker-templates"),
         }
     }
 
@@ -95,13 +106,79 @@ impl Shelf {
         }
     }
 
+    fn make_folder(&self) -> io::Result<()> {
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700).create(&self.dir)
+    }
+
+    fn wish_for(&self, kind: &Kind) -> PathBuf {
+        self.path(&Self::name(kind)).with_extension(WISH)
+    }
+
+    /// Asks who keeps the shelf for a template of this kind.
+    ///
+    /// # Errors
+    /// As of the system calls for files.
+    pub fn wish(&self, kind: &Kind) -> io::Result<()> {
+        self.make_folder()?;
+        crate::files::replace(&self.wish_for(kind), &serde_json::to_vec(kind)?)
+    }
+
+    /// What is asked for, each once: who takes it has to see to it. What cannot be read is removed, too.
+    pub fn take_wishes(&self) -> Vec<Kind> {
+        let paths = std::fs::read_dir(&self.dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|entry| entry.path());
+        paths
+            .filter(|path| path.extension().is_some_and(|e| e == WISH))
+            .filter_map(|path| {
+                let wish = std::fs::read(&path);
+                let _ = std::fs::remove_file(&path);
+                serde_json::from_slice(&wish.ok()?).ok()
+            })
+            .collect()
+    }
+
+    /// Removes the oldest templates, so that there are no more than `most`.
+    ///
+    /// # Errors
+    /// The folder cannot be read.
+    pub fn keep(&self, most: usize) -> io::Result<()> {
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(&self.dir)? {
+            let path = entry?.path();
+            if path.extension().is_some_and(|e| e == EXTENSION) {
+                all.push((std::fs::metadata(&path)?.modified()?, path));
+            }
+        }
+        all.sort();
+        let excess = all.len().saturating_sub(most);
+        for (_, path) in all.drain(..excess) {
+            let _ = std::fs::remove_file(path.with_extension(TOUCHED));
+            std::fs::remove_file(path)?;
+        }
+        Ok(())
+    }
+
+    /// Removes all.
+    ///
+    /// # Errors
+    /// The folder cannot be removed.
+    pub fn clear(&self) -> io::Result<()> {
+        match std::fs::remove_dir_all(&self.dir) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Puts a template here.
     ///
     /// # Errors
     /// As of the system calls for files.
     pub fn put(&self, kind: &Kind, image: &Image) -> io::Result<String> {
-        let mut builder = std::fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700).create(&self.dir)?;
+        self.make_folder()?;
         let name = Self::name(kind);
         image.copy_to(&self.path(&name)).map_err(io::Error::other)?;
         Ok(name)
@@ -144,5 +221,60 @@ impl Shelf {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn kind(domain: &str) -> Kind {
+        serde_json::from_value(json!({
+            "domain": domain, "kernel": "/k", "initrd": "/i", "files": [[1, 2, 3, 4, 5], [1, 3, 3, 4, 5]],
+            "kernel_args": ["quiet"], "cpus": 1, "memory": 1 << 28, "huge_pages": "No", "dax": null, "cards": [1],
+            "room": { "cpus": 2, "memory": 1 << 30, "disks": 0 },
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn what_is_wished_for_is_taken_once() {
+        let state = std::env::temp_dir().join(format!("cloister-shelf-{}", crate::ids::random_hex(4)));
+        let shelf = Shelf::of_workers(&state);
+        assert!(shelf.take_wishes().is_empty(), "there is no folder");
+        shelf.clear().unwrap();
+        for domain in ["a", "b", "a"] {
+            shelf.wish(&kind(domain)).unwrap();
+        }
+        std::fs::write(shelf.dir.join("x.wish"), "no kind").unwrap();
+        let taken = shelf.take_wishes();
+        assert!(taken.len() == 2 && taken.contains(&kind("a")) && taken.contains(&kind("b")));
+        assert!(shelf.take_wishes().is_empty());
+        assert_eq!(std::fs::read_dir(&shelf.dir).unwrap().count(), 0);
+        shelf.clear().unwrap();
+        assert!(!shelf.dir.exists());
+        std::fs::remove_dir_all(&state).unwrap();
+    }
+
+    #[test]
+    fn the_oldest_make_room() {
+        let state = std::env::temp_dir().join(format!("cloister-shelf-{}", crate::ids::random_hex(4)));
+        let shelf = Shelf::of(&state);
+        shelf.make_folder().unwrap();
+        for (age, name) in [(1, "c"), (3, "a"), (2, "b")] {
+            let file = File::create(shelf.path(name)).unwrap();
+            let then = std::time::SystemTime::now() - std::time::Duration::from_secs(age * 60);
+            file.set_modified(then).unwrap();
+        }
+        std::fs::write(shelf.path("a").with_extension(TOUCHED), "").unwrap();
+        shelf.keep(2).unwrap();
+        assert!(!shelf.path("a").with_extension(TOUCHED).exists());
+        assert_eq!(
+            ["a", "b", "c"].map(|name| shelf.path(name).exists()),
+            [false, true, true]
+        );
+        shelf.keep(5).unwrap();
+        std::fs::remove_dir_all(&state).unwrap();
     }
 }

@@ -6,6 +6,8 @@
 //!  a later pod of this kind ──▶ find() ──▶ cloned, or take() ──▶ a cell that was cloned ahead ([`super::pool`])
 //! ```
 //!
+//! A daemon's workers do not build: they ask the daemon, and clone what it puts on a [`super::shelf`].
+//!
 //! A template belongs to one kind of VM (its kernel, initramfs, size and devices) and one *domain*: those who may share
 //! it. Its memory is shared, copy-on-write, by all its clones, so who is in it can find out by timing which parts of it the
 //! others use. Nothing in it is secret: it has seen no pod. What the kernel's random generator held then is in it;
@@ -13,6 +15,7 @@
 
 use super::machine::{self, MachineConfig, Origin, Room};
 use super::pool::{self, Ahead, Stock};
+use super::shelf::Shelf;
 use super::vm::{self, PodVm, QUICK, agent_error, io_error};
 use cloister_protocol::pod::{ConfigureRequest, InfoRequest};
 use cloister_protocol::ttrpc::context::with_duration;
@@ -26,16 +29,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Templates that a process keeps: each is the memory of a VM that has just booted.
-const MAX_TEMPLATES: usize = 8;
+pub const MAX_TEMPLATES: usize = 8;
 /// Of those, the ones of which cells are made ahead: the last used.
 const MAX_POOLS: usize = 4;
 /// How long a pod that has just started has the processors to itself, before work for those that may follow.
 pub const SETTLE: Duration = Duration::from_secs(2);
 /// How long the building of one that failed is left alone.
 const REST: Duration = Duration::from_secs(60);
+/// How often a shelf is looked at for a template that was asked for.
+const PACE: Duration = Duration::from_millis(500);
 
 /// What VMs have to have in common to be clones of the same template.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Kind {
     domain: String,
     kernel: PathBuf,
@@ -94,6 +99,11 @@ impl Kind {
         })
     }
 
+    /// Whether VMs of this kind boot from these files.
+    pub fn boots_from(&self, kernel: &Path, initrd: &Path) -> bool {
+        self.kernel == kernel && self.initrd == initrd
+    }
+
     /// The same with network cards of so many queue pairs each.
     pub fn with_cards(self, cards: Vec<usize>) -> Self {
         Self { cards, ..self }
@@ -150,6 +160,27 @@ pub async fn build(kind: &Kind, cells: &CellHost, patience: Duration) -> Result<
     Ok(image)
 }
 
+/// Waits for somebody else's [`build`]ing of what was asked for.
+async fn wait_for(
+    shelf: &Shelf,
+    kind: &Kind,
+    cells: &CellHost,
+    patience: Duration,
+) -> Result<Arc<Image>, vm::Error> {
+    let found = async {
+        loop {
+            if let Some(image) = shelf.find(kind, cells) {
+                return image;
+            }
+            tokio::time::sleep(PACE).await;
+        }
+    };
+    // The builder lets the pod settle, too.
+    tokio::time::timeout(SETTLE + patience, found)
+        .await
+        .map_err(|_| io_error("wait for a template from cloisterd")(io::ErrorKind::TimedOut.into()))
+}
+
 enum State {
     Building,
     Ready(Arc<Image>, Stock<PodVm>),
@@ -194,6 +225,8 @@ impl Known {
 #[derive(Clone)]
 pub struct Templates {
     cells: CellHost,
+    /// Where they come from; without it they are built here.
+    shelf: Option<Shelf>,
     known: Arc<Mutex<Known>>,
 }
 
@@ -202,7 +235,16 @@ impl Templates {
     pub fn new(cells: CellHost) -> Self {
         Self {
             cells,
+            shelf: None,
             known: Arc::default(),
+        }
+    }
+
+    /// None yet, and others than this process build them: whoever keeps the shelf.
+    pub fn from_shelf(cells: CellHost, shelf: Shelf) -> Self {
+        Self {
+            shelf: Some(shelf),
+            ..Self::new(cells)
         }
     }
 
@@ -213,7 +255,16 @@ impl Templates {
 
     /// The template of a kind, if there is one.
     pub fn find(&self, kind: &Kind) -> Option<Arc<Image>> {
-        self.lock().used(kind).map(|(image, _)| Arc::clone(image))
+        if let Some((image, _)) = self.lock().used(kind) {
+            return Some(Arc::clone(image));
+        }
+        let image = self.shelf.as_ref()?.find(kind, &self.cells)?;
+        let mut known = self.lock();
+        if known.state(kind).is_none() && known.list.len() < MAX_TEMPLATES {
+            let state = State::Ready(Arc::clone(&image), Stock::default());
+            known.list.push((kind.clone(), state));
+        }
+        Some(image)
     }
 
     /// A cell of this kind that was made ahead, if there is one. It stands still, without a network. To be called in a
@@ -278,6 +329,12 @@ impl Templates {
             (build, given_up)
         };
         discard(given_up);
+        if build
+            && let Some(shelf) = &self.shelf
+            && let Err(error) = shelf.wish(&kind)
+        {
+            log::warn!("pods boot as before: cannot ask for a template: {error}");
+        }
         let templates = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(SETTLE).await;
@@ -289,7 +346,11 @@ impl Templates {
     }
 
     async fn build(&self, kind: &Kind, patience: Duration, ahead: usize) {
-        let state = match build(kind, &self.cells, patience).await {
+        let made = match &self.shelf {
+            None => build(kind, &self.cells, patience).await,
+            Some(shelf) => wait_for(shelf, kind, &self.cells, patience).await,
+        };
+        let state = match made {
             Ok(image) => {
                 let kib = image.ram_bytes() >> 10;
                 log::info!(

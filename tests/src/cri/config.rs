@@ -135,6 +135,10 @@ pods_per_worker = 1
 {profile}
 [sandboxer.cloister-workers]
 pods_per_worker = 2
+{profile}
+[sandboxer.cloister-worker-clone]
+pods_per_worker = 1
+template = "node"
 {profile}"#,
         dir = dir.display(),
     )

@@ -35,13 +35,14 @@ use std::time::Duration;
 /// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template, those of
 /// `cloister-pool` take clones that were made ahead, those of `cloister-worker` have a worker each, and two of
 /// `cloister-workers` share one.
-pub const HANDLERS: [&str; 6] = [
+pub const HANDLERS: [&str; 7] = [
     "runc",
     "cloister",
     "cloister-clone",
     "cloister-pool",
     "cloister-worker",
     "cloister-workers",
+    "cloister-worker-clone",
 ];
 
 /// Whether pods of this handler are Cloister's.

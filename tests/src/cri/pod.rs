@@ -159,21 +159,39 @@ fn cgroup_parent(config: &api::PodSandboxConfig) -> &Path {
     )
 }
 
-/// On a host of cgroup v2; with v1, runc's own doing is enough.
-fn make_cgroup(parent: &Path) -> Outcome {
-    let mut path = PathBuf::from(CGROUPS);
-    if !path.join("cgroup.controllers").exists() {
-        return Ok(());
+/// Where a pod's cgroups are: one folder with cgroup v2, one for each hierarchy with v1. Of those, cpuset is left to runc, which
+/// has to say there which processors are meant.
+fn hierarchies() -> Outcome<Vec<PathBuf>> {
+    let root = Path::new(CGROUPS);
+    if root.join("cgroup.controllers").exists() {
+        return Ok(vec![root.to_owned()]);
     }
-    for part in parent.iter().skip(1) {
-        path.push(part);
-        if !path.exists() {
-            fs::create_dir(&path)?;
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            found.push(entry.path());
         }
-        fs::write(
-            path.join("cgroup.subtree_control"),
-            "+cpuset +cpu +io +memory +pids",
-        )?;
+    }
+    Ok(found)
+}
+
+/// As kubelet does before it asks for a pod.
+fn make_cgroup(parent: &Path) -> Outcome {
+    for mut path in hierarchies()? {
+        if path.ends_with("cpuset") {
+            continue;
+        }
+        for part in parent.iter().skip(1) {
+            path.push(part);
+            if !path.exists() {
+                fs::create_dir(&path)?;
+            }
+            let control = path.join("cgroup.subtree_control");
+            if control.exists() {
+                fs::write(control, "+cpuset +cpu +io +memory +pids")?;
+            }
+        }
     }
     Ok(())
 }
@@ -183,20 +201,22 @@ async fn clear_node(config: &api::PodSandboxConfig) -> Outcome {
     if Path::new(&config.log_directory).exists() {
         fs::remove_dir_all(&config.log_directory)?;
     }
-    let path = Path::new(CGROUPS).join(cgroup_parent(config).strip_prefix("/")?);
     let start = Instant::now();
-    while path.join("cgroup.controllers").exists() {
-        let removed = fs::remove_dir(&path);
-        if removed.is_ok() {
-            break;
+    for hierarchy in hierarchies()? {
+        let path = hierarchy.join(cgroup_parent(config).strip_prefix("/")?);
+        while path.exists() {
+            let removed = fs::remove_dir(&path);
+            if removed.is_ok() {
+                break;
+            }
+            // A VM may still be on its way out.
+            let patience = Duration::from_secs(20);
+            ensure(
+                start.elapsed() < patience,
+                format_args!("cgroup {} is not free: {removed:?}", path.display()),
+            )?;
+            tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        // A VM may still be on its way out.
-        let patience = Duration::from_secs(20);
-        ensure(
-            start.elapsed() < patience,
-            format_args!("cgroup {} is not free: {removed:?}", path.display()),
-        )?;
-        tokio::time::sleep(Duration::from_millis(100)).await;
     }
     Ok(())
 }

@@ -6,6 +6,7 @@
 
 mod agent;
 mod cells;
+mod cgroup_v1;
 mod clone;
 mod container;
 mod devices;

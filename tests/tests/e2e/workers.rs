@@ -59,7 +59,7 @@ async fn is_ready(pod: &Pod) -> Outcome {
 }
 
 /// The process that hosts a pod.
-fn worker_of(node: &Node, pod: &Pod) -> u32 {
+pub fn worker_of(node: &Node, pod: &Pod) -> u32 {
     let about = node.admin("/daemon").unwrap();
     let workers = about["workers"].as_array().unwrap();
     let has = |worker: &&Value| {

@@ -1,21 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A cgroup of a worker's own below its pod's, so that what the pod takes is charged to it: cgroup v2 keeps all threads of a
-//! process in one memory domain, and charges a page to who touches it first.
+//! process in one memory domain, and both versions charge a page to who touches it first.
 //!
-//! The parent is the caller's word, and is reached by descriptor, below cgroup v2's root and through no link. Controllers that
-//! are not on in the parent's children are turned on where that is allowed; where it is not, the kernel charges the parent, which
-//! comes to the same for the pod.
+//! The parent is the caller's word, and is reached by descriptor, below a hierarchy's root and through no link.
+//!
+//! In v2, controllers that are not on in the parent's children are turned on where that is allowed; where it is not, the
+//! kernel charges the parent, which comes to the same for the pod. In v1 (and its hybrid with v2) each of [`V1_HIERARCHIES`] that
+//! is mounted and knows the parent gets the cgroup; in those that do not, the worker stays where cloisterd is.
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 
-/// Where cgroup v2 is mounted.
+/// Where cgroup v2 is mounted, or below which the hierarchies of v1 are.
 const ROOT: &str = "/sys/fs/cgroup";
 /// cgroup v2's, of statfs(2).
 const CGROUP2_SUPER_MAGIC: i64 = 0x6367_7270;
-/// What a pod's use is counted by.
+/// That of cgroup v1.
+const CGROUP_SUPER_MAGIC: i64 = 0x0027_e0eb;
+/// What a pod's use is counted by in v1. Where two are one hierarchy (`cpu,cpuacct`), their names are links to it.
+const V1_HIERARCHIES: [&str; 5] = ["cpu", "cpuacct", "memory", "blkio", "pids"];
+/// What a pod's use is counted by in v2.
 const CONTROLLERS: [&str; 4] = ["+cpu", "+memory", "+io", "+pids"];
 /// Longest name of a file.
 const MAX_NAME: usize = 255;
@@ -60,19 +66,33 @@ fn sound(path: PathBuf) -> Option<PathBuf> {
 /// Puts this process into the cgroup `name` below `parent` (see [`path_of`]), which is made if it is not there.
 ///
 /// # Errors
-/// There is no cgroup v2, or no such parent, or it does not admit us.
+/// There are no cgroups, or no such parent, or it does not admit us.
 pub fn enter(parent: &Path, name: &str) -> io::Result<()> {
-    let parent = open(parent)?;
-    for controller in CONTROLLERS {
-        // Those that are not to be had are charged further up.
-        let _ = write(&parent, "cgroup.subtree_control", controller);
+    let mut found = false;
+    for root in hierarchies()? {
+        let parent = match below(&root.dir, parent) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            other => other?,
+        };
+        found = true;
+        if root.unified {
+            for controller in CONTROLLERS {
+                // Those that are not to be had are charged further up.
+                let _ = write(&parent, "cgroup.subtree_control", controller);
+            }
+        }
+        match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
+            Err(error) if error != rustix::io::Errno::EXIST => return Err(error.into()),
+            _ => {}
+        }
+        let own = below(&parent, Path::new(name))?;
+        write(&own, "cgroup.procs", "0")?;
     }
-    match rustix::fs::mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
-        Err(error) if error != rustix::io::Errno::EXIST => return Err(error.into()),
-        _ => {}
+    if found {
+        Ok(())
+    } else {
+        Err(io::ErrorKind::NotFound.into())
     }
-    let own = below(&parent, Path::new(name))?;
-    write(&own, "cgroup.procs", "0")
 }
 
 /// Removes it; one that is not there is no error.
@@ -80,20 +100,46 @@ pub fn enter(parent: &Path, name: &str) -> io::Result<()> {
 /// # Errors
 /// It cannot be removed: somebody is in it.
 pub fn remove(parent: &Path, name: &str) -> io::Result<()> {
-    let removed = open(parent)
-        .and_then(|parent| rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR).map_err(io::Error::from));
-    match removed {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
+    for root in hierarchies()? {
+        let removed = below(&root.dir, parent)
+            .and_then(|parent| Ok(rustix::fs::unlinkat(&parent, name, AtFlags::REMOVEDIR)?));
+        match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
     }
+    Ok(())
 }
 
-fn open(parent: &Path) -> io::Result<OwnedFd> {
-    let root = rustix::fs::openat(CWD, ROOT, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    if rustix::fs::fstatfs(&root)?.f_type != CGROUP2_SUPER_MAGIC {
-        return Err(io::Error::other(format!("{ROOT} is not cgroup v2's")));
+/// The root of a hierarchy that counts what a pod uses.
+struct Hierarchy {
+    dir: OwnedFd,
+    /// It is that of cgroup v2.
+    unified: bool,
+}
+
+fn hierarchies() -> io::Result<Vec<Hierarchy>> {
+    let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::openat(CWD, ROOT, flags, Mode::empty())?;
+    if rustix::fs::fstatfs(&root)?.f_type == CGROUP2_SUPER_MAGIC {
+        return Ok(vec![Hierarchy {
+            dir: root,
+            unified: true,
+        }]);
     }
-    below(&root, parent)
+    let mut found = Vec::new();
+    for name in V1_HIERARCHIES {
+        let Ok(dir) = rustix::fs::openat(&root, name, flags, Mode::empty()) else {
+            continue;
+        };
+        if rustix::fs::fstatfs(&dir)?.f_type == CGROUP_SUPER_MAGIC {
+            found.push(Hierarchy { dir, unified: false });
+        }
+    }
+    if found.is_empty() {
+        return Err(io::Error::other(format!("no cgroup is mounted at {ROOT}")));
+    }
+    Ok(found)
 }
 
 fn below(dir: &OwnedFd, path: &Path) -> io::Result<OwnedFd> {
@@ -149,9 +195,9 @@ mod tests {
     fn what_is_not_there_is_refused_and_need_not_be_removed() {
         let nowhere = Path::new("cloister-no-such-cgroup/pod");
         assert!(enter(nowhere, "x").is_err());
-        // On a host without cgroup v2 that is said instead.
+        // On a host without cgroups that is said instead.
         let removed = remove(nowhere, "x").map_err(|error| error.to_string());
-        assert!(removed.is_ok() || removed.is_err_and(|told| told.contains("cgroup v2")));
+        assert!(removed.is_ok() || removed.is_err_and(|told| told.contains("no cgroup")));
         assert!(enter(Path::new("../tmp"), "x").is_err());
     }
 }

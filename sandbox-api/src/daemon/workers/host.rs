@@ -77,7 +77,7 @@ pub fn run(dir: &Path) -> Result<(), Error> {
     let telemetry = runtime.block_on(async { telemetry::init(&config.log, &config.tracing) })?;
     if let Some((Err(error), cgroup)) = entered.zip(about.cgroup.as_ref()) {
         log::warn!(
-            "pods of worker {} are charged to cloisterd: cannot enter {}/{} of cgroup v2: {error}",
+            "pods of worker {} are charged to cloisterd: cannot enter the cgroup {}/{}: {error}",
             about.name,
             cgroup.parent.display(),
             cgroup.name

@@ -22,6 +22,7 @@ pub mod cgroup;
 pub mod host;
 pub mod process;
 pub mod router;
+mod templates;
 
 use super::config::Config;
 use super::event_log::{Event, Kind};
@@ -173,6 +174,8 @@ pub struct Workers {
     table: Mutex<Table>,
     /// What those have counted that have ended.
     gone: Mutex<Exposition>,
+    /// Held by who builds templates for them.
+    building: tokio::sync::Mutex<()>,
 }
 
 impl std::fmt::Debug for Workers {
@@ -204,6 +207,7 @@ impl Workers {
             config: config.for_workers().to_toml(),
             table: Mutex::default(),
             gone: Mutex::default(),
+            building: tokio::sync::Mutex::default(),
         }
     }
 
@@ -511,8 +515,11 @@ async fn follow(worker: &Worker, mut each: impl FnMut(Event)) -> io::Result<()> 
 
 impl Node {
     /// What happened to a pod of a worker.
-    fn heard(&self, worker: &Arc<Worker>, event: Event) {
+    fn heard(self: &Arc<Self>, worker: &Arc<Worker>, event: Event) {
         match event.kind {
+            Kind::Started => {
+                tokio::spawn(templates::build_what_is_asked_for(Arc::clone(self)));
+            }
             // It may have been asked for by a daemon before this one.
             Kind::Created if self.workers.of(&event.pod).is_none() => {
                 self.workers.claim(&worker.about.name, &event.pod, event.at);

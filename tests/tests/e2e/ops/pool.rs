@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Pods that take cells made ahead: each with the network that CNI gave it, and nothing left of any of them.
+//! Pods that are clones, or take cells made ahead: each with the network that CNI gave it, and nothing left of any of them.
 
 use cloister_tests::cri::{End, Node, Outcome, Pod, ensure, script};
 use std::collections::HashSet;
@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 /// Longest time until the first pod finds a cell, in an emulated host.
 const PATIENCE: Duration = Duration::from_secs(200);
 
-fn pooled(node: &Node) -> u64 {
+/// How many pods there were of a kind.
+fn counted(node: &Node, kind: &str) -> u64 {
     let text = node.metrics().unwrap();
-    let line = "cloister_pods_pooled_total ";
-    let count = text.lines().find_map(|found| found.strip_prefix(line));
+    let line = format!("cloister_pods_{kind}_total ");
+    let count = text.lines().find_map(|found| found.strip_prefix(&line));
     count.unwrap().parse().unwrap()
 }
 
@@ -59,7 +60,7 @@ fn pods_take_cells_that_were_made_ahead() {
     };
     // The first boots, the next ones are clones, until there are cells.
     let begin = Instant::now();
-    while pooled(&node) == 0 {
+    while counted(&node, "pooled") == 0 {
         assert!(begin.elapsed() < PATIENCE, "{}", node.said());
         let (pod, _) = run(&node);
         node.block_on(pod.remove()).unwrap();
@@ -68,7 +69,7 @@ fn pods_take_cells_that_were_made_ahead() {
     // They come back: all at once there are never more than the two.
     let (mut macs, mut uuids, mut pods) = (HashSet::new(), HashSet::new(), Vec::new());
     let begin = Instant::now();
-    while pooled(&node) < 4 {
+    while counted(&node, "pooled") < 4 {
         assert!(begin.elapsed() < PATIENCE, "{}", node.said());
         let (pod, said) = run(&node);
         assert!(macs.insert(line_of(&said, "link/ether")), "{said}");
@@ -80,5 +81,39 @@ fn pods_take_cells_that_were_made_ahead() {
         node.block_on(pod.remove()).unwrap();
     }
     // The cells that nobody took end with the daemon.
+    assert!(node.end("cloisterd", End::Asked).success());
+}
+
+/// The daemon builds what a worker asked for, and each worker clones it.
+#[test]
+fn pods_in_workers_of_their_own_are_clones_of_the_daemons_template() {
+    let mut node = Node::start(&["cloister-worker-clone"]);
+    let runtime = node.runtime("cloister-worker-clone");
+    let run = |node: &Node| {
+        let pod = node.block_on(Pod::run(&runtime, Pod::config(&runtime))).unwrap();
+        let said = node
+            .block_on(look(&pod))
+            .unwrap_or_else(|e| panic!("{e}\n{}", node.said()));
+        (pod, said)
+    };
+    let begin = Instant::now();
+    while counted(&node, "cloned") == 0 {
+        assert!(begin.elapsed() < PATIENCE, "{}", node.said());
+        let (pod, _) = run(&node);
+        std::thread::sleep(Duration::from_secs(3));
+        node.block_on(pod.remove()).unwrap();
+    }
+    // At once, in two processes.
+    let (mut macs, mut uuids, mut pods) = (HashSet::new(), HashSet::new(), Vec::new());
+    for _ in 0..2 {
+        let (pod, said) = run(&node);
+        assert!(macs.insert(line_of(&said, "link/ether")), "{said}");
+        assert!(uuids.insert(uuid(&said)), "{said}");
+        pods.push(pod);
+    }
+    assert!(counted(&node, "cloned") >= 3, "{}", node.metrics().unwrap());
+    for pod in pods {
+        node.block_on(pod.remove()).unwrap();
+    }
     assert!(node.end("cloisterd", End::Asked).success());
 }
