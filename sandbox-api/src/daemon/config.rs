@@ -211,9 +211,9 @@ pub enum HugePages {
 #[serde(rename_all = "lowercase")]
 pub enum Trust {
     /// Nobody: each pod boots.
-    #[default]
     None,
     /// The pods of one namespace of Kubernetes'.
+    #[default]
     Namespace,
     /// All pods of the node.
     Node,
@@ -886,7 +886,7 @@ mod tests {
                 "config.toml:2: sandboxer.a.dax_window: ",
             ),
             (
-                "[sandboxer.a]\ntemplate_pool = 2",
+                "[sandboxer.a]\ntemplate_pool = 2\ntemplate = 'none'",
                 "config.toml:2: sandboxer.a.template_pool: there are no templates",
             ),
             (

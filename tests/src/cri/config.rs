@@ -122,9 +122,9 @@ level = "debug"
 format = "text"
 
 [sandboxer.cloister]
+template = "none"
 {profile}
 [sandboxer.cloister-clone]
-template = "node"
 {profile}
 [sandboxer.cloister-pool]
 template = "node"
@@ -132,9 +132,11 @@ template_pool = 2
 {profile}
 [sandboxer.cloister-worker]
 pods_per_worker = 1
+template = "none"
 {profile}
 [sandboxer.cloister-workers]
 pods_per_worker = 2
+template = "none"
 {profile}
 [sandboxer.cloister-worker-clone]
 pods_per_worker = 1
