@@ -81,11 +81,20 @@ impl Vigil {
     pub async fn broken(&self, error: &Error) -> Error {
         let mut dead = self.dead.clone();
         let known = dead.wait_for(Option::is_some);
-        if tokio::time::timeout(END_BECOMES_KNOWN, known).await.is_err() {
-            self.guest
-                .give_up(format!("the connection to its agent broke: {error}"));
+        match tokio::time::timeout(END_BECOMES_KNOWN, known).await {
+            Ok(Ok(why)) => {
+                let why = why
+                    .as_deref()
+                    .filter(|why| !why.is_empty())
+                    .unwrap_or("the reason is not known");
+                unavailable(&format!("the virtual machine has ended: {why}"))
+            }
+            _ => {
+                let why = format!("the connection to its agent broke: {error}");
+                self.guest.give_up(why.clone());
+                unavailable(&format!("the virtual machine has ended: {why}"))
+            }
         }
-        unavailable("the virtual machine has ended")
     }
 }
 
