@@ -604,12 +604,12 @@ fn signals_to_the_command_line() {
         read_until(child.stdout.as_mut().unwrap(), "up\n");
         child
     };
-    // The container gets it.
-    let child = start("trap 'exit 7' INT; echo up; while :; do sleep 0.1; done");
+    // The container gets it, once the command line knows that it runs: its first words may come before that.
+    let child = start("trap 'exit 7' INT; sleep 1; echo up; while :; do sleep 0.1; done");
     child.signal(Signal::INT);
     child.finish().expect(7);
     // One that does not listen: the first two are its business, the third ends the VM.
-    let child = start("echo up; exec sleep 1000");
+    let child = start("sleep 1; echo up; exec sleep 1000");
     for _ in 0..3 {
         child.signal(Signal::INT);
         // Or the kernel makes one of them.
