@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods that are clones, or take cells made ahead: each with the network that CNI gave it, and nothing left of any of them.
 
-use cloister_tests::cri::{End, Node, Outcome, Pod, ensure, script};
+use cloister_tests::cri::{End, Failure, Node, Outcome, Pod, Runtime, ensure, script};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
@@ -35,6 +35,16 @@ async fn look(pod: &Pod) -> Outcome<String> {
     Ok(said)
 }
 
+/// A pod, and what it says of itself.
+fn run(node: &Node, runtime: &Runtime) -> (Pod, String) {
+    let ran = node.block_on(async {
+        let pod = Pod::run(runtime, Pod::config(runtime)).await?;
+        let said = look(&pod).await?;
+        Ok::<_, Failure>((pod, said))
+    });
+    ran.unwrap_or_else(|error| panic!("{error}\n{}", node.said()))
+}
+
 fn line_of(said: &str, word: &str) -> String {
     let line = said.lines().find(|line| line.contains(word));
     line.unwrap_or_else(|| panic!("{word} is not in {said}"))
@@ -51,18 +61,11 @@ fn uuid(said: &str) -> String {
 fn pods_take_cells_that_were_made_ahead() {
     let mut node = Node::start(&["cloister-pool"]);
     let runtime = node.runtime("cloister-pool");
-    let run = |node: &Node| {
-        let pod = node.block_on(Pod::run(&runtime, Pod::config(&runtime))).unwrap();
-        let said = node
-            .block_on(look(&pod))
-            .unwrap_or_else(|e| panic!("{e}\n{}", node.said()));
-        (pod, said)
-    };
     // The first boots, the next ones are clones, until there are cells.
     let begin = Instant::now();
     while counted(&node, "pooled") == 0 {
         assert!(begin.elapsed() < PATIENCE, "{}", node.said());
-        let (pod, _) = run(&node);
+        let (pod, _) = run(&node, &runtime);
         node.block_on(pod.remove()).unwrap();
         std::thread::sleep(Duration::from_secs(3));
     }
@@ -71,7 +74,7 @@ fn pods_take_cells_that_were_made_ahead() {
     let begin = Instant::now();
     while counted(&node, "pooled") < 4 {
         assert!(begin.elapsed() < PATIENCE, "{}", node.said());
-        let (pod, said) = run(&node);
+        let (pod, said) = run(&node, &runtime);
         assert!(macs.insert(line_of(&said, "link/ether")), "{said}");
         assert!(uuids.insert(uuid(&said)), "{said}");
         pods.push(pod);
@@ -89,24 +92,17 @@ fn pods_take_cells_that_were_made_ahead() {
 fn pods_in_workers_of_their_own_are_clones_of_the_daemons_template() {
     let mut node = Node::start(&["cloister-worker-clone"]);
     let runtime = node.runtime("cloister-worker-clone");
-    let run = |node: &Node| {
-        let pod = node.block_on(Pod::run(&runtime, Pod::config(&runtime))).unwrap();
-        let said = node
-            .block_on(look(&pod))
-            .unwrap_or_else(|e| panic!("{e}\n{}", node.said()));
-        (pod, said)
-    };
     let begin = Instant::now();
     while counted(&node, "cloned") == 0 {
         assert!(begin.elapsed() < PATIENCE, "{}", node.said());
-        let (pod, _) = run(&node);
+        let (pod, _) = run(&node, &runtime);
         std::thread::sleep(Duration::from_secs(3));
         node.block_on(pod.remove()).unwrap();
     }
     // At once, in two processes.
     let (mut macs, mut uuids, mut pods) = (HashSet::new(), HashSet::new(), Vec::new());
     for _ in 0..2 {
-        let (pod, said) = run(&node);
+        let (pod, said) = run(&node, &runtime);
         assert!(macs.insert(line_of(&said, "link/ether")), "{said}");
         assert!(uuids.insert(uuid(&said)), "{said}");
         pods.push(pod);
