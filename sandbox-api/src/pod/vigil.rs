@@ -18,7 +18,7 @@ use tokio::sync::watch;
 /// How long an agent may leave a call unanswered where nobody says otherwise.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// A VM that ends takes its connections with it before its end is known.
-const END_BECOMES_KNOWN: Duration = Duration::from_secs(2);
+pub const END_BECOMES_KNOWN: Duration = Duration::from_secs(2);
 
 /// See the module.
 pub struct Vigil {
@@ -81,20 +81,15 @@ impl Vigil {
     pub async fn broken(&self, error: &Error) -> Error {
         let mut dead = self.dead.clone();
         let known = dead.wait_for(Option::is_some);
-        match tokio::time::timeout(END_BECOMES_KNOWN, known).await {
-            Ok(Ok(why)) => {
-                let why = why
-                    .as_deref()
-                    .filter(|why| !why.is_empty())
-                    .unwrap_or("the reason is not known");
-                unavailable(&format!("the virtual machine has ended: {why}"))
-            }
+        let why = match tokio::time::timeout(END_BECOMES_KNOWN, known).await {
+            Ok(Ok(why)) => why.clone().unwrap_or_default(),
             _ => {
                 let why = format!("the connection to its agent broke: {error}");
                 self.guest.give_up(why.clone());
-                unavailable(&format!("the virtual machine has ended: {why}"))
+                why
             }
-        }
+        };
+        unavailable(&format!("the virtual machine has ended: {why}"))
     }
 }
 

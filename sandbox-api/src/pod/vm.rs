@@ -13,6 +13,7 @@ use super::guest::Guest;
 use super::machine::{self, Machine, MachineConfig};
 use super::streams::Hub;
 use super::task::{Served, TaskService};
+use super::vigil::END_BECOMES_KNOWN;
 use crate::files::SocketPath;
 use cloister_protocol::pod::{ConfigureRequest, PowerOffRequest, Ready};
 use cloister_protocol::ttrpc::asynchronous::Server;
@@ -33,8 +34,6 @@ pub const QUICK: Duration = Duration::from_secs(30);
 const MAX_ENTROPY: usize = 512;
 /// Time for the guest to power itself off.
 const POWER_OFF: Duration = Duration::from_secs(5);
-/// For the reason why a VM has ended, once it is known that it does not answer.
-const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// Why a pod's VM did not come to serve containers, or was lost.
 #[derive(Debug, thiserror::Error)]
@@ -201,7 +200,7 @@ impl PodVm {
             Err(error @ ttrpc::Error::RpcStatus(_)) => return Err(agent_error("configure the pod")(error)),
             // The connection of a VM that ends is reset just before its end is known, which says why.
             Err(error) => {
-                let ended = tokio::time::timeout(LAST_WORD, self.ended(when)).await;
+                let ended = tokio::time::timeout(END_BECOMES_KNOWN, self.ended(when)).await;
                 return Err(ended.unwrap_or_else(|_| agent_error("configure the pod")(error)));
             }
         }
