@@ -83,6 +83,13 @@ impl NetBackend {
         }
     }
 
+    /// Closes a tap's queue pairs beyond the first `most`: for a card that has fewer than the tap.
+    pub fn limit_pairs(&mut self, most: usize) {
+        if let Self::Tap(fds) = self {
+            fds.truncate(most);
+        }
+    }
+
     fn kind(&self) -> Kind {
         match self {
             Self::Tap(_) => Kind::Tap,

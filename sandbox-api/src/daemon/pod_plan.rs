@@ -91,6 +91,14 @@ fn sorted(map: HashMap<String, String>) -> BTreeMap<String, String> {
 }
 
 impl PodPlan {
+    /// What the pod is promised.
+    pub fn size(&self) -> Size {
+        Size {
+            cpus: self.cpus,
+            memory: self.memory,
+        }
+    }
+
     /// Makes the plan, or says by name what cannot be had.
     ///
     /// # Errors

@@ -703,6 +703,8 @@ impl Sandbox {
             .filter(|_| self.profile.template_pool > 0)
             .and_then(|kind| node.templates.take(kind));
         let (from_pool, mut spares) = (pooled.is_some(), None);
+        // What it starts with.
+        let mut start = plan.size();
         let vm = match pooled {
             Some(vm) => {
                 log::debug!("sandbox {id}: takes cell {}", vm.machine.cell().name());
@@ -713,6 +715,20 @@ impl Sandbox {
             None => {
                 if let Some(image) = kind.as_ref().and_then(|kind| node.templates.find(kind)) {
                     log::debug!("sandbox {id}: cloned from a template");
+                    config.origin = Origin::Clone(image);
+                } else if let Some((smaller, image)) =
+                    kind.as_ref().and_then(|kind| node.templates.find_smaller(kind))
+                {
+                    smaller.start(&mut config);
+                    start = Size {
+                        cpus: config.cpus,
+                        memory: config.memory,
+                    };
+                    log::debug!(
+                        "sandbox {id}: cloned from a template of {} MiB and {} vCPUs, to grow",
+                        start.memory >> 20,
+                        start.cpus
+                    );
                     config.origin = Origin::Clone(image);
                 } else if self.profile.spare_vms > 0 {
                     spares = Some(machine::spares(&config, self.profile.spare_vms.into()));
@@ -762,11 +778,15 @@ impl Sandbox {
                 id: container.to_owned(),
             })
         });
-        let booted = Size {
-            cpus: plan.cpus,
-            memory: plan.memory,
-        };
-        service.follow_limits(booted, room.cpus, sizing);
+        service.follow_limits(start, room.cpus, sizing);
+        if let Some(resizer) = service.resizer().filter(|_| start != plan.size()) {
+            steps.next("grow");
+            let grown = resizer.promise(plan.size()).await;
+            grown.map_err(|source| Error::Resize {
+                id: id.clone(),
+                source,
+            })?;
+        }
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {
             let (log, pod) = (self.log.clone(), self.labels());

@@ -15,8 +15,16 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 /// A pod's start: from nothing to an agent that takes containers.
 pub const POD_START: &str = "pod_start";
-/// Its steps, in order.
-pub const POD_START_STEPS: [&str; 6] = ["network", "create", "boot", "configure", "forward", "serve"];
+/// Its steps, in order; the last one of pods that are cloned from a smaller template.
+pub const POD_START_STEPS: [&str; 7] = [
+    "network",
+    "create",
+    "boot",
+    "configure",
+    "forward",
+    "serve",
+    "grow",
+];
 /// The codes it fails with.
 pub const POD_START_ERRORS: [&str; 2] = ["internal", CANCELLED];
 /// The code of an operation that its caller gave up.

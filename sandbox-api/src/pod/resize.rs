@@ -2,7 +2,7 @@
 //! A pod's VM follows what its containers may use.
 //!
 //! It has what the pod as a whole was promised, or what its containers' limits add up to if that is more ([`Sizing`]); never
-//! less than it booted with, never more than the sandboxer allows. It grows before the guest's cgroups allow more, and
+//! less than it started with, never more than the sandboxer allows. It grows before the guest's cgroups allow more, and
 //! shrinks after they allow less:
 //!
 //! ```text
@@ -35,7 +35,7 @@ pub enum Error {
         "the guest has taken {plugged} of the {wanted} bytes of memory that it was given (does its kernel have virtio-mem?)"
     )]
     Memory {
-        /// Beyond what it booted with.
+        /// Beyond what it started with.
         wanted: u64,
         /// What came of it.
         plugged: u64,
@@ -45,7 +45,7 @@ pub enum Error {
         "the virtual machine can be given {possible} bytes of memory while it runs, not {wanted} (reserved huge pages cannot be given)"
     )]
     Room {
-        /// Beyond what it booted with.
+        /// Beyond what it started with.
         wanted: u64,
         /// What can be asked for.
         possible: u64,
@@ -70,7 +70,7 @@ struct Wanted {
 pub struct Resizer {
     guest: Arc<dyn Guest>,
     pod: PodClient,
-    booted: Size,
+    start: Size,
     /// vCPUs that it can have. More are of no use to a limit, which holds all the same.
     possible: u8,
     sizing: Sizing,
@@ -80,16 +80,16 @@ pub struct Resizer {
 }
 
 impl Resizer {
-    /// For a VM that has booted with `booted`, and can have `possible` vCPUs.
-    pub fn new(guest: Arc<dyn Guest>, pod: PodClient, booted: Size, possible: u8, sizing: Sizing) -> Self {
+    /// For a VM that has started with `start`, and can have `possible` vCPUs.
+    pub fn new(guest: Arc<dyn Guest>, pod: PodClient, start: Size, possible: u8, sizing: Sizing) -> Self {
         Self {
             guest,
             pod,
-            booted,
-            possible: possible.max(booted.cpus),
+            start,
+            possible: possible.max(start.cpus),
             sizing,
             wanted: Mutex::default(),
-            now: tokio::sync::Mutex::new(booted),
+            now: tokio::sync::Mutex::new(start),
         }
     }
 
@@ -102,7 +102,7 @@ impl Resizer {
         self.sizing
             .demand(wanted.containers.values().copied())
             .max(wanted.pod)
-            .max(self.booted.into())
+            .max(self.start.into())
     }
 
     fn target(&self) -> Size {
@@ -211,6 +211,15 @@ impl Resizer {
         grown
     }
 
+    /// The pod as a whole is promised this size, which the VM was not started with.
+    ///
+    /// # Errors
+    /// It cannot be had.
+    pub async fn promise(&self, size: Size) -> Result<(), Error> {
+        self.wanted().pod = size.into();
+        self.grow().await
+    }
+
     /// Whether more is asked for, and more than there may be. What was too much before does not stand against a change that
     /// does not add to it.
     fn check_rise(&self, old: Demand, new: Demand) -> Result<(), Error> {
@@ -241,7 +250,7 @@ impl Resizer {
             }
         }
         if target.memory > now.memory {
-            let wanted = target.memory.saturating_sub(self.booted.memory);
+            let wanted = target.memory.saturating_sub(self.start.memory);
             let possible = self.guest.request_memory(wanted);
             let taken = if possible < wanted {
                 Err(Error::Room { wanted, possible })
@@ -254,7 +263,7 @@ impl Resizer {
                 }
             };
             if taken.is_err() {
-                let before = now.memory.saturating_sub(self.booted.memory);
+                let before = now.memory.saturating_sub(self.start.memory);
                 self.guest.request_memory(before);
                 return taken;
             }
@@ -275,7 +284,7 @@ impl Resizer {
         }
         if target.memory < now.memory {
             self.guest
-                .request_memory(target.memory.saturating_sub(self.booted.memory));
+                .request_memory(target.memory.saturating_sub(self.start.memory));
             now.memory = target.memory;
         }
     }

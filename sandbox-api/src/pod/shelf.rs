@@ -7,6 +7,8 @@
 //!
 //! Beside it, in `<name>.touched`, is what the first clone has touched until it was up: the next ones have it ready.
 //!
+//! And in `<name>.kind` is what it is a template of: a larger VM can be cloned from it, too, and grow.
+//!
 //! A daemon keeps a shelf for its workers, in `<state>/worker-templates`: one of them that has to boot a pod puts the kind there,
 //! in `<name>.wish`, and the daemon the template. So a template's memory is there once, and is charged to the daemon.
 
@@ -23,6 +25,7 @@ use std::sync::Arc;
 
 const EXTENSION: &str = "image";
 const TOUCHED: &str = "touched";
+const KIND: &str = "kind";
 const WISH: &str = "wish";
 
 /// The folder of templates.
@@ -126,13 +129,7 @@ impl Shelf {
 
     /// What is asked for, each once: who takes it has to see to it. What cannot be read is removed, too.
     pub fn take_wishes(&self) -> Vec<Kind> {
-        let paths = std::fs::read_dir(&self.dir)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|entry| entry.path());
-        paths
-            .filter(|path| path.extension().is_some_and(|e| e == WISH))
+        self.with_extension(WISH)
             .filter_map(|path| {
                 let wish = std::fs::read(&path);
                 let _ = std::fs::remove_file(&path);
@@ -156,8 +153,7 @@ impl Shelf {
         all.sort();
         let excess = all.len().saturating_sub(most);
         for (_, path) in all.drain(..excess) {
-            let _ = std::fs::remove_file(path.with_extension(TOUCHED));
-            std::fs::remove_file(path)?;
+            remove_with_notes(&path)?;
         }
         Ok(())
     }
@@ -180,8 +176,22 @@ impl Shelf {
     pub fn put(&self, kind: &Kind, image: &Image) -> io::Result<String> {
         self.make_folder()?;
         let name = Self::name(kind);
-        image.copy_to(&self.path(&name)).map_err(io::Error::other)?;
+        let path = self.path(&name);
+        image.copy_to(&path).map_err(io::Error::other)?;
+        crate::files::replace(&path.with_extension(KIND), &serde_json::to_vec(kind)?)?;
         Ok(name)
+    }
+
+    /// What there are templates of.
+    pub fn kinds(&self) -> Vec<Kind> {
+        let read = |path: PathBuf| serde_json::from_slice(&std::fs::read(path).ok()?).ok();
+        self.with_extension(KIND).filter_map(read).collect()
+    }
+
+    fn with_extension(&self, extension: &str) -> impl Iterator<Item = PathBuf> {
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        let paths = entries.map(|entry| entry.path());
+        paths.filter(move |path| path.extension().is_some_and(|e| e == extension))
     }
 
     /// All that there are.
@@ -216,12 +226,20 @@ impl Shelf {
         if name.is_empty() || !name.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Err(io::ErrorKind::NotFound.into());
         }
-        std::fs::remove_file(self.path(name))?;
-        match std::fs::remove_file(self.path(name).with_extension(TOUCHED)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        remove_with_notes(&self.path(name))
+    }
+}
+
+/// What was noted of a template goes with it.
+fn remove_with_notes(path: &Path) -> io::Result<()> {
+    std::fs::remove_file(path)?;
+    for note in [TOUCHED, KIND] {
+        match std::fs::remove_file(path.with_extension(note)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

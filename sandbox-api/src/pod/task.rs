@@ -297,13 +297,13 @@ impl TaskService {
         listed
     }
 
-    /// Has the VM, which has booted with `booted` and can have `possible` vCPUs, follow the limits of its containers from now
+    /// Has the VM, which has started with `start` and can have `possible` vCPUs, follow the limits of its containers from now
     /// on. Only the first call counts.
-    pub fn follow_limits(&self, booted: Size, possible: u8, sizing: Sizing) {
+    pub fn follow_limits(&self, start: Size, possible: u8, sizing: Sizing) {
         let (guest, pod) = (Arc::clone(&self.guest), self.agent.pod.clone());
         let _ = self
             .resizer
-            .set(Resizer::new(guest, pod, booted, possible, sizing));
+            .set(Resizer::new(guest, pod, start, possible, sizing));
     }
 
     /// What the VM's size follows, if it follows anything.

@@ -4,6 +4,7 @@
 //! ```text
 //!  a pod of a new kind ──▶ boots; once it is up: want() ──▶ another VM boots, is saved and ended ──▶ template
 //!  a later pod of this kind ──▶ find() ──▶ cloned, or take() ──▶ a cell that was cloned ahead ([`super::pool`])
+//!  a larger pod of a new kind ──▶ find_smaller() ──▶ cloned, and grows ([`super::resize`])
 //! ```
 //!
 //! A daemon's workers do not build: they ask the daemon, and clone what it puts on a [`super::shelf`].
@@ -107,6 +108,30 @@ impl Kind {
     /// The same with network cards of so many queue pairs each.
     pub fn with_cards(self, cards: Vec<usize>) -> Self {
         Self { cards, ..self }
+    }
+
+    /// Has a VM start like one of this kind, of which it [grows](Self::grows_into).
+    pub fn start(&self, config: &mut MachineConfig<'_>) {
+        config.cpus = self.cpus;
+        config.memory = self.memory;
+        for (nic, pairs) in config.nics.iter_mut().zip(&self.cards) {
+            nic.backend.limit_pairs(*pairs);
+        }
+    }
+
+    /// Whether a VM of this kind becomes one of the other with what it can be given while it runs. It keeps its queues.
+    fn grows_into(&self, other: &Self) -> bool {
+        let alike = Self {
+            cpus: other.cpus,
+            memory: other.memory,
+            cards: other.cards.clone(),
+            ..self.clone()
+        };
+        alike == *other
+            && (self.cpus..=self.room.cpus.max(self.cpus)).contains(&other.cpus)
+            && (self.memory..=self.room.memory.max(self.memory)).contains(&other.memory)
+            && self.cards.len() == other.cards.len()
+            && self.cards.iter().zip(&other.cards).all(|(own, its)| own <= its)
     }
 
     /// A VM of this kind that has no network yet.
@@ -267,6 +292,23 @@ impl Templates {
         Some(image)
     }
 
+    /// The largest template, and its kind, of which a clone grows to be of this kind.
+    pub fn find_smaller(&self, kind: &Kind) -> Option<(Kind, Arc<Image>)> {
+        let mut smaller: Vec<Kind> = {
+            let known = self.lock();
+            let ready =
+                |(kind, state): &(Kind, State)| matches!(state, State::Ready(..)).then(|| kind.clone());
+            known.list.iter().filter_map(ready).collect()
+        };
+        smaller.extend(self.shelf.iter().flat_map(Shelf::kinds));
+        smaller.retain(|other| other.grows_into(kind));
+        let largest = smaller
+            .into_iter()
+            .max_by_key(|other| (other.memory, other.cpus))?;
+        let image = self.find(&largest)?;
+        Some((largest, image))
+    }
+
     /// A cell of this kind that was made ahead, if there is one. It stands still, without a network. To be called in a
     /// runtime.
     pub fn take(&self, kind: &Kind) -> Option<PodVm> {
@@ -423,5 +465,68 @@ impl Templates {
 fn discard(cells: impl IntoIterator<Item = PodVm>) {
     for vm in cells {
         tokio::spawn(vm.discard());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(cpus: u8, memory: u64, cards: &[usize]) -> Kind {
+        Kind {
+            domain: NODE.to_owned(),
+            kernel: "/kernel".into(),
+            initrd: "/initrd".into(),
+            files: [(0, 0, 0, 0, 0); 2],
+            kernel_args: Vec::new(),
+            cpus,
+            memory,
+            huge_pages: HugePages::No,
+            dax: None,
+            cards: cards.to_vec(),
+            room: Room {
+                cpus: 4,
+                memory: 1 << 30,
+                disks: 1,
+            },
+        }
+    }
+
+    #[test]
+    fn a_clone_grows_into_what_there_is_room_for() {
+        let small = kind(1, 256 << 20, &[1]);
+        for larger in [
+            kind(1, 256 << 20, &[1]),
+            kind(4, 256 << 20, &[4]),
+            kind(1, 1 << 30, &[1]),
+        ] {
+            assert!(small.grows_into(&larger), "{larger:?}");
+        }
+        let others = Kind {
+            domain: "namespace".to_owned(),
+            ..kind(2, 1 << 30, &[2])
+        };
+        for other in [
+            kind(5, 256 << 20, &[5]),
+            kind(1, (1 << 30) + 1, &[1]),
+            kind(1, 128 << 20, &[1]),
+            kind(2, 512 << 20, &[1, 1]),
+            kind(2, 512 << 20, &[]),
+            others,
+        ] {
+            assert!(!small.grows_into(&other), "{other:?}");
+        }
+        // Where there is no room, and downwards.
+        let large = Kind {
+            room: Room::default(),
+            ..kind(2, 512 << 20, &[2])
+        };
+        let none = |cpus, memory| Kind {
+            room: Room::default(),
+            ..kind(cpus, memory, &[2])
+        };
+        assert!(!large.grows_into(&none(3, 512 << 20)));
+        assert!(!large.grows_into(&none(2, 513 << 20)));
+        assert!(!large.grows_into(&none(1, 512 << 20)));
     }
 }

@@ -59,7 +59,7 @@ fn assert_same(found: &[u8], expected: &[u8]) {
 
 #[test]
 fn exit_codes_are_those_of_docker() {
-    let stage = Stage::with_busybox("codes");
+    let stage = Stage::with_templates("codes");
     let before = Footprint::of_host(&stage);
     run(&stage, &[], &["sh", "-c", "exit 42"]).expect(42);
     let output = run(&stage, &[], &["/etc/passwd"]).expect(126);
@@ -192,7 +192,7 @@ fn an_agent_that_dies_says_so() {
 
 #[test]
 fn streams_and_flags_reach_the_container() {
-    let stage = Stage::with_busybox("streams");
+    let stage = Stage::with_templates("streams");
     let before = Footprint::of_host(&stage);
     let options = [
         "-i",
@@ -217,7 +217,7 @@ fn streams_and_flags_reach_the_container() {
 
 #[test]
 fn system_calls_are_filtered() {
-    let stage = Stage::with_busybox("seccomp");
+    let stage = Stage::with_templates("seccomp");
     let profile = br#"{"defaultAction":"SCMP_ACT_ALLOW","archMap":[{"architecture":"SCMP_ARCH_X86_64"}],
         "syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":28}]}"#;
     let profile = stage.file("profile.json", profile);
@@ -306,7 +306,7 @@ fn system_calls_are_filtered() {
 
 #[test]
 fn volumes_are_as_writable_as_asked() {
-    let stage = Stage::with_busybox("volumes");
+    let stage = Stage::with_templates("volumes");
     let (writable, read_only) = (stage.folder("writable"), stage.folder("read-only"));
     let kept = stage.file("read-only/kept", b"as it was\n");
     let single = stage.file("single", b"one file\n");
@@ -335,7 +335,7 @@ fn volumes_are_as_writable_as_asked() {
 
 #[test]
 fn the_life_of_a_container_in_the_background() {
-    let stage = Stage::with_busybox("life");
+    let stage = Stage::with_templates("life");
     let before = Footprint::of_host(&stage);
     let script = "trap 'exit 5' TERM; echo hello; echo oops >&2; while :; do sleep 0.1; done";
     let started = [
@@ -424,7 +424,7 @@ fn the_life_of_a_container_in_the_background() {
 
 #[test]
 fn a_killed_container_is_137() {
-    let stage = Stage::with_busybox("kill");
+    let stage = Stage::with_templates("kill");
     let before = Footprint::of_host(&stage);
     let started = [
         "run", "-d", "--name", "sleeper", "--net", "none", IMAGE, "sleep", "1000",
@@ -462,7 +462,7 @@ fn a_killed_host_process_leaves_nothing_for_long() {
 
 #[test]
 fn a_terminal_and_its_keys() {
-    let stage = Stage::with_busybox("terminal");
+    let stage = Stage::with_templates("terminal");
     let before = Footprint::of_host(&stage);
     let inner = "stty size; test -t 0 && test -t 1 && test -t 2 && tty; trap \"echo caught; exit 9\" INT; \
         echo up; while :; do sleep 0.1; done";
@@ -486,7 +486,7 @@ fn type_in(child: &mut Child, keys: &[u8]) {
 
 #[test]
 fn a_container_is_left_and_come_back_to() {
-    let stage = Stage::with_busybox("attach");
+    let stage = Stage::with_templates("attach");
     let before = Footprint::of_host(&stage);
     let running = || stage.json(&["inspect", "shell"])[0]["State"]["Running"] == true;
 
@@ -541,7 +541,7 @@ fn a_container_is_left_and_come_back_to() {
 
 #[test]
 fn containers_are_started_again() {
-    let stage = Stage::with_busybox("start");
+    let stage = Stage::with_templates("start");
     let before = Footprint::of_host(&stage);
     let script = "echo run >>/tmp/runs; wc -l </tmp/runs; cat; echo no >&2; exit 3";
     let create = [
@@ -597,7 +597,7 @@ fn containers_are_started_again() {
 
 #[test]
 fn signals_to_the_command_line() {
-    let stage = Stage::with_busybox("signals");
+    let stage = Stage::with_templates("signals");
     let before = Footprint::of_host(&stage);
     let start = |script: &str| -> Child {
         let mut child = stage.start(&[RUN, &[IMAGE, "sh", "-c", script]].concat());

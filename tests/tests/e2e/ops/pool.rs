@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Pods that are clones, or take cells made ahead: each with the network that CNI gave it, and nothing left of any of them.
 
-use cloister_tests::cri::{End, Failure, Node, Outcome, Pod, Runtime, ensure, script};
+use cloister_tests::cri::{End, Failure, Node, Outcome, Pod, Runtime, api, ensure, script};
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
@@ -72,7 +72,7 @@ fn pods_take_cells_that_were_made_ahead() {
     // They come back: all at once there are never more than the two.
     let (mut macs, mut uuids, mut pods) = (HashSet::new(), HashSet::new(), Vec::new());
     let begin = Instant::now();
-    while counted(&node, "pooled") < 4 {
+    while counted(&node, "pooled") < 3 {
         assert!(begin.elapsed() < PATIENCE, "{}", node.said());
         let (pod, said) = run(&node, &runtime);
         assert!(macs.insert(line_of(&said, "link/ether")), "{said}");
@@ -84,6 +84,45 @@ fn pods_take_cells_that_were_made_ahead() {
         node.block_on(pod.remove()).unwrap();
     }
     // The cells that nobody took end with the daemon.
+    assert!(node.end("cloisterd", End::Asked).success());
+}
+
+/// A pod of a size that no pod before it had: a clone of a smaller template, which grows before its containers come.
+#[test]
+fn a_larger_pod_is_a_clone_that_grows() {
+    let mut node = Node::start(&["cloister-clone"]);
+    let runtime = node.runtime("cloister-clone");
+    let begin = Instant::now();
+    while counted(&node, "cloned") == 0 {
+        assert!(begin.elapsed() < PATIENCE, "{}", node.said());
+        let (pod, _) = run(&node, &runtime);
+        std::thread::sleep(Duration::from_secs(3));
+        node.block_on(pod.remove()).unwrap();
+    }
+    let cloned = counted(&node, "cloned");
+    let grown = node.block_on(async {
+        let mut config = Pod::config(&runtime);
+        config.linux.get_or_insert_default().resources = Some(api::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 200_000,
+            memory_limit_in_bytes: 512 << 20,
+            ..Default::default()
+        });
+        let pod = Pod::run(&runtime, config).await?;
+        look(&pod).await?;
+        let text = "nproc; awk '/^MemTotal/ { print int($2 / 1024) }' /proc/meminfo; \
+                    head -c 400M /dev/zero | tail -c 400M | wc -c; echo end; exec sleep infinity";
+        let container = pod.start(script(text)).await?;
+        container.says("end").await?;
+        let said = container.log()?.stdout;
+        let figures: Vec<u64> = said.lines().map_while(|line| line.parse().ok()).collect();
+        // Of the 512 MiB and the overhead the kernel keeps some.
+        let fits = matches!(figures[..], [2, 500..=600, bytes] if bytes == 400 << 20);
+        ensure(fits, &said)?;
+        pod.remove().await
+    });
+    grown.unwrap_or_else(|error| panic!("{error}\n{}", node.said()));
+    assert_eq!(counted(&node, "cloned"), cloned + 1, "{}", node.said());
     assert!(node.end("cloisterd", End::Asked).success());
 }
 
