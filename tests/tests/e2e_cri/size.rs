@@ -157,7 +157,7 @@ pub async fn follows_the_pod(runtime: &Runtime) -> Outcome<Value> {
         let memory = &usage.memory;
         let sound = usage.pids.current == 1
             && usage.cpu.usage_usec > 1000
-            && memory.usage > 20 << 20
+            && memory.usage > 8 << 20
             && memory.usage_limit == 256 << 20
             && memory.anon > 0;
         ensure(sound, format_args!("{usage:?}"))?;
