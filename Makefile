@@ -77,7 +77,7 @@ e2e: build
 	tests/demo/prepare
 	ci/e2e --timeout 2400 $(kvm_options) -- $(E2E)
 
-# All cases of CRI on runc and Cloister, also those on which they are not known to agree yet.
+# All cases of CRI, each on runc and on Cloister's pods that boot and that are cloned.
 cri: build
 	tests/demo/prepare
 	CLOISTER_CRI_ALL=1 ci/e2e --timeout 3600 --env CLOISTER_CRI_ALL $(kvm_options) -- cri::
