@@ -186,7 +186,7 @@ fn main() {
     let all = is_all();
     let wanted = CASES
         .iter()
-        .filter(|case| all || FEW.iter().any(|agreed| case.name.ends_with(agreed)));
+        .filter(|case| all || FEW.iter().any(|few| case.name.ends_with(few)));
     let trials = wanted.map(|case| {
         let bed = Arc::clone(&bed);
         Trial::test(case.name, move || {
