@@ -781,11 +781,11 @@ impl Sandbox {
         service.follow_limits(start, room.cpus, sizing);
         if let Some(resizer) = service.resizer().filter(|_| start != plan.size()) {
             steps.next("grow");
-            let grown = resizer.promise(plan.size()).await;
-            grown.map_err(|source| Error::Resize {
-                id: id.clone(),
-                source,
-            })?;
+            if let Err(source) = resizer.promise(plan.size()).await {
+                // Whoever tries again has it boot.
+                node.templates.stop_growing();
+                return Err(Error::Resize { id, source });
+            }
         }
         let _ = self.service.set(service);
         if let Some(events) = vm.events() {

@@ -217,6 +217,8 @@ enum State {
 struct Known {
     /// The most recently used last.
     list: Vec<(Kind, State)>,
+    /// Clones do not grow.
+    stuck: bool,
     /// Nothing is made any more.
     closed: bool,
 }
@@ -307,6 +309,14 @@ impl Templates {
             .max_by_key(|other| (other.memory, other.cpus))?;
         let image = self.find(&largest)?;
         Some((largest, image))
+    }
+
+    /// A clone did not grow, as with a kernel that has no virtio-mem: larger pods boot from now on.
+    pub fn stop_growing(&self) {
+        self.lock().stuck = true;
+        if let Some(shelf) = &self.shelf {
+            shelf.forget_kinds();
+        }
     }
 
     /// A cell of this kind that was made ahead, if there is one. It stands still, without a network. To be called in a
