@@ -719,11 +719,7 @@ impl Sandbox {
                 } else if let Some((smaller, image)) =
                     kind.as_ref().and_then(|kind| node.templates.find_smaller(kind))
                 {
-                    smaller.start(&mut config);
-                    start = Size {
-                        cpus: config.cpus,
-                        memory: config.memory,
-                    };
+                    start = smaller.start(&mut config);
                     log::debug!(
                         "sandbox {id}: cloned from a template of {} MiB and {} vCPUs, to grow",
                         start.memory >> 20,
@@ -782,8 +778,8 @@ impl Sandbox {
         if let Some(resizer) = service.resizer().filter(|_| start != plan.size()) {
             steps.next("grow");
             if let Err(source) = resizer.promise(plan.size()).await {
-                // Whoever tries again has it boot.
-                node.templates.stop_growing();
+                // Whoever tries again finds a template that need not grow.
+                self.want_template(node, kind);
                 return Err(Error::Resize { id, source });
             }
         }
@@ -806,17 +802,21 @@ impl Sandbox {
             Some(Err(error)) => log::warn!("sandbox {id}: no spares of its kind: {error}"),
             None => {}
         }
-        if let Some(kind) = kind {
-            let ahead = Ahead {
-                count: self.profile.template_pool.into(),
-                configuration: ConfigureRequest {
-                    sysctls: unprivileged().collect(),
-                    ..Default::default()
-                },
-            };
-            node.templates.want(kind, self.profile.init_timeout, ahead);
-        }
+        self.want_template(node, kind);
         Ok(())
+    }
+
+    /// Has a template made for the pods that are like it.
+    fn want_template(&self, node: &Node, kind: Option<template::Kind>) {
+        let Some(kind) = kind else { return };
+        let ahead = Ahead {
+            count: self.profile.template_pool.into(),
+            configuration: ConfigureRequest {
+                sysctls: unprivileged().collect(),
+                ..Default::default()
+            },
+        };
+        node.templates.want(kind, self.profile.init_timeout, ahead);
     }
 
     /// What its VM can be given while it runs.

@@ -188,13 +188,6 @@ impl Shelf {
         self.with_extension(KIND).filter_map(read).collect()
     }
 
-    /// Nothing is said any more of what there are templates of: no clone grows.
-    pub fn forget_kinds(&self) {
-        for path in self.with_extension(KIND) {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-
     fn with_extension(&self, extension: &str) -> impl Iterator<Item = PathBuf> {
         let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
         let paths = entries.map(|entry| entry.path());

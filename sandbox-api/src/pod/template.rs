@@ -17,6 +17,7 @@
 use super::machine::{self, MachineConfig, Origin, Room};
 use super::pool::{self, Ahead, Stock};
 use super::shelf::Shelf;
+use super::size::Size;
 use super::vm::{self, PodVm, QUICK, agent_error, io_error};
 use cloister_protocol::pod::{ConfigureRequest, InfoRequest};
 use cloister_protocol::ttrpc::context::with_duration;
@@ -110,12 +111,16 @@ impl Kind {
         Self { cards, ..self }
     }
 
-    /// Has a VM start like one of this kind, of which it [grows](Self::grows_into).
-    pub fn start(&self, config: &mut MachineConfig<'_>) {
+    /// Has a VM start as one of this kind, to [grow](Self::grows_into). Answers what it starts with.
+    pub fn start(&self, config: &mut MachineConfig<'_>) -> Size {
         config.cpus = self.cpus;
         config.memory = self.memory;
         for (nic, pairs) in config.nics.iter_mut().zip(&self.cards) {
             nic.backend.limit_pairs(*pairs);
+        }
+        Size {
+            cpus: self.cpus,
+            memory: self.memory,
         }
     }
 
@@ -217,8 +222,6 @@ enum State {
 struct Known {
     /// The most recently used last.
     list: Vec<(Kind, State)>,
-    /// Clones do not grow.
-    stuck: bool,
     /// Nothing is made any more.
     closed: bool,
 }
@@ -309,14 +312,6 @@ impl Templates {
             .max_by_key(|other| (other.memory, other.cpus))?;
         let image = self.find(&largest)?;
         Some((largest, image))
-    }
-
-    /// A clone did not grow, as with a kernel that has no virtio-mem: larger pods boot from now on.
-    pub fn stop_growing(&self) {
-        self.lock().stuck = true;
-        if let Some(shelf) = &self.shelf {
-            shelf.forget_kinds();
-        }
     }
 
     /// A cell of this kind that was made ahead, if there is one. It stands still, without a network. To be called in a

@@ -517,7 +517,7 @@ impl Node {
     /// What happened to a pod of a worker.
     fn heard(self: &Arc<Self>, worker: &Arc<Worker>, event: Event) {
         match event.kind {
-            Kind::Started => {
+            Kind::Started | Kind::StartFailed => {
                 tokio::spawn(templates::build_what_is_asked_for(Arc::clone(self)));
             }
             // It may have been asked for by a daemon before this one.

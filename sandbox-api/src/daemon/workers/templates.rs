@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Templates for pods in workers: built by the daemon, once for all workers, and given to them as files on a
-//! [`Shelf`]. A worker that has booted a pod leaves a wish there before it tells that the pod has started.
+//! [`Shelf`]. A worker whose pod has booted, or did not grow, leaves a wish there before it tells that it has started, or failed to.
 
 use super::super::node::Node;
 use crate::pod::shelf::Shelf;
