@@ -28,7 +28,7 @@ use crate::net::{self, forward::Forwarder};
 use crate::pod::machine::{self, Machine, MachineConfig, Origin, Room};
 use crate::pod::pool::Ahead;
 use crate::pod::resize;
-use crate::pod::size::{Limits, Size, Sizing};
+use crate::pod::size::{Limits, Sizing};
 use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::{self, Running, TaskService};
 use crate::pod::template;

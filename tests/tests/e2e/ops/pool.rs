@@ -140,5 +140,7 @@ fn pods_in_workers_of_their_own_are_clones_of_the_daemons_template() {
     for pod in pods {
         node.block_on(pod.remove()).unwrap();
     }
+    // Of the template on the shelf.
+    a_larger_pod_grows(&node, &runtime);
     assert!(node.end("cloisterd", End::Asked).success());
 }
