@@ -31,6 +31,8 @@ guest := $(CURDIR)/target/guest
 export CLOISTER_GUEST := $(guest)
 # Room for 8 pods at once, and for a guest of 4 GiB.
 kvm_options ?= --cpus 2 --memory 12288
+# Of these hosts as many run at once as there are processors.
+e2e_options ?= --memory 8192
 
 .NOTPARALLEL:
 .PHONY: setup build guest run test unit e2e cri faults again kvm-host-test bench plots lint deb clean
@@ -75,7 +77,7 @@ kvm-host-test: setup
 
 e2e: build
 	tests/demo/prepare
-	ci/e2e --timeout 2400 $(kvm_options) -- $(E2E)
+	ci/e2e --timeout 2400 $(e2e_options) -- $(E2E)
 
 # All cases of CRI, each on runc and on Cloister's pods that boot and that are cloned.
 cri: build
@@ -85,12 +87,12 @@ cri: build
 # All that can be made to fail on a node, workers too; `make faults SOAK=500` for a long soak.
 faults: build
 	tests/demo/prepare
-	CLOISTER_FAULTS_ALL=1 CLOISTER_SOAK=$(or $(SOAK),12) ci/e2e --timeout 7200 $(kvm_options) -- --include-ignored faults::
+	CLOISTER_FAULTS_ALL=1 CLOISTER_SOAK=$(or $(SOAK),12) ci/e2e --timeout 7200 $(e2e_options) -- --include-ignored faults::
 
 # A thousand clones that are killed, and a pod under load that is restored a hundred times.
 again: build
 	tests/demo/prepare
-	CLOISTER_CYCLES=1000 CLOISTER_RESTORES=100 ci/e2e --timeout 7200 $(kvm_options) -- again_and_again
+	CLOISTER_CYCLES=1000 CLOISTER_RESTORES=100 ci/e2e --timeout 7200 $(e2e_options) -- again_and_again
 
 # The guest side of the benchmarks boots in place of the agent.
 bench: build

@@ -12,6 +12,7 @@ mod container;
 mod devices;
 mod net;
 mod ops;
+mod pool;
 mod resources;
 mod run;
 mod snapshot;

@@ -6,4 +6,3 @@ mod install;
 mod isulad;
 mod listen;
 mod operators;
-mod pool;
