@@ -101,7 +101,7 @@ pub async fn exit_codes(runtime: &Runtime) -> Outcome<Value> {
     let ends = [
         "exit 0",
         "exit 42",
-        "kill -9 $$",
+        "kill -9 $$; sleep infinity",
         "kill -TERM $$; sleep infinity",
         "sh -c 'kill -SEGV $$'; exit $?",
     ];
