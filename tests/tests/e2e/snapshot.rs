@@ -164,7 +164,7 @@ const LOAD: &str = "mkdir /files; \
      (i=0; while :; do i=$((i+1)); echo $i; done) | nc -l -p 9000 >/dev/null & \
      sleep 1; sleep infinity | nc 127.0.0.1 9000 | awk '$1 != NR { print \"after\", NR - 1, \"came\", $1; exit 1 } NR % 1000 == 0 { print NR }' >/received & \
      i=0; while :; do i=$((i+1)); head -c 300000 /dev/urandom >/files/new; md5sum </files/new >/files/$i.sum; \
-     mv /files/new /files/$i; sync; echo $i >/made; rm -f /files/$((i-20)) /files/$((i-20)).sum; done";
+     mv /files/new /files/$i; sync; echo $i >/making; mv /making /made; rm -f /files/$((i-20)) /files/$((i-20)).sum; done";
 
 /// Says what is wrong with the files and the numbers, if anything is, and how many there have been.
 const CHECK: &str = "made=$(cat /made); i=$made; while [ $i -gt 0 ] && [ $i -gt $((made-15)) ]; do \
