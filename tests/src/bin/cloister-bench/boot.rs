@@ -15,6 +15,8 @@ use cloister_vmm::config::{BASE_COMMAND_LINE, NO_SERIAL};
 use cloister_vmm::{Cell, CellHost, CellHostConfig, CellStats, HugePages, SpareConfig};
 
 use crate::Context;
+use crate::clone::float;
+use crate::guest_mode::GuestMode;
 use crate::ours::{Ours, chain};
 use crate::peers::{Guest, GuestFiles, READY_PORT, Vmm, qemu, seconds_to_ready};
 use crate::report::{Figure, median};
@@ -29,18 +31,26 @@ struct Boot {
     all: u64,
     /// CPU time of the vCPU's thread: guest, and KVM's work for it.
     vcpu_seconds: f64,
+    /// The number of that thread.
+    thread: u32,
     cell: Cell,
 }
 
 /// CPU time of the thread of this name in seconds, exact where the clock is.
 pub fn thread_seconds(name: &str) -> io::Result<f64> {
+    let stat = fs::read_to_string(format!("/proc/self/task/{}/schedstat", thread_id(name)?))?;
+    let ns = stat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
+    Ok(Duration::from_nanos(ns).as_secs_f64())
+}
+
+/// The number of the thread of this name.
+pub fn thread_id(name: &str) -> io::Result<u32> {
     for task in fs::read_dir("/proc/self/task")? {
-        let task = task?.path();
+        let task = task?;
         // A thread that ends while it is looked at is not the one.
-        if fs::read_to_string(task.join("comm")).is_ok_and(|comm| comm.trim_end() == name) {
-            let stat = fs::read_to_string(task.join("schedstat"))?;
-            let ns = stat.split(' ').next().and_then(|ns| ns.parse().ok()).unwrap_or(0);
-            return Ok(Duration::from_nanos(ns).as_secs_f64());
+        if fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim_end() == name) {
+            let id = task.file_name().to_str().and_then(|id| id.parse().ok());
+            return id.ok_or_else(|| io::Error::other("a thread without a number"));
         }
     }
     Err(io::Error::other(format!("no thread {name}")))
@@ -105,11 +115,13 @@ fn ours(host: &CellHost, files: &GuestFiles, cid: u32, huge_pages: HugePages) ->
     stream.read_exact(&mut [0])?;
     let seconds = start.elapsed().as_secs_f64();
     // A thread's name is the cell's first letters; see above for `cid`.
-    let vcpu_seconds = thread_seconds(&format!("{}:vcpu0", &cell.name()[..8]))?;
+    let thread = format!("{}:vcpu0", &cell.name()[..8]);
+    let (vcpu_seconds, thread) = (thread_seconds(&thread)?, thread_id(&thread)?);
     cell.note_ready();
     Ok(Boot {
         seconds,
         vcpu_seconds,
+        thread,
         to_this_program: cell.stats(),
         all: kvm_exits(&cell)?,
         cell,
@@ -308,6 +320,11 @@ fn count_against(context: &mut Context, host: &CellHost, vmm: &dyn Vmm) -> io::R
     let spare = ours(host, &files, 103, pages)?;
     end(&spare.cell);
     let their = theirs(vmm, &files, 104)?;
+    let trace = GuestMode::start()?;
+    let traced = ours(host, &files, 105, pages)?;
+    let guest_mode = trace.ticks()?.get(&traced.thread).copied().unwrap_or(0);
+    drop(trace);
+    end(&traced.cell);
     let (label, peer) = (vmm.label(), vmm.title());
     let how = format!(
         "{}; peer: {}; 1 ns of the host's clock is one instruction",
@@ -318,13 +335,18 @@ fn count_against(context: &mut Context, host: &CellHost, vmm: &dyn Vmm) -> io::R
     let mut figures = Vec::new();
     // Ours by itself is told once.
     if label == qemu::LABEL {
-        let guest = "CPU time of the vCPU's thread: the guest, and KVM's work for it";
         figures.extend([
             (
                 "boot.guest_instructions".to_owned(),
+                float(guest_mode),
+                "",
+                format!("{how}; between KVM's trace points kvm_entry and kvm_exit"),
+            ),
+            (
+                "boot.vcpu_instructions".to_owned(),
                 cold.vcpu_seconds * 1e9,
                 "",
-                format!("{how}; {guest}"),
+                format!("{how}; CPU time of the vCPU's thread: the guest, and KVM's work for it"),
             ),
             (
                 "boot.instructions".into(),

@@ -12,6 +12,7 @@ mod cri_rate;
 mod density;
 mod fs;
 mod guest_lines;
+mod guest_mode;
 mod ours;
 mod peers;
 mod plot;
