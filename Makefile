@@ -31,7 +31,7 @@ guest := $(CURDIR)/target/guest
 export CLOISTER_GUEST := $(guest)
 # Room for 8 pods at once, and for a guest of 4 GiB.
 kvm_options ?= --cpus 2 --memory 12288
-# Of a host with one processor, in which the emulator was not seen to damage guests; in `make e2e` as many run at once as there are processors.
+# For hosts of one processor, in which the emulator was not seen to damage guests; `make e2e` runs as many at once as there are processors.
 e2e_options ?= --memory 8192
 
 .NOTPARALLEL:
