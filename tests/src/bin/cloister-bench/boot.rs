@@ -320,11 +320,6 @@ fn count_against(context: &mut Context, host: &CellHost, vmm: &dyn Vmm) -> io::R
     let spare = ours(host, &files, 103, pages)?;
     end(&spare.cell);
     let their = theirs(vmm, &files, 104)?;
-    let trace = GuestMode::start()?;
-    let traced = ours(host, &files, 105, pages)?;
-    let guest_mode = trace.ticks()?.get(&traced.thread).copied().unwrap_or(0);
-    drop(trace);
-    end(&traced.cell);
     let (label, peer) = (vmm.label(), vmm.title());
     let how = format!(
         "{}; peer: {}; 1 ns of the host's clock is one instruction",
@@ -335,6 +330,10 @@ fn count_against(context: &mut Context, host: &CellHost, vmm: &dyn Vmm) -> io::R
     let mut figures = Vec::new();
     // Ours by itself is told once.
     if label == qemu::LABEL {
+        let trace = GuestMode::start()?;
+        let traced = ours(host, &files, 105, pages)?;
+        let guest_mode = trace.ticks(traced.thread)?;
+        end(&traced.cell);
         figures.extend([
             (
                 "boot.guest_instructions".to_owned(),

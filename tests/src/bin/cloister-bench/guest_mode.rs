@@ -3,7 +3,7 @@
 //! tracer's own, by the processor's time stamp counter. In a host that counts instructions one tick is one instruction, so the
 //! sum is what the guest ran, and KVM's last steps into it and first ones out of it.
 //!
-//! The trace points themselves take time, outside of what they enclose for the most part: measure other things without.
+//! The trace points take time themselves, part of it within: the sum is an upper bound, and other things are measured without.
 
 use std::collections::HashMap;
 use std::fs;
@@ -31,8 +31,8 @@ impl GuestMode {
             mount("tracefs", TRACEFS, "tracefs", MountFlags::empty(), None)?;
         }
         let instance = Path::new(TRACEFS).join(format!("instances/bench-{}", std::process::id()));
-        fs::create_dir(&instance)?;
         let trace = Self { instance, mounted };
+        fs::create_dir(&trace.instance)?;
         trace.set("trace_clock", "x86-tsc")?;
         trace.set("buffer_size_kb", BUFFER_KIB)?;
         for event in ["kvm_entry", "kvm_exit"] {
@@ -45,18 +45,24 @@ impl GuestMode {
         fs::write(self.instance.join(file), value)
     }
 
-    /// Ticks of each thread in guest mode so far, by the thread's number.
-    pub fn ticks(&self) -> io::Result<HashMap<u32, u64>> {
-        self.set("tracing_on", "0")?;
+    /// Ticks of a thread in guest mode so far.
+    pub fn ticks(&self, thread: u32) -> io::Result<u64> {
         let text = fs::read_to_string(self.instance.join("trace"))?;
-        self.set("tracing_on", "1")?;
-        if text.contains("LOST") {
+        if !is_whole(&text) {
             return Err(io::Error::other(
-                "the trace of KVM's entries and exits has lost events",
+                "the trace of KVM's entries and exits has lost its beginning",
             ));
         }
-        Ok(sum(&text))
+        let ticks = sum(&text).get(&thread).copied();
+        ticks.ok_or_else(|| io::Error::other(format!("thread {thread} was not seen in guest mode")))
     }
+}
+
+/// Whether all that was written is in the trace, as its head says: `# entries-in-buffer/entries-written: 3/3   #P:2`.
+fn is_whole(text: &str) -> bool {
+    let head = text.lines().find_map(|line| line.split_once("entries-written:"));
+    let counts = head.and_then(|(_, counts)| counts.split_whitespace().next()?.split_once('/'));
+    counts.is_some_and(|(kept, written)| kept == written)
 }
 
 impl Drop for GuestMode {
@@ -108,7 +114,7 @@ fn sum(text: &str) -> HashMap<u32, u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::sum;
+    use super::{is_whole, sum};
 
     #[test]
     fn each_thread_has_its_own_sum() {
@@ -122,5 +128,14 @@ mod tests {
             pod-a-1:vcpu0-161     [000] ..... 2010: kvm_exit: vcpu 0 reason npf rip 0x1\n";
         let ticks = sum(text);
         assert_eq!((ticks[&161], ticks[&7], ticks.len()), (510, 600, 2));
+    }
+
+    #[test]
+    fn what_was_written_over_is_missed() {
+        let head =
+            |counts| format!("# tracer: nop\n#\n# entries-in-buffer/entries-written: {counts}   #P:2\n#\n");
+        assert!(is_whole(&head("7/7")));
+        assert!(!is_whole(&head("7/8")));
+        assert!(!is_whole("# tracer: nop\n"));
     }
 }
