@@ -45,6 +45,17 @@ fn run(node: &Node, runtime: &Runtime) -> (Pod, String) {
     ran.unwrap_or_else(|error| panic!("{error}\n{}", node.said()))
 }
 
+/// Runs pods one after the other until one was of that kind.
+fn run_until_one_is(node: &Node, runtime: &Runtime, kind: &str) {
+    let begin = Instant::now();
+    while counted(node, kind) == 0 {
+        assert!(begin.elapsed() < PATIENCE, "{}", node.said());
+        let (pod, _) = run(node, runtime);
+        std::thread::sleep(Duration::from_secs(3));
+        node.block_on(pod.remove()).unwrap();
+    }
+}
+
 fn line_of(said: &str, word: &str) -> String {
     let line = said.lines().find(|line| line.contains(word));
     line.unwrap_or_else(|| panic!("{word} is not in {said}"))
@@ -62,13 +73,7 @@ fn pods_take_cells_made_ahead_or_grow_from_a_template() {
     let mut node = Node::start(&["cloister-pool"]);
     let runtime = node.runtime("cloister-pool");
     // The first boots, the next ones are clones, until there are cells.
-    let begin = Instant::now();
-    while counted(&node, "pooled") == 0 {
-        assert!(begin.elapsed() < PATIENCE, "{}", node.said());
-        let (pod, _) = run(&node, &runtime);
-        node.block_on(pod.remove()).unwrap();
-        std::thread::sleep(Duration::from_secs(3));
-    }
+    run_until_one_is(&node, &runtime, "pooled");
     // They come back: all at once there are never more than the two.
     let (mut macs, mut uuids, mut pods) = (HashSet::new(), HashSet::new(), Vec::new());
     let begin = Instant::now();
@@ -121,13 +126,7 @@ fn a_larger_pod_grows(node: &Node, runtime: &Runtime) {
 fn pods_in_workers_of_their_own_are_clones_of_the_daemons_template() {
     let mut node = Node::start(&["cloister-worker-clone"]);
     let runtime = node.runtime("cloister-worker-clone");
-    let begin = Instant::now();
-    while counted(&node, "cloned") == 0 {
-        assert!(begin.elapsed() < PATIENCE, "{}", node.said());
-        let (pod, _) = run(&node, &runtime);
-        std::thread::sleep(Duration::from_secs(3));
-        node.block_on(pod.remove()).unwrap();
-    }
+    run_until_one_is(&node, &runtime, "cloned");
     // At once, in two processes.
     let (mut macs, mut uuids, mut pods) = (HashSet::new(), HashSet::new(), Vec::new());
     for _ in 0..2 {

@@ -109,7 +109,7 @@ pub async fn exit_codes(runtime: &Runtime) -> Outcome<Value> {
     for text in ends {
         let container = pod.start(script(text)).await?;
         // PID 1 of a namespace takes no signal from itself.
-        if text.starts_with("kill -TERM") || text.starts_with("kill -9") {
+        if text.ends_with("sleep infinity") {
             container.stop(1).await?;
         }
         seen.insert(text.to_owned(), end(&container).await?);
