@@ -419,14 +419,14 @@ pub fn count(context: &mut Context) -> io::Result<()> {
             guest,
         ),
         (
-            "cloned.vcpu_instructions",
+            "clone.vcpu_instructions",
             cloned.vcpu * 1e9,
             "instructions",
             "",
             vcpu,
         ),
         (
-            "cloned.vcpu_instructions_vs_cold_boot",
+            "clone.vcpu_instructions_vs_cold_boot",
             cloned.vcpu / booted.vcpu,
             "ratio",
             "",
