@@ -20,7 +20,6 @@ struct Subject {
     place: Place,
     /// RAM of its VM.
     vm_size: u64,
-    vm_bytes: Option<u64>,
 }
 
 impl Subject {
@@ -28,7 +27,6 @@ impl Subject {
         Self {
             place: Place::own(pods, record),
             vm_size: record.plan.memory,
-            vm_bytes: record.pid.and_then(vm_memory),
         }
     }
 
@@ -36,7 +34,6 @@ impl Subject {
         Self {
             place: Place::of_pod(pod, container),
             vm_size: pod.memory,
-            vm_bytes: pod.memory_used,
         }
     }
 }
@@ -48,6 +45,7 @@ struct Sample {
     memory: u64,
     limit: u64,
     pids: u64,
+    vm_bytes: Option<u64>,
 }
 
 #[derive(serde::Serialize)]
@@ -122,18 +120,24 @@ fn of_pod(pod: &Pod) -> Vec<Subject> {
 
 async fn sample(subject: &Subject) -> Outcome<Sample> {
     let task = subject.place.connect().await?;
-    let request = StatsRequest {
-        id: subject.place.id.clone(),
-        ..Default::default()
+    let ask = async |id: &str| {
+        let request = StatsRequest {
+            id: id.to_owned(),
+            ..Default::default()
+        };
+        let response = task
+            .stats(with_duration(Duration::from_secs(10)), &request)
+            .await
+            .map_err(client::said)?;
+        Metrics::parse_from_bytes(&response.stats.get_or_default().value).map_err(Failure::new)
     };
-    let response = task
-        .stats(with_duration(Duration::from_secs(10)), &request)
-        .await
-        .map_err(client::said)?;
-    let metrics = Metrics::parse_from_bytes(&response.stats.get_or_default().value).map_err(Failure::new)?;
+    let metrics = ask(&subject.place.id).await?;
+    let at = Instant::now();
+    // Without an id, of the VM on the host. One of an older version does not say.
+    let vm = ask("").await.ok();
     let limit = metrics.memory.usage_limit;
     Ok(Sample {
-        at: Instant::now(),
+        at,
         cpu_usec: metrics.cpu.usage_usec,
         memory: metrics.memory.usage,
         // No limit of its own: what the VM has.
@@ -143,6 +147,7 @@ async fn sample(subject: &Subject) -> Outcome<Sample> {
             limit
         },
         pids: metrics.pids.current,
+        vm_bytes: vm.map(|vm| vm.memory.usage),
     })
 }
 
@@ -174,20 +179,9 @@ fn line(subject: &Subject, before: &Sample, now: &Sample) -> Line {
         cpu_hundredths: u64::try_from(used * 10_000 / passed).unwrap_or(u64::MAX),
         memory_bytes: now.memory,
         limit_bytes: now.limit,
-        vm_bytes: subject.vm_bytes,
+        vm_bytes: now.vm_bytes,
         pids: now.pids,
     }
-}
-
-/// The guest's RAM is the only shared memory of the process that hosts it.
-fn vm_memory(host: u32) -> Option<u64> {
-    shared_memory(&std::fs::read_to_string(format!("/proc/{host}/status")).ok()?)
-}
-
-fn shared_memory(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("RssShmem:"))?;
-    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
-    kib.checked_mul(1024)
 }
 
 fn hundredths(value: u64) -> String {
@@ -242,7 +236,6 @@ mod tests {
                 dir: "/d".into(),
             },
             vm_size: 512 << 20,
-            vm_bytes: None,
         };
         let at = Instant::now();
         let before = Sample {
@@ -251,6 +244,7 @@ mod tests {
             memory: 0,
             limit: 1,
             pids: 1,
+            vm_bytes: None,
         };
         let now = Sample {
             at: at + Duration::from_secs(2),
@@ -258,11 +252,9 @@ mod tests {
             memory: 64 << 20,
             limit: 256 << 20,
             pids: 3,
+            vm_bytes: Some(48 << 20),
         };
-        let mut line = line(&subject, &before, &now);
-        assert_eq!(line.vm_bytes, None);
-        let status = "RssFile:\t 100 kB\nRssShmem:\t   49152 kB\nVmData: 5 kB\n";
-        line.vm_bytes = shared_memory(status);
+        let line = line(&subject, &before, &now);
         assert_eq!(line.cpu_hundredths, 7500);
         let text = table(&[line]);
         assert!(

@@ -44,6 +44,9 @@ pub trait Guest: Send + Sync + 'static {
         false
     }
 
+    /// Bytes of the host's memory that its RAM takes: what the guest has used and not given back. None if it is gone.
+    fn memory_used(&self) -> Option<u64>;
+
     /// Makes vCPUs until the guest can set `count` online. Answers how many there are now, which may be more or fewer.
     ///
     /// # Errors

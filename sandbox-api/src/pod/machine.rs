@@ -400,6 +400,10 @@ impl Guest for Machine {
         self.cell.state() == CellState::Paused
     }
 
+    fn memory_used(&self) -> Option<u64> {
+        self.cell.resident_ram()
+    }
+
     fn provide_vcpus(&self, count: u8) -> io::Result<u8> {
         self.cell
             .provide_vcpus(count)

@@ -326,6 +326,12 @@ fn cloister_run_clones_what_template_built() {
         output.stdout.contains("inet ") && output.stdout.ends_with("pod\n"),
         "{output:#?}"
     );
+    // What it takes on the host is what it does not share with the template.
+    run(&["-d", "--name", "stays"], &["sleep", "infinity"]);
+    let stats = stage.json(&["stats", "--json"]);
+    let own = stats[0]["vm_bytes"].as_u64().unwrap();
+    assert!((64 << 10..20 << 20).contains(&own), "{stats}");
+    stage.cloister(&["rm", "-f", "stays"]).expect(0);
     // Another kind boots.
     assert!(!is_clone(&run(&["-m", "256m"], &["true"]).stderr));
     before.assert_unchanged();

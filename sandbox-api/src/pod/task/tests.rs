@@ -46,6 +46,9 @@ impl Guest for FakeGuest {
     fn give_up(&self, why: String) {
         lock(&self.given_up).get_or_insert(why);
     }
+    fn memory_used(&self) -> Option<u64> {
+        Some(26 << 20)
+    }
     fn provide_vcpus(&self, count: u8) -> std::io::Result<u8> {
         let mut vcpus = lock(&self.vcpus);
         *vcpus = count.max(*vcpus);
@@ -842,4 +845,16 @@ async fn a_device_that_the_host_does_not_have_is_named() {
     let error = bed.service.create_container(new).await.unwrap_err();
     assert!(error.to_string().contains("block device 5000:1"), "{error}");
     assert!(lock(&bed.service.containers).is_empty() && lock(&bed.agent.created).is_empty());
+}
+
+#[tokio::test]
+async fn without_an_id_stats_are_the_vms() {
+    let bed = bed().await;
+    let served = Served(Arc::clone(&bed.service));
+    let request = api::StatsRequest::default();
+    let answer = api::Task::stats(&served, &TtrpcContext::default(), request)
+        .await
+        .unwrap();
+    let metrics = api::Metrics::parse_from_bytes(&answer.stats.value).unwrap();
+    assert_eq!(metrics.memory.usage, 26 << 20);
 }
