@@ -152,7 +152,7 @@ pub fn soak(bed: &mut Bed) -> Outcome {
                 if done.get() >= count / 4 && early.get().is_none() {
                     early.set(Some(resident_kib(pid)?));
                 }
-                if done.get().is_multiple_of(50) {
+                if done.get().is_multiple_of(10) {
                     eprintln!("soak: {} pods, {} KiB resident", done.get(), resident_kib(pid)?);
                 }
             }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use cloister_vmm::{CellHost, CellHostConfig, HugePages};
 
 use crate::Context;
-use crate::ours::{Ours, chain};
+use crate::ours::{Ours, chain, if_it_ended};
 use crate::report::Figure;
 
 const READY_PORT: u32 = 1025;
@@ -147,9 +147,13 @@ fn settle(
     cells: &mut Vec<(Started, std::os::unix::net::UnixStream)>,
 ) -> io::Result<()> {
     for started in waiting.drain(..) {
-        let (mut stream, _) = started.2.accept()?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        stream.read_exact(&mut [0])?;
+        let ready = || -> io::Result<_> {
+            let (mut stream, _) = started.2.accept()?;
+            stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+            stream.read_exact(&mut [0])?;
+            Ok(stream)
+        };
+        let stream = ready().map_err(|error| if_it_ended(&started.0, error))?;
         cells.push((started, stream));
     }
     Ok(())

@@ -77,6 +77,14 @@ pub fn chain(error: impl std::error::Error) -> io::Error {
     io::Error::other(text)
 }
 
+/// Why the cell ended, if it did; otherwise the error that a caller saw.
+pub fn if_it_ended(cell: &Cell, error: io::Error) -> io::Error {
+    match cell.wait(Some(Duration::from_secs(1))) {
+        Some(reason) => io::Error::other(format!("{} ended: {reason}", cell.name())),
+        None => error,
+    }
+}
+
 /// Waits until the guest has ended by itself.
 pub fn wait(cell: &Cell, seconds: u64) -> io::Result<()> {
     match cell.wait(Some(Duration::from_secs(seconds))) {
