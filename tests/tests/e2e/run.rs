@@ -397,7 +397,8 @@ fn the_life_of_a_container_in_the_background() {
     assert_eq!(stats[0]["name"], "web");
     assert!(stats[0]["memory_bytes"].as_u64().unwrap() > 0, "{stats}");
     assert!(stats[0]["pids"].as_u64().unwrap() > 0, "{stats}");
-    assert!(stats[0]["vm_bytes"].as_u64().unwrap() > 16 << 20, "{stats}");
+    // A clone's own pages, at least.
+    assert!(stats[0]["vm_bytes"].as_u64().unwrap() > 1 << 20, "{stats}");
 
     let output = stage.cloister(&["rm", "web"]).expect(1);
     assert!(output.stderr.contains("running"), "{output:#?}");
