@@ -648,25 +648,15 @@ impl TaskService {
             {
                 service.vigil.broken(error).await;
             }
-            let (exit, patience) = match waited {
-                Some(Ok(response)) => {
-                    let at = response.exited_at.into_option().unwrap_or_else(timestamp);
-                    (
-                        Exit {
-                            status: response.exit_status,
-                            at,
-                        },
-                        LAST_OUTPUT,
-                    )
-                }
+            let (status, patience) = match waited {
+                Some(Ok(response)) => (response.exit_status, LAST_OUTPUT),
                 // The VM died.
-                Some(Err(_)) | None => (
-                    Exit {
-                        status: EXIT_KILLED,
-                        at: timestamp(),
-                    },
-                    LAST_OUTPUT_DEAD,
-                ),
+                Some(Err(_)) | None => (EXIT_KILLED, LAST_OUTPUT_DEAD),
+            };
+            // By the host's clock: the guest's is its own, and may be behind when the container was made.
+            let exit = Exit {
+                status,
+                at: timestamp(),
             };
             let pumps = lock(&process.pumps).take();
             if let Some(pumps) = pumps {
@@ -849,9 +839,14 @@ impl TaskService {
                 ..Default::default()
             }
         } else {
-            self.vigil
+            let mut response = self
+                .vigil
                 .over(self.agent.task.delete(no_deadline(), &request))
-                .await?
+                .await?;
+            if let Some(exit) = kept {
+                response.exited_at = MessageField::some(exit.at);
+            }
+            response
         };
         if request.exec_id.is_empty() {
             self.part_with(&request.id, &container).await;
@@ -1108,11 +1103,13 @@ impl api::Task for Served {
                 exited_at: MessageField::some(exit.at),
                 ..Default::default()
             },
-            _ => {
-                self.0
-                    .vigil
-                    .over(self.0.agent.task.state(no_deadline(), &request))
-                    .await?
+            kept => {
+                let asked = self.0.agent.task.state(no_deadline(), &request);
+                let mut response = self.0.vigil.over(asked).await?;
+                if let Some(exit) = kept {
+                    response.exited_at = MessageField::some(exit.at);
+                }
+                response
             }
         };
         response.bundle.clone_from(&container.bundle);
