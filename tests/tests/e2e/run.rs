@@ -603,6 +603,9 @@ fn signals_to_the_command_line() {
     let start = |script: &str| -> Child {
         let mut child = stage.start(&[RUN, &[IMAGE, "sh", "-c", script]].concat());
         read_until(child.stdout.as_mut().unwrap(), "up\n");
+        eventually("it runs", || {
+            (stage.json(&["ps", "--json"])[0]["status"] == "running").then_some(())
+        });
         child
     };
     // The container gets it, once the command line knows that it runs: its first words may come before that.
