@@ -496,7 +496,9 @@ impl Cell {
     /// Bytes of the host's memory that the guest's RAM takes now: what the guest has touched and a balloon has not given
     /// back. Nothing once the cell has stopped.
     pub fn resident_ram(&self) -> Option<u64> {
-        self.shared.lock().machine.as_ref()?.memory.resident()
+        // Not under the lock: a clone's page tables are read.
+        let memory = Arc::clone(&self.shared.lock().machine.as_ref()?.memory);
+        memory.resident()
     }
 
     /// Says that the guest is up, for the sake of those that come after it: spares of this cell's kind, or clones of the same
