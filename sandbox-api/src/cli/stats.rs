@@ -45,7 +45,6 @@ struct Sample {
     memory: u64,
     limit: u64,
     pids: u64,
-    vm_bytes: Option<u64>,
 }
 
 #[derive(serde::Serialize)]
@@ -119,25 +118,10 @@ fn of_pod(pod: &Pod) -> Vec<Subject> {
 }
 
 async fn sample(subject: &Subject) -> Outcome<Sample> {
-    let task = subject.place.connect().await?;
-    let ask = async |id: &str| {
-        let request = StatsRequest {
-            id: id.to_owned(),
-            ..Default::default()
-        };
-        let response = task
-            .stats(with_duration(Duration::from_secs(10)), &request)
-            .await
-            .map_err(client::said)?;
-        Metrics::parse_from_bytes(&response.stats.get_or_default().value).map_err(Failure::new)
-    };
-    let metrics = ask(&subject.place.id).await?;
-    let at = Instant::now();
-    // Without an id, of the VM on the host. One of an older version does not say.
-    let vm = ask("").await.ok();
+    let metrics = ask(&subject.place, &subject.place.id).await?;
     let limit = metrics.memory.usage_limit;
     Ok(Sample {
-        at,
+        at: Instant::now(),
         cpu_usec: metrics.cpu.usage_usec,
         memory: metrics.memory.usage,
         // No limit of its own: what the VM has.
@@ -147,8 +131,21 @@ async fn sample(subject: &Subject) -> Outcome<Sample> {
             limit
         },
         pids: metrics.pids.current,
-        vm_bytes: vm.map(|vm| vm.memory.usage),
     })
+}
+
+/// Asks for the metrics of a container; without an id, of the VM on the host.
+async fn ask(place: &Place, id: &str) -> Outcome<Metrics> {
+    let request = StatsRequest {
+        id: id.to_owned(),
+        ..Default::default()
+    };
+    let task = place.connect().await?;
+    let response = task
+        .stats(with_duration(Duration::from_secs(10)), &request)
+        .await
+        .map_err(client::said)?;
+    Metrics::parse_from_bytes(&response.stats.get_or_default().value).map_err(Failure::new)
 }
 
 async fn measure(subjects: &[Subject]) -> Vec<Line> {
@@ -160,7 +157,11 @@ async fn measure(subjects: &[Subject]) -> Vec<Line> {
     let mut lines = Vec::new();
     for (subject, before) in subjects.iter().zip(before) {
         match (before, sample(subject).await) {
-            (Ok(before), Ok(now)) => lines.push(line(subject, &before, &now)),
+            (Ok(before), Ok(now)) => {
+                // A VM of an older version does not say.
+                let vm = ask(&subject.place, "").await.ok();
+                lines.push(line(subject, &before, &now, vm.map(|vm| vm.memory.usage)));
+            }
             // Ended in between.
             (Err(failure), _) | (_, Err(failure)) => {
                 log::info!("{}: {}", subject.place.name, failure.message);
@@ -170,7 +171,7 @@ async fn measure(subjects: &[Subject]) -> Vec<Line> {
     lines
 }
 
-fn line(subject: &Subject, before: &Sample, now: &Sample) -> Line {
+fn line(subject: &Subject, before: &Sample, now: &Sample, vm_bytes: Option<u64>) -> Line {
     let used = u128::from(now.cpu_usec.saturating_sub(before.cpu_usec));
     let passed = now.at.duration_since(before.at).as_micros().max(1);
     Line {
@@ -179,7 +180,7 @@ fn line(subject: &Subject, before: &Sample, now: &Sample) -> Line {
         cpu_hundredths: u64::try_from(used * 10_000 / passed).unwrap_or(u64::MAX),
         memory_bytes: now.memory,
         limit_bytes: now.limit,
-        vm_bytes: now.vm_bytes,
+        vm_bytes,
         pids: now.pids,
     }
 }
@@ -244,7 +245,6 @@ mod tests {
             memory: 0,
             limit: 1,
             pids: 1,
-            vm_bytes: None,
         };
         let now = Sample {
             at: at + Duration::from_secs(2),
@@ -252,9 +252,8 @@ mod tests {
             memory: 64 << 20,
             limit: 256 << 20,
             pids: 3,
-            vm_bytes: Some(48 << 20),
         };
-        let line = line(&subject, &before, &now);
+        let line = line(&subject, &before, &now, Some(48 << 20));
         assert_eq!(line.cpu_hundredths, 7500);
         let text = table(&[line]);
         assert!(

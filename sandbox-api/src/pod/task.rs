@@ -216,6 +216,13 @@ pub fn timestamp() -> Timestamp {
     Timestamp::from(SystemTime::now())
 }
 
+/// When a process ended, if the agent says that it did: the guest's clock is its own, and may be wrong.
+fn by_our_clock(exited_at: &mut MessageField<Timestamp>, kept: Option<Exit>) {
+    if exited_at.is_some() {
+        *exited_at = MessageField::some(kept.map_or_else(timestamp, |exit| exit.at));
+    }
+}
+
 fn no_deadline() -> Context {
     Context::default()
 }
@@ -653,7 +660,7 @@ impl TaskService {
                 // The VM died.
                 Some(Err(_)) | None => (EXIT_KILLED, LAST_OUTPUT_DEAD),
             };
-            // By the host's clock: the guest's is its own, and may be behind when the container was made.
+            // The guest's clock may be behind when the container was made.
             let exit = Exit {
                 status,
                 at: timestamp(),
@@ -801,10 +808,14 @@ impl TaskService {
     }
 
     /// What the VM takes on the host: its memory, and nothing else.
-    fn vm_stats(&self) -> Result<api::StatsResponse> {
-        let gone = || status(Code::FAILED_PRECONDITION, "the VM is gone");
+    async fn vm_stats(&self) -> Result<api::StatsResponse> {
+        let guest = Arc::clone(&self.guest);
+        // Page tables are read, of as much RAM as there is.
+        let used = tokio::task::spawn_blocking(move || guest.memory_used()).await;
+        let used = used.map_err(|e| unknown("the VM's memory", e))?;
         let mut metrics = api::Metrics::new();
-        metrics.memory.mut_or_insert_default().usage = self.guest.memory_used().ok_or_else(gone)?;
+        metrics.memory.mut_or_insert_default().usage =
+            used.ok_or_else(|| status(Code::FAILED_PRECONDITION, "the VM is gone"))?;
         let stats = pack(METRICS_PACKAGE, &metrics).map_err(|e| unknown("the VM's memory", e))?;
         Ok(api::StatsResponse {
             stats: MessageField::some(stats),
@@ -843,9 +854,7 @@ impl TaskService {
                 .vigil
                 .over(self.agent.task.delete(no_deadline(), &request))
                 .await?;
-            if let Some(exit) = kept {
-                response.exited_at = MessageField::some(exit.at);
-            }
+            by_our_clock(&mut response.exited_at, kept);
             response
         };
         if request.exec_id.is_empty() {
@@ -1106,9 +1115,7 @@ impl api::Task for Served {
             kept => {
                 let asked = self.0.agent.task.state(no_deadline(), &request);
                 let mut response = self.0.vigil.over(asked).await?;
-                if let Some(exit) = kept {
-                    response.exited_at = MessageField::some(exit.at);
-                }
+                by_our_clock(&mut response.exited_at, kept);
                 response
             }
         };
@@ -1220,7 +1227,7 @@ impl api::Task for Served {
     /// Without an id of what the VM takes on the host, for our own `stats`; containerd does not ask so.
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> Result<api::StatsResponse> {
         if request.id.is_empty() {
-            return self.0.vm_stats();
+            return self.0.vm_stats().await;
         }
         self.0
             .vigil

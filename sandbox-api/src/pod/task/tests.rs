@@ -191,6 +191,7 @@ impl api::Task for FakeServed {
     async fn delete(&self, _: &TtrpcContext, _: api::DeleteRequest) -> Result<api::DeleteResponse> {
         Ok(api::DeleteResponse {
             exit_status: 3,
+            exited_at: MessageField::some(Timestamp::default()),
             ..Default::default()
         })
     }
@@ -368,6 +369,7 @@ async fn life_of_a_container() {
     drop(theirs);
     let exit = waiter.await.unwrap().unwrap();
     assert_eq!(exit.status, 143);
+    // By the host's clock, here and below.
     assert!(timestamp().seconds - exit.at.seconds < 60, "{}", exit.at);
     assert!(std::fs::read_to_string(&log_path).unwrap().contains("last words"));
 
@@ -375,12 +377,10 @@ async fn life_of_a_container() {
         id: "c1".into(),
         ..Default::default()
     };
+    let deleted = api::Task::delete(&served, &context, delete).await.unwrap();
     assert_eq!(
-        api::Task::delete(&served, &context, delete)
-            .await
-            .unwrap()
-            .exit_status,
-        3
+        (deleted.exit_status, deleted.exited_at),
+        (3, MessageField::some(exit.at))
     );
     assert!(lock(&bed.guest.attached).is_empty());
     assert!(api::Task::state(&served, &context, state).await.is_err());
