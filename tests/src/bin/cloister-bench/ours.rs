@@ -79,10 +79,12 @@ pub fn chain(error: impl std::error::Error) -> io::Error {
 
 /// Why the cell ended, if it did; otherwise the error that a caller saw.
 pub fn if_it_ended(cell: &Cell, error: io::Error) -> io::Error {
-    match cell.wait(Some(Duration::from_secs(1))) {
-        Some(reason) => io::Error::other(format!("{} ended: {reason}", cell.name())),
-        None => error,
-    }
+    cell.wait(Some(Duration::from_secs(1)))
+        .map_or(error, |reason| ended(cell, &reason))
+}
+
+fn ended(cell: &Cell, reason: &StopReason) -> io::Error {
+    io::Error::other(format!("{} ended: {reason}", cell.name()))
 }
 
 /// Waits until the guest has ended by itself.
@@ -90,7 +92,7 @@ pub fn wait(cell: &Cell, seconds: u64) -> io::Result<()> {
     match cell.wait(Some(Duration::from_secs(seconds))) {
         // guest-bench ends with a reboot.
         Some(StopReason::Reset) => Ok(()),
-        Some(reason) => Err(io::Error::other(format!("{} ended: {reason}", cell.name()))),
+        Some(reason) => Err(ended(cell, &reason)),
         None => {
             cell.stop();
             Err(io::Error::other(format!(
