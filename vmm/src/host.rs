@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cloister_devices::event_loop::EventLoop;
 use cloister_devices::worker_pool::WorkerPool;
@@ -20,7 +20,7 @@ use crate::halt::{self, HaltWatch};
 use crate::kick;
 use crate::memory;
 use crate::spare::Spares;
-use crate::suspicion::{Limits, Suspicion, Verdict};
+use crate::suspicion::{Limits, Look, Suspicion, Verdict};
 use crate::take_down::TakeDown;
 
 /// How often the housekeeper looks for what is stuck while cells run.
@@ -39,9 +39,10 @@ pub struct CellHostConfig {
     /// How long a device's handler or a vCPU's access to a device may take before a warning is logged.
     pub warn_after: Duration,
     /// How long until it is taken for stuck and its cell is stopped. Time in which it waits for a processor or for the
-    /// host's disks does not count, nor does time in which nobody looked; in steps of 200 ms.
+    /// host's disks does not count, nor does time in which nobody looked or did so late; in steps of 200 ms.
     pub stuck_after: Duration,
-    /// The same for what may have to wait for the host: disks, swapped memory, the reader of a serial port's output.
+    /// The same for what may have to wait for the host: disks, swapped memory, processors that a hypervisor below
+    /// takes away, the reader of a serial port's output.
     pub stuck_on_host_after: Duration,
 }
 
@@ -287,11 +288,18 @@ struct Watched {
 
 impl Housekeeper {
     fn run(mut self, tasks: &mpsc::Receiver<Task>) {
+        let mut next_look = Instant::now();
         loop {
             let task = if self.cells.is_empty() && self.take_down.is_idle() {
-                tasks.recv().map_err(|_| RecvTimeoutError::Disconnected)
+                let task = tasks.recv().map_err(|_| RecvTimeoutError::Disconnected);
+                next_look = Instant::now() + WATCH_INTERVAL;
+                task
             } else {
-                tasks.recv_timeout(WATCH_INTERVAL)
+                // However many tasks there are, looks are at their intervals.
+                match next_look.saturating_duration_since(Instant::now()) {
+                    Duration::ZERO => Err(RecvTimeoutError::Timeout),
+                    remaining => tasks.recv_timeout(remaining),
+                }
             };
             match task {
                 Ok(Task::Watch(cell)) => {
@@ -310,24 +318,29 @@ impl Housekeeper {
                     self.take_down.add(cell, machine);
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    self.watch_event_loops();
-                    self.watch_vcpus();
+                    let look = Look {
+                        interval: WATCH_INTERVAL,
+                        late: next_look.elapsed(),
+                    };
+                    self.watch_event_loops(look);
+                    self.watch_vcpus(look);
                     self.watch_for_halts();
                     self.watch_memory();
                     self.take_down.look();
+                    next_look = Instant::now() + WATCH_INTERVAL;
                 }
                 Err(RecvTimeoutError::Disconnected) => return self.take_down.finish(),
             }
         }
     }
 
-    fn watch_event_loops(&mut self) {
+    fn watch_event_loops(&mut self, look: Look) {
         for (event_loop, suspicion) in &mut self.event_loops {
             let busy = event_loop.busy();
             let (run, thread) = busy
                 .as_ref()
                 .map_or((None, 0), |busy| (Some(busy.run), busy.thread));
-            let verdict = suspicion.look(run, thread, WATCH_INTERVAL, &self.limits);
+            let verdict = suspicion.look(run, thread, look, &self.limits);
             let Some(busy) = busy else { continue };
             match verdict {
                 Verdict::Fine => {}
@@ -359,7 +372,7 @@ impl Housekeeper {
         }
     }
 
-    fn watch_vcpus(&mut self) {
+    fn watch_vcpus(&mut self, look: Look) {
         for Watched { cell, vcpus, .. } in &mut self.cells {
             for (index, suspicion) in vcpus.iter_mut().enumerate() {
                 let access = cell.vcpu_access(index);
@@ -368,7 +381,7 @@ impl Housekeeper {
                     limits.stuck_after = limits.stuck_after.max(limits.stuck_on_host_after);
                 }
                 let (run, thread) = access.map_or((None, 0), |access| (Some(access.number), access.thread));
-                match suspicion.look(run, thread, WATCH_INTERVAL, &limits) {
+                match suspicion.look(run, thread, look, &limits) {
                     Verdict::Fine => {}
                     Verdict::Slow(elapsed) => {
                         let elapsed = elapsed.as_millis();
