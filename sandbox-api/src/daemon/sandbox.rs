@@ -840,7 +840,6 @@ impl Sandbox {
             neighbors: net.map(|net| net.neighbors.clone()).unwrap_or_default(),
             files: MessageField::some(plan.files(&net.map(PodNet::addresses).unwrap_or_default())),
             sysctls: unprivileged().chain(plan.sysctls.clone()).collect(),
-            unix_time_ns: clock::unix_ns(),
             entropy,
             ..Default::default()
         }

@@ -688,7 +688,6 @@ impl Configure {
             interfaces: self.interface.into_iter().collect(),
             routes: self.route.into_iter().collect(),
             files: MessageField::some(files),
-            unix_time_ns: clock::unix_ns(),
             entropy,
             ..Default::default()
         }

@@ -15,7 +15,7 @@ use super::streams::Hub;
 use super::task::{Served, TaskService};
 use super::vigil::END_BECOMES_KNOWN;
 use crate::files::SocketPath;
-use cloister_protocol::pod::{ConfigureRequest, PowerOffRequest, Ready};
+use cloister_protocol::pod::{ConfigureRequest, PowerOffRequest, Ready, SetTimeRequest};
 use cloister_protocol::ttrpc::asynchronous::Server;
 use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use cloister_protocol::ttrpc::context::with_duration;
@@ -25,13 +25,15 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 /// Time for the agent to answer what is quick.
 pub const QUICK: Duration = Duration::from_secs(30);
 /// Bytes of randomness that an agent takes at once.
 const MAX_ENTROPY: usize = 512;
+/// By how much a guest's clock may be late from the start.
+const CLOCK_ERROR: Duration = Duration::from_millis(500);
 /// Time for the guest to power itself off.
 const POWER_OFF: Duration = Duration::from_secs(5);
 
@@ -171,8 +173,8 @@ impl PodVm {
         Ok(self.agent.insert(agent).clone())
     }
 
-    /// Gives the pod its identity. A clone gets one of its own whatever the request says: randomness, time, a way to the
-    /// host.
+    /// Gives the pod its identity, and the host's time. A clone gets an identity of its own whatever the request says:
+    /// randomness, a way to the host.
     ///
     /// # Errors
     /// The agent is not ready, or refuses.
@@ -186,10 +188,9 @@ impl PodVm {
             }
             request.entropy.resize(MAX_ENTROPY, 0);
             crate::ids::fill(&mut request.entropy);
-            if request.unix_time_ns == 0 {
-                request.unix_time_ns = crate::clock::unix_ns();
-            }
         }
+        request.unix_time_ns = crate::clock::unix_ns();
+        let asked = Instant::now();
         let when = "before its pod was configured";
         let answer = tokio::select! {
             answer = agent.pod.configure(with_duration(QUICK), &request) => answer,
@@ -206,6 +207,19 @@ impl PodVm {
         }
         self.renewed = true;
         self.machine.cell().note_ready();
+        // On a busy host the time may have been old when it came to the guest.
+        if asked.elapsed() > CLOCK_ERROR {
+            let request = SetTimeRequest {
+                unix_time_ns: crate::clock::unix_ns(),
+                ..Default::default()
+            };
+            if let Err(error) = agent.pod.set_time(with_duration(QUICK), &request).await {
+                log::warn!(
+                    "{}: the guest's clock may be late: {error}",
+                    self.machine.cell().name()
+                );
+            }
+        }
         Ok(())
     }
 

@@ -128,27 +128,31 @@ fn resident_kib(pid: u32) -> Outcome<u64> {
     Ok(number.ok_or("no VmRSS")?.parse()?)
 }
 
-/// Pods of all kinds, three at a time.
+/// A setting of a soak.
+fn setting(name: &str, usual: u64) -> Outcome<u64> {
+    Ok(match std::env::var(name) {
+        Ok(number) => number.parse()?,
+        Err(_) => usual,
+    })
+}
+
+/// Pods of all kinds, some at a time.
 pub fn soak(bed: &mut Bed) -> Outcome {
-    let count: u64 = match std::env::var("CLOISTER_SOAK") {
-        Ok(count) => count.parse()?,
-        Err(_) => 6,
-    };
+    let count = setting("CLOISTER_SOAK", 6)?;
+    let at_once = setting("CLOISTER_SOAK_AT_ONCE", 3)?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?;
-    let seed = match std::env::var("CLOISTER_SOAK_SEED") {
-        Ok(seed) => seed.parse()?,
-        Err(_) => now.as_secs() | 1,
-    };
-    eprintln!("soak: {count} pods, CLOISTER_SOAK_SEED={seed}");
+    let seed = setting("CLOISTER_SOAK_SEED", now.as_secs() | 1)?;
+    eprintln!("soak: {count} pods, {at_once} at a time, CLOISTER_SOAK_SEED={seed}");
     let pid = bed.node.pid("cloisterd");
     let dice = Dice(Cell::new(seed));
-    let runtime = &bed.runtime;
+    let runtimes: Vec<&Runtime> = bed.clones.iter().chain([&bed.runtime]).collect();
     let (done, early) = (Cell::new(0), Cell::new(None));
     bed.node.block_on(async {
-        let lanes = join_all((0..3).map(async |_| -> Outcome {
+        let lanes = join_all((0..at_once).map(async |_| -> Outcome {
             while done.get() < count {
                 done.set(done.get() + 1);
-                life(runtime, &dice).await?;
+                let which = usize::try_from(dice.roll(runtimes.len() as u64))?;
+                life(runtimes[which], &dice).await?;
                 if done.get() >= count / 4 && early.get().is_none() {
                     early.set(Some(resident_kib(pid)?));
                 }

@@ -3,8 +3,8 @@
 //!
 //! A case has one thing fail (a daemon, a guest, the network, the disk, the caller's patience), looks at what CRI says then, and
 //! that the node's other pods go on. After each case the host and cloisterd hold what they held before.
-//! `soak` does this to many pods in random order: `CLOISTER_SOAK=500` says to how many. Without `CLOISTER_FAULTS_ALL=1` only
-//! the cases of [`AGREED`] run.
+//! `soak` does this to many pods in random order: `CLOISTER_SOAK=500` says to how many, `CLOISTER_SOAK_AT_ONCE=3` to how many
+//! at any time. Without `CLOISTER_FAULTS_ALL=1` only the cases of [`AGREED`] run.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -22,6 +22,8 @@ use std::time::Instant;
 pub struct Bed {
     node: Node,
     runtime: Runtime,
+    /// The same, of pods that are clones; where all cases run.
+    clones: Option<Runtime>,
     bystander: Container,
 }
 
@@ -68,20 +70,25 @@ async fn is_well(bystander: &Container) -> Outcome {
 }
 
 impl Bed {
-    fn start() -> Self {
-        let node = Node::start(&["cloister"]);
+    fn start(all: bool) -> Self {
+        let names = ["cloister", "cloister-clone"];
+        let node = Node::start(if all { &names } else { &names[..1] });
         let runtime = node.runtime("cloister");
+        let clones = all.then(|| node.runtime("cloister-clone"));
         let bystander = node.block_on(async {
-            // The first pod leaves what is made once: the bridge, the files of its addresses.
-            let first = Pod::run(&runtime, Pod::config(&runtime)).await?;
-            first.output(script("true")).await?.good()?;
-            first.remove().await?;
+            for runtime in clones.iter().chain([&runtime]) {
+                // The first pod leaves what is made once: the bridge, the files of its addresses, the template.
+                let first = Pod::run(runtime, Pod::config(runtime)).await?;
+                first.output(script("true")).await?.good()?;
+                first.remove().await?;
+            }
             bystander(&runtime).await
         });
         let bystander = bystander.unwrap_or_else(|error| panic!("{error}\n{}", node.said()));
         Self {
             node,
             runtime,
+            clones,
             bystander,
         }
     }
@@ -119,7 +126,7 @@ fn main() {
         Trial::test(format!("faults::{name}"), move || {
             // A case that panics leaves the node as it is to the next one.
             let mut bed = bed.lock().unwrap_or_else(PoisonError::into_inner);
-            let bed = bed.get_or_insert_with(Bed::start);
+            let bed = bed.get_or_insert_with(|| Bed::start(all));
             bed.run(name, case).map_err(|error| {
                 eprintln!("{}\n{name}: {error}", bed.node.said());
                 Failed::from(error.to_string())
@@ -128,7 +135,12 @@ fn main() {
     });
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     if let Some(bed) = bed.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        let cleared = bed.node.block_on(bed.runtime.clear());
+        let cleared = bed.node.block_on(async {
+            for runtime in bed.clones.iter().chain([&bed.runtime]) {
+                runtime.clear().await?;
+            }
+            Outcome::Ok(())
+        });
         if let Err(error) = cleared {
             eprintln!("pods could not be removed: {error}\n{}", bed.node.said());
             drop(bed);
