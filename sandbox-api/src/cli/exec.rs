@@ -291,6 +291,11 @@ async fn run(place: &Place, args: &ExecArgs, process: Process) -> Outcome {
             ));
         }
     }
+    // Before the process can print anything: what is typed behind its prompt is not for the line discipline any more, which
+    // would keep ctrl-q, for one.
+    let raw = (attached && args.tty && terminal::stdin_is_terminal())
+        .then(terminal::Raw::stdin)
+        .transpose()?;
     let started = start(&task, &request).await;
     // From here on the service's are the only writers.
     let ends: Vec<oneshot::Receiver<()>> = ends.into_iter().map(|(end, _writer)| end).collect();
@@ -305,9 +310,6 @@ async fn run(place: &Place, args: &ExecArgs, process: Process) -> Outcome {
         let keys = args.tty.then(|| args.detach_keys.clone());
         stdin_end = Some(copy_input(keys, open)?);
     }
-    let raw = (args.tty && terminal::stdin_is_terminal())
-        .then(terminal::Raw::stdin)
-        .transpose()?;
     let code = match follow(&task, &place.id, &exec_id, args.tty, stdin_end).await {
         Ok(Some(code)) => Ok(code),
         Ok(None) => {

@@ -106,16 +106,16 @@ pub fn attached(pods: &Pods, record: &Record, stream: &UnixStream, options: Opti
 async fn follow(pods: &Pods, record: &Record, stream: &UnixStream, options: Options) -> Outcome {
     let tty = record.plan.wishes.terminal;
     let task = client::connect(pods, record).await?;
+    // Raw before the first key is read, and before anything is printed that a key may be typed behind.
+    let raw = (tty && options.stdin && terminal::stdin_is_terminal())
+        .then(terminal::Raw::stdin)
+        .transpose()?;
     let (sender, mut end) = oneshot::channel();
     let mut from = io::BufReader::new(stream.try_clone()?);
     let output = move || {
         let _ = sender.send(print_frames(&mut from));
     };
     std::thread::Builder::new().name("stdout".into()).spawn(output)?;
-    // Raw before the first key is read.
-    let raw = (tty && options.stdin && terminal::stdin_is_terminal())
-        .then(terminal::Raw::stdin)
-        .transpose()?;
     let mut input = None;
     if options.stdin {
         let to = File::from(std::os::fd::OwnedFd::from(stream.try_clone()?));
