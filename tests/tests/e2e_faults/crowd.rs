@@ -145,7 +145,7 @@ pub fn soak(bed: &mut Bed) -> Outcome {
     eprintln!("soak: {count} pods, {at_once} at a time, CLOISTER_SOAK_SEED={seed}");
     let pid = bed.node.pid("cloisterd");
     let dice = Dice(Cell::new(seed));
-    let runtimes: Vec<&Runtime> = bed.clones.iter().chain([&bed.runtime]).collect();
+    let runtimes: Vec<&Runtime> = bed.runtimes().collect();
     let (done, early) = (Cell::new(0), Cell::new(None));
     bed.node.block_on(async {
         let lanes = join_all((0..at_once).map(async |_| -> Outcome {

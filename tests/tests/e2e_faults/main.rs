@@ -93,6 +93,11 @@ impl Bed {
         }
     }
 
+    /// All kinds of pods that the node has.
+    fn runtimes(&self) -> impl Iterator<Item = &Runtime> {
+        self.clones.iter().chain([&self.runtime])
+    }
+
     /// Carries a case out, and sees that nothing but the bystander is left.
     fn run(&mut self, name: &str, case: fn(&mut Self) -> Outcome) -> Outcome {
         let (host, daemon) = self.node.footprint();
@@ -136,7 +141,7 @@ fn main() {
     let conclusion = libtest_mimic::run(&arguments, trials.collect());
     if let Some(bed) = bed.lock().unwrap_or_else(PoisonError::into_inner).take() {
         let cleared = bed.node.block_on(async {
-            for runtime in bed.clones.iter().chain([&bed.runtime]) {
+            for runtime in bed.runtimes() {
                 runtime.clear().await?;
             }
             Outcome::Ok(())
