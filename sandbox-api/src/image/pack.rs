@@ -37,7 +37,7 @@ pub fn pack<W: Write>(root: BorrowedFd<'_>, archive: W) -> io::Result<W> {
     };
     let stat = rustix::fs::fstat(root)?;
     let path = format!("/proc/self/fd/{}/.", root.as_raw_fd());
-    packer.attributes(Path::new(&path))?;
+    packer.attributes(Path::new(&path), &stat)?;
     packer.plain(&header(&stat, EntryType::Directory)?, Path::new("./"))?;
     packer.directory(root, Path::new(""), 0)?;
     packer.archive.into_inner()
@@ -62,6 +62,15 @@ fn header(stat: &Stat, kind: EntryType) -> io::Result<Header> {
         header.set_device_minor(rustix::fs::minor(stat.st_rdev))?;
     }
     Ok(header)
+}
+
+/// The time of the last change as PAX has it: a decimal number, below zero before 1970.
+fn pax_time(stat: &Stat) -> String {
+    let (seconds, nanos) = (i128::from(stat.st_mtime), i128::from(stat.st_mtime_nsec));
+    let all = seconds * 1_000_000_000 + nanos;
+    let sign = if all < 0 { "-" } else { "" };
+    let all = all.unsigned_abs();
+    format!("{sign}{}.{:09}", all / 1_000_000_000, all % 1_000_000_000)
 }
 
 /// Whether a file is packed without its holes: a guest makes those of any length at no cost. Of more pieces than the headers of one
@@ -138,10 +147,10 @@ impl<W: Write> Packer<W> {
         }
         // The last component is not followed: the calls for attributes are those for links.
         let own = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd())).join(name);
+        let is_opaque = self.attributes(&own, &stat)?;
         match kind {
             FileType::Directory => {
                 let opened = rustix::fs::openat(dir, name, DIRECTORY, Mode::empty())?;
-                let is_opaque = self.attributes(&own)?;
                 self.plain(&header(&stat, EntryType::Directory)?, path)?;
                 if is_opaque {
                     self.whiteout(&path.join(".wh..wh..opq"), OsStr::new(".wh..opq"))?;
@@ -151,14 +160,12 @@ impl<W: Write> Packer<W> {
             FileType::RegularFile => {
                 let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
                 let mut file = File::from(rustix::fs::openat(dir, name, flags, Mode::empty())?);
-                self.attributes(&own)?;
                 self.archive.sparse(without_holes(&file)?);
                 // Nobody writes to it: the VM stands still.
                 self.archive.append_file(path, &mut file)
             }
             FileType::Symlink => {
                 let target = rustix::fs::readlinkat(dir, name, Vec::new())?;
-                self.attributes(&own)?;
                 let mut header = header(&stat, EntryType::Symlink)?;
                 let target = OsStr::from_bytes(target.as_bytes());
                 self.archive.append_link(&mut header, path, target)
@@ -182,7 +189,7 @@ impl<W: Write> Packer<W> {
     }
 
     /// Says the attributes of the next entry; answers whether overlayfs hides what is below it.
-    fn attributes(&mut self, path: &Path) -> io::Result<bool> {
+    fn attributes(&mut self, path: &Path, stat: &Stat) -> io::Result<bool> {
         let mut list = vec![0; MAX_XATTR];
         let length = match rustix::fs::llistxattr(path, &mut list[..]) {
             Ok(length) => length,
@@ -191,7 +198,8 @@ impl<W: Write> Packer<W> {
         };
         let names = list.get(..length).unwrap_or_default();
         let mut is_opaque = false;
-        let mut said: Vec<(String, Vec<u8>)> = Vec::new();
+        // The header has but whole seconds.
+        let mut said: Vec<(String, Vec<u8>)> = vec![("mtime".into(), pax_time(stat).into_bytes())];
         for name in names.split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
             let Ok(name) = std::str::from_utf8(name) else {
                 continue;
@@ -232,7 +240,7 @@ impl<W: Write> Packer<W> {
 mod tests {
     use super::super::unpack::{Limits, unpack};
     use super::*;
-    use rustix::fs::{CWD, XattrFlags};
+    use rustix::fs::{CWD, Timespec, Timestamps, XattrFlags};
     use std::fs;
     use std::os::unix::fs::{FileExt, FileTypeExt, PermissionsExt};
     use std::os::unix::net::UnixListener;
@@ -264,6 +272,16 @@ mod tests {
         Some(value)
     }
 
+    /// Of files: seconds and nanoseconds of their last changes.
+    const TIMES: [(&str, i64, i64); 5] = [
+        ("d/file", 1_795_000_000, 123_456_789),
+        ("link", 1_795_000_001, 1),
+        ("fifo", 1_795_000_002, 999_999_999),
+        // Before 1970, where a file system has such times.
+        ("d", -2, 250_000_000),
+        ("sparse", 0, 0),
+    ];
+
     #[test]
     fn what_overlayfs_wrote_comes_back() {
         let long = "n".repeat(200);
@@ -289,6 +307,17 @@ mod tests {
                 let sparse = File::create(dir.join("sparse")).unwrap();
                 sparse.write_all_at(b"far", 1 << 28).unwrap();
                 sparse.set_len(1 << 29).unwrap();
+                for (name, seconds, nanos) in TIMES {
+                    let time = Timespec {
+                        tv_sec: seconds,
+                        tv_nsec: nanos,
+                    };
+                    let times = Timestamps {
+                        last_access: time,
+                        last_modification: time,
+                    };
+                    rustix::fs::utimensat(CWD, dir.join(name), &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+                }
             },
             |dir| {
                 let data = |name: &str| fs::symlink_metadata(dir.join(name)).unwrap();
@@ -300,6 +329,10 @@ mod tests {
                 let deep = dir.join("d").join(&long).join(&long);
                 assert_eq!(fs::read_to_string(deep).unwrap(), "deep");
                 assert_eq!(fs::read_link(dir.join("link")).unwrap(), Path::new("/nowhere"));
+                for (name, seconds, nanos) in TIMES {
+                    let data = data(name);
+                    assert_eq!((data.mtime(), data.mtime_nsec()), (seconds, nanos), "{name}");
+                }
                 let gone = data("gone");
                 assert!(gone.file_type().is_char_device() && gone.rdev() == 0);
                 assert!(data("fifo").file_type().is_fifo());
