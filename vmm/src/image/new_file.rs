@@ -56,7 +56,7 @@ impl NewFile {
         &self.file
     }
 
-    /// Gives it its name, once all of it is on the disk.
+    /// Gives it its name, once all of it is on the disk; then that is, too.
     pub fn finish(mut self) -> io::Result<()> {
         self.file.sync_all()?;
         if !self.is_named {
@@ -73,6 +73,13 @@ impl NewFile {
         }
         rustix::fs::renameat(&self.dir, &self.temporary, &self.dir, &self.name)?;
         self.is_named = false;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match rustix::fs::openat(&self.dir, ".", flags, Mode::empty()) {
+            Ok(dir) => rustix::fs::fsync(dir)?,
+            // Who may write into a folder need not be allowed to read it.
+            Err(Errno::ACCESS) => {}
+            Err(error) => return Err(error.into()),
+        }
         Ok(())
     }
 }
