@@ -11,7 +11,7 @@
 #   make cri             every case of CRI, on runc and on Cloister
 #   make faults          everything that can be made to fail on a node
 #   make again           what takes a thousand clones or a hundred restores to see
-#   make setup, build, guest, lint, unit, kvm-host-test, clean: the steps of the above
+#   make setup, build, guest, lint, unit, guest-image-test, kvm-host-test, clean: the steps of the above
 #
 # Wherever Linux guests run, ci/with-kvm chooses between this machine's KVM and the emulated host, and says so.
 
@@ -35,7 +35,7 @@ kvm_options ?= --cpus 2 --memory 12288
 e2e_options ?= --memory 8192
 
 .NOTPARALLEL:
-.PHONY: setup build guest run test unit e2e cri faults again kvm-host-test bench plots lint deb clean
+.PHONY: setup build guest run test unit e2e cri faults again guest-image-test kvm-host-test bench plots lint deb clean
 
 setup:
 	ci/setup
@@ -62,7 +62,7 @@ run: build
 	tests/demo/prepare
 	ci/with-kvm --cpus 1 $(e2e_options) -- tests/demo/run
 
-test: build lint unit kvm-host-test e2e
+test: build lint unit guest-image-test kvm-host-test e2e
 
 lint: setup
 	cargo fmt --all --check
@@ -71,6 +71,10 @@ lint: setup
 # Unit tests, the hostile-guest kit and tiny guests, which any /dev/kvm can run. Not the e2e* programs: to link them takes long.
 unit: setup
 	cargo nextest run --config-file ci/nextest.toml --locked --workspace --lib --bins --test '[!e]*'
+
+# The archive, the kernel's configuration, and boots of both kernels, which need no KVM.
+guest-image-test: guest
+	guest-image/test $(guest)/vmlinux
 
 kvm-host-test: setup
 	ci/test-kvm-host
