@@ -119,7 +119,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
                 "host_beyond_kib",
                 float(all) / f64::from(count) - dirtied,
                 "KiB",
-                "",
+                "<= 300",
                 "the host's available memory that is gone per clone, beyond those pages: what KVM and the kernel keep, too",
             ),
             ("page_table_event_us", change(), "us", "", events),
