@@ -178,6 +178,9 @@ pub struct Profile {
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
+    /// After how much rest a guest gives back its caches; 0: never. See [`super::idle`].
+    #[serde(with = "seconds")]
+    pub idle_reclaim: Duration,
     /// Longest time an agent may leave a call unanswered, and then a ping: see [`crate::pod::vigil`].
     #[serde(with = "seconds")]
     pub answer_timeout: Duration,
@@ -284,6 +287,7 @@ impl Default for Profile {
             pods_per_worker: 0,
             init_timeout: Duration::from_secs(60),
             answer_timeout: crate::pod::vigil::PATIENCE,
+            idle_reclaim: Duration::from_secs(300),
         }
     }
 }
@@ -900,6 +904,10 @@ mod tests {
             (
                 "[sandboxer.a]\nanswer_timeout = '2h'",
                 "config.toml:2: sandboxer.a.answer_timeout: ",
+            ),
+            (
+                "[sandboxer.a]\nidle_reclaim = '1441m'",
+                "config.toml:2: sandboxer.a.idle_reclaim: ",
             ),
             (
                 "[sandboxer.a]\nkernel_args = ['a b']",

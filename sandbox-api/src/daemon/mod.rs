@@ -22,6 +22,7 @@ pub mod events;
 pub mod exposition;
 pub mod http_client;
 pub mod http_server;
+pub mod idle;
 pub mod isulad;
 pub mod log_format;
 pub mod metrics;

@@ -15,6 +15,7 @@
 
 use super::config::Profile;
 use super::event_log::{Event, EventLog, Kind};
+use super::idle;
 use super::metrics::{PodGauge, PodLabels, PodState, Process, ProcessGauge, Watch};
 use super::node::Node;
 use super::pod_plan::PodPlan;
@@ -614,6 +615,10 @@ impl Sandbox {
                 verb: "started",
             }),
         };
+        let vm_failed = matches!(booted, Err(Error::Vm { .. }));
+        if let Some(kind) = made.template.as_ref().filter(|_| vm_failed || booted.is_ok()) {
+            node.templates.came_up(kind, booted.is_ok());
+        }
         let exit = match booted {
             Ok(()) => {
                 let steps = steps.done();
@@ -703,6 +708,9 @@ impl Sandbox {
             .filter(|_| self.profile.template_pool > 0)
             .and_then(|kind| node.templates.take(kind));
         let (from_pool, mut spares) = (pooled.is_some(), None);
+        if from_pool {
+            made.template.clone_from(&kind);
+        }
         // What it starts with.
         let mut start = plan.size();
         let vm = match pooled {
@@ -715,6 +723,7 @@ impl Sandbox {
             None => {
                 if let Some(image) = kind.as_ref().and_then(|kind| node.templates.find(kind)) {
                     log::debug!("sandbox {id}: cloned from a template");
+                    made.template.clone_from(&kind);
                     config.origin = Origin::Clone(image);
                 } else if let Some((smaller, image)) =
                     kind.as_ref().and_then(|kind| node.templates.find_smaller(kind))
@@ -725,6 +734,7 @@ impl Sandbox {
                         start.memory >> 20,
                         start.cpus
                     );
+                    made.template = Some(smaller);
                     config.origin = Origin::Clone(image);
                 } else if self.profile.spare_vms > 0 {
                     spares = Some(machine::spares(&config, self.profile.spare_vms.into()));
@@ -851,8 +861,18 @@ impl Sandbox {
             return asked_for();
         };
         let ended = vm.ended("by itself");
+        let period = self.profile.idle_reclaim;
+        let agent = vm.agent().ok().filter(|_| !period.is_zero()).cloned();
+        let cell = Arc::clone(vm.machine.cell());
+        let lean = async {
+            match agent {
+                Some(agent) => idle::give_back(&cell, &agent.pod, period).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = self.asked(Ask::Stop) => asked_for(),
+            never = lean => match never {},
             error = ended => {
                 let reason = error.to_string();
                 log::error!("sandbox {}: {reason}", self.id());
@@ -907,6 +927,8 @@ struct Made {
     watch: Option<Watch>,
     net: Option<PodNet>,
     vm: Option<PodVm>,
+    /// Of whose template the VM is a clone.
+    template: Option<template::Kind>,
     forwarder: Option<Forwarder>,
 }
 

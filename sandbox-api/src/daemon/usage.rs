@@ -12,6 +12,7 @@ use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::task::Metrics;
 use cloister_vmm::Cell;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// Adds fields of one message to another's.
 macro_rules! add {
@@ -23,18 +24,20 @@ macro_rules! add {
 /// Asks the host and the guest.
 pub async fn of(cell: &Cell, service: &TaskService) -> Metrics {
     let mut all = sum(&service.container_metrics().await);
-    let threads = cell.vcpu_threads();
-    let ns = threads
-        .into_iter()
-        .filter_map(cpu_time)
-        .fold(0, u64::saturating_add);
-    all.cpu.mut_or_insert_default().usage_usec = ns / 1000;
+    let used = vcpu_time(cell).as_micros();
+    all.cpu.mut_or_insert_default().usage_usec = u64::try_from(used).unwrap_or(u64::MAX);
     let memory = all.memory.mut_or_insert_default();
     memory.usage = cell.resident_ram().unwrap_or(0);
     if let Some(resizer) = service.resizer() {
         memory.usage_limit = resizer.size().await.memory;
     }
     all
+}
+
+/// For how long its vCPUs have run, with what the host does in their threads.
+pub fn vcpu_time(cell: &Cell) -> Duration {
+    let threads = cell.vcpu_threads().into_iter();
+    Duration::from_nanos(threads.filter_map(cpu_time).fold(0, u64::saturating_add))
 }
 
 /// Nanoseconds for which a thread of this process has run.

@@ -222,6 +222,8 @@ enum State {
 struct Known {
     /// The most recently used last.
     list: Vec<(Kind, State)>,
+    /// Those of whose templates the last clone did not come up.
+    doubted: Vec<Kind>,
     /// Nothing is made any more.
     closed: bool,
 }
@@ -241,6 +243,25 @@ impl Known {
     fn state(&mut self, kind: &Kind) -> Option<&mut State> {
         let found = self.list.iter_mut().find(|(other, _)| other == kind);
         found.map(|(_, state)| state)
+    }
+
+    /// A clone of this kind's template did not come up. Answers whether that makes it one too many: its template is no good.
+    fn doubt(&mut self, kind: &Kind) -> bool {
+        if self.trust(kind) {
+            return true;
+        }
+        if self.doubted.len() >= MAX_TEMPLATES {
+            self.doubted.remove(0);
+        }
+        self.doubted.push(kind.clone());
+        false
+    }
+
+    /// Answers whether it was doubted.
+    fn trust(&mut self, kind: &Kind) -> bool {
+        let before = self.doubted.len();
+        self.doubted.retain(|other| other != kind);
+        self.doubted.len() < before
     }
 
     fn stock(&mut self, kind: &Kind) -> Option<&mut Stock<PodVm>> {
@@ -327,6 +348,36 @@ impl Templates {
                 vm.machine.cell().name()
             );
             discard(vec![vm]);
+        }
+    }
+
+    /// A clone of this kind's template came up, or did not. After two in a row that did not the template is given up, wherever
+    /// it is, for it may be the cause: pods of the kind boot, and ask for another one. To be called in a runtime.
+    pub fn came_up(&self, kind: &Kind, up: bool) {
+        let mut known = self.lock();
+        if up {
+            known.trust(kind);
+            return;
+        }
+        if !known.doubt(kind) {
+            return;
+        }
+        let given_up = known
+            .state(kind)
+            .map(|state| std::mem::replace(state, State::Failed(Instant::now())));
+        drop(known);
+        log::warn!(
+            "pods boot as before: two clones of their template in a row did not come up, so it is given up"
+        );
+        if let Some(State::Ready(_, mut stock)) = given_up {
+            discard(stock.give_up());
+        }
+        // Another process may have done so.
+        if let Some(shelf) = &self.shelf
+            && let Err(error) = shelf.remove(&Shelf::name(kind))
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            log::warn!("cannot remove a template that is given up: {error}");
         }
     }
 
@@ -476,6 +527,21 @@ fn discard(cells: impl IntoIterator<Item = PodVm>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn two_failures_in_a_row_are_too_many() {
+        let (one, other) = (kind(1, 256 << 20, &[1]), kind(2, 512 << 20, &[2]));
+        let mut known = Known::default();
+        assert!(!known.doubt(&one) && !known.doubt(&other));
+        known.trust(&one);
+        assert!(!known.doubt(&one), "one came up in between");
+        assert!(known.doubt(&other) && known.doubt(&one));
+        assert!(!known.doubt(&one), "it is another one now");
+        for memory in 0..100 {
+            known.doubt(&kind(1, memory, &[]));
+        }
+        assert!(known.doubted.len() <= MAX_TEMPLATES);
+    }
 
     fn kind(cpus: u8, memory: u64, cards: &[usize]) -> Kind {
         Kind {

@@ -130,6 +130,10 @@ template = "none"
 template = "node"
 template_pool = 2
 {profile}
+[sandboxer.cloister-idle]
+template = "none"
+idle_reclaim = "4s"
+{profile}
 [sandboxer.cloister-worker]
 pods_per_worker = 1
 template = "none"

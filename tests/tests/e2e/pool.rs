@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Pods that are clones, or take cells made ahead: each with the network that CNI gave it, and nothing left of any of them.
+//! Pods that are clones, or take cells made ahead: each with the network that CNI gave it, and nothing left of any of them. And one
+//! that gives back what it does not use.
 
 use cloister_tests::cri::{End, Failure, Node, Outcome, Pod, Runtime, api, ensure, script};
 use std::collections::HashSet;
@@ -141,5 +142,60 @@ fn pods_in_workers_of_their_own_are_clones_of_the_daemons_template() {
     }
     // Of the template on the shelf.
     a_larger_pod_grows(&node, &runtime);
+    assert!(node.end("cloisterd", End::Asked).success());
+}
+
+/// Bytes of the host's that the node's only VM has as its RAM.
+fn resident(node: &Node) -> u64 {
+    let text = node.metrics().unwrap();
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("cloister_guest_memory_bytes "));
+    let value = line.and_then(|line| line.rsplit(' ').next());
+    value.unwrap_or_else(|| panic!("{text}")).parse().unwrap()
+}
+
+/// The guest's page cache goes when the pod rests, and the host has the memory again. What processes use stays.
+#[test]
+fn a_pod_that_rests_gives_back_what_it_caches() {
+    const READ: u64 = 100 << 20;
+    let mut node = Node::start(&["cloister-idle"]);
+    let runtime = node.runtime("cloister-idle");
+    let ran = node.block_on(async {
+        let pod = Pod::run(&runtime, Pod::config(&runtime)).await?;
+        // Read, and kept by the guest while the file is there. The shell's variable is memory of its own.
+        let text = format!(
+            "own=$(head -c 1M /dev/zero | tr '\\0' x); head -c {READ} /dev/urandom > /file; sync; sha256sum /file | tee /sum; echo read; \
+             until [ -e /again ]; do sleep 30; done; sha256sum -c /sum && echo ${{#own}} again; exec sleep infinity"
+        );
+        let container = pod.start(script(&text)).await?;
+        container.says("read").await?;
+        Ok::<_, Failure>((pod, container))
+    });
+    let (pod, container) = ran.unwrap_or_else(|error| panic!("{error}\n{}", node.said()));
+    let before = resident(&node);
+    assert!(before > READ, "{before} bytes");
+    let begin = Instant::now();
+    while resident(&node) > before - READ * 8 / 10 {
+        assert!(
+            begin.elapsed() < PATIENCE,
+            "{} of {before}: {}",
+            resident(&node),
+            node.said()
+        );
+        std::thread::sleep(Duration::from_secs(1));
+    }
+    eprintln!(
+        "{} MiB of {} are back after {:.1?}",
+        (before - resident(&node)) >> 20,
+        before >> 20,
+        begin.elapsed()
+    );
+    let end = node.block_on(async {
+        container.exec_script("touch /again").await?;
+        container.says("1048576 again").await?;
+        pod.remove().await
+    });
+    end.unwrap_or_else(|error| panic!("{error}\n{}", node.said()));
     assert!(node.end("cloisterd", End::Asked).success());
 }
