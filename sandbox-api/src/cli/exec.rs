@@ -199,6 +199,16 @@ impl Fifos {
     fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
+
+    /// Both ends, the reading one first, so that opening waits for nobody.
+    fn open(&self, name: &str) -> io::Result<(File, File)> {
+        let path = self.path(name);
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let reader = File::from(rustix::fs::openat(CWD, &path, flags, Mode::empty())?);
+        let writer = File::options().write(true).open(&path)?;
+        rustix::io::ioctl_fionbio(&reader, false)?;
+        Ok((reader, writer))
+    }
 }
 
 impl Drop for Fifos {
@@ -264,6 +274,9 @@ async fn run(place: &Place, args: &ExecArgs, process: Process) -> Outcome {
     };
     let mut ends = Vec::new();
     let mut stdin_end = None;
+    let stdin = (attached && args.interactive)
+        .then(|| fifos.open("stdin"))
+        .transpose()?;
     if attached {
         for (name, out) in [
             ("stdout", io::stdout().as_fd().try_clone_to_owned()?),
@@ -272,19 +285,8 @@ async fn run(place: &Place, args: &ExecArgs, process: Process) -> Outcome {
             if name == "stderr" && args.tty {
                 continue;
             }
-            // Both ends, so that opening waits for nobody; ours is the last writer only until the service has its own.
-            let path = fifos.path(name);
-            let reader = File::from(
-                rustix::fs::openat(
-                    CWD,
-                    &path,
-                    OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
-                    Mode::empty(),
-                )
-                .map_err(io::Error::from)?,
-            );
-            let writer = File::options().write(true).open(&path)?;
-            rustix::io::ioctl_fionbio(&reader, false).map_err(io::Error::from)?;
+            // Ours is the last writer only until the service has its own.
+            let (reader, writer) = fifos.open(name)?;
             ends.push((
                 copy_on_thread(name, move || Ok(reader), move || Ok(File::from(out)))?,
                 writer,
@@ -297,18 +299,18 @@ async fn run(place: &Place, args: &ExecArgs, process: Process) -> Outcome {
         .then(terminal::Raw::stdin)
         .transpose()?;
     let started = start(&task, &request).await;
-    // From here on the service's are the only writers.
+    // From here on the service's are the only writers, and nobody else is to come: without their names the fifos are over
+    // when we are, however that comes.
+    drop(fifos);
     let ends: Vec<oneshot::Receiver<()>> = ends.into_iter().map(|(end, _writer)| end).collect();
     started?;
     if args.detach {
         // Nobody will ask for it; the container's end takes it along.
         return Ok(0);
     }
-    if args.interactive {
-        let path = fifos.path("stdin");
-        let open = move || File::options().write(true).open(path);
+    if let Some((_reader, to)) = stdin {
         let keys = args.tty.then(|| args.detach_keys.clone());
-        stdin_end = Some(copy_input(keys, open)?);
+        stdin_end = Some(copy_input(keys, move || Ok(to))?);
     }
     let code = match follow(&task, &place.id, &exec_id, args.tty, stdin_end).await {
         Ok(Some(code)) => Ok(code),
@@ -330,7 +332,6 @@ async fn run(place: &Place, args: &ExecArgs, process: Process) -> Outcome {
         ..Default::default()
     };
     let _ = task.delete(Call::default(), &delete).await;
-    drop(fifos);
     code
 }
 

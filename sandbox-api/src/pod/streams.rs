@@ -10,10 +10,11 @@
 
 use super::attach::Clients;
 use super::log::{Lines, Writer};
+use cloister_devices::rate_limit::RateLimit;
 use cloister_protocol::stream::{HEADER_LEN, StreamId};
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,6 +30,8 @@ const BUFFER: usize = 32 << 10;
 const HEADER_TIME: Duration = Duration::from_secs(10);
 /// Connections that may be without a header at a time.
 const MAX_UNKNOWN: usize = 64;
+/// How often a full fifo is looked at, whether its reader has removed it.
+const FIFO_LOOK: Duration = Duration::from_secs(1);
 
 /// Registered ids, waiting for their connection.
 #[derive(Debug)]
@@ -242,9 +245,7 @@ impl Pumps {
             let sink = match output {
                 Output::Null => continue,
                 // Read-write: opening never waits for the reader, and a reader that restarts breaks nothing.
-                Output::Fifo(path) => {
-                    Sink::Fifo(pipe::OpenOptions::new().read_write(true).open_sender(&path)?)
-                }
+                Output::Fifo(path) => Sink::Fifo(Fifo::open(&path)?),
                 Output::Logged {
                     log,
                     stream,
@@ -255,6 +256,7 @@ impl Pumps {
                     stream,
                     clients,
                     lines: Lines::default(),
+                    complaints: RateLimit::new(),
                     copy: copy.map(|fd| tokio::fs::File::from_std(fd.into())),
                 },
             };
@@ -322,25 +324,79 @@ impl Drop for Pumps {
     }
 }
 
+/// A fifo for output. Its reader may come and go while it has a name. Once it has none, nobody can come any more: it is
+/// over with the last reader.
+struct Fifo {
+    sender: pipe::Sender,
+    /// The sender reads, too.
+    both_ends: bool,
+}
+
+impl Fifo {
+    fn open(path: &Path) -> io::Result<Self> {
+        let sender = pipe::OpenOptions::new().read_write(true).open_sender(path)?;
+        Ok(Self {
+            sender,
+            both_ends: true,
+        })
+    }
+
+    async fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.sender.try_write(bytes) {
+                Ok(n) => bytes = bytes.get(n..).unwrap_or_default(),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if self.both_ends && rustix::fs::fstat(&self.sender)?.st_nlink == 0 {
+                        self.stop_reading()?;
+                    } else {
+                        // What is wrong with it, the next write says.
+                        let _ = tokio::time::timeout(FIFO_LOOK, self.sender.writable()).await;
+                    }
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// The same fifo for writing only: without a reader it is broken.
+    fn stop_reading(&mut self) -> io::Result<()> {
+        let path = format!("/proc/self/fd/{}", self.sender.as_fd().as_raw_fd());
+        self.sender = pipe::OpenOptions::new().open_sender(path)?;
+        self.both_ends = false;
+        Ok(())
+    }
+}
+
 enum Sink {
-    Fifo(pipe::Sender),
+    /// What has no reader any more is discarded, and the process goes on.
+    Nowhere,
+    Fifo(Fifo),
     Logged {
         log: Arc<Mutex<Writer>>,
         stream: &'static str,
         lines: Lines,
+        complaints: RateLimit,
         copy: Option<tokio::fs::File>,
         clients: Arc<Clients>,
     },
 }
 
 impl Sink {
-    async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    async fn write(&mut self, bytes: &[u8]) {
         match self {
-            Self::Fifo(fifo) => fifo.write_all(bytes).await,
+            Self::Nowhere => {}
+            Self::Fifo(fifo) => {
+                if let Err(error) = fifo.write_all(bytes).await {
+                    log::debug!("output has nowhere to go: {error}");
+                    *self = Self::Nowhere;
+                }
+            }
             Self::Logged {
                 log,
                 stream,
                 lines,
+                complaints,
                 copy,
                 clients,
             } => {
@@ -349,7 +405,12 @@ impl Sink {
                     .unwrap_or_else(PoisonError::into_inner)
                     .write(stream, lines, bytes);
                 if let Err(error) = logged {
-                    log::warn!("the container's log cannot be written: {error}");
+                    complaints.warn(
+                        stream,
+                        format_args!(
+                            "the container's log cannot be written, and lacks what it prints: {error}"
+                        ),
+                    );
                 }
                 if let Some(file) = copy {
                     let written = match file.write_all(bytes).await {
@@ -362,7 +423,6 @@ impl Sink {
                     }
                 }
                 clients.output(stream, bytes).await;
-                Ok(())
             }
         }
     }
@@ -401,12 +461,7 @@ async fn pump_output(expected: Expected, mut sink: Sink, give_up: watch::Receive
     loop {
         match stream.read(&mut buffer).await {
             Ok(0) | Err(_) => break,
-            Ok(n) => {
-                if let Err(error) = sink.write(buffer.get(..n).unwrap_or_default()).await {
-                    log::debug!("output has nowhere to go: {error}");
-                    break;
-                }
-            }
+            Ok(n) => sink.write(buffer.get(..n).unwrap_or_default()).await,
         }
     }
     sink.finish();
@@ -555,6 +610,48 @@ mod tests {
             let reader = tokio::task::spawn_blocking(move || std::fs::read(reader_path).unwrap());
             let guest = dial(&hub, &names[1]);
             all_arrives(guest, pumps, &path, reader).await;
+        });
+    }
+
+    #[test]
+    fn output_goes_on_when_the_reader_has_left_and_removed_its_fifo() {
+        runtime().block_on(async {
+            let hub = Hub::new();
+            let path = fifo();
+            let stdio = Stdio::from_request("", path.to_str().unwrap(), "").unwrap();
+            let (pumps, names) = Pumps::start(&hub, stdio, false).unwrap();
+            let guest = dial(&hub, &names[1]);
+            std::fs::remove_file(&path).unwrap();
+            let sent = tokio::task::spawn_blocking(move || (&guest).write_all(&vec![b'x'; 2 << 20]).is_ok());
+            let sent = tokio::time::timeout(Duration::from_secs(10), sent).await;
+            // Dropped first: the thread that writes would be waited for.
+            pumps.finish(Duration::from_secs(1)).await;
+            assert!(sent.expect("the process waits for nobody").unwrap());
+        });
+    }
+
+    #[test]
+    fn a_reader_of_a_fifo_without_a_name_gets_all() {
+        runtime().block_on(async {
+            let hub = Hub::new();
+            let path = fifo();
+            let stdio = Stdio::from_request("", path.to_str().unwrap(), "").unwrap();
+            let (pumps, names) = Pumps::start(&hub, stdio, false).unwrap();
+            let mut from = std::fs::File::open(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            let reader = tokio::task::spawn_blocking(move || {
+                // Later than the fifo is full.
+                std::thread::sleep(Duration::from_millis(200));
+                let mut bytes = Vec::new();
+                from.read_to_end(&mut bytes).unwrap();
+                bytes.len()
+            });
+            let guest = dial(&hub, &names[1]);
+            tokio::task::spawn_blocking(move || (&guest).write_all(&vec![b'x'; 300_000]).unwrap())
+                .await
+                .unwrap();
+            pumps.finish(Duration::from_secs(10)).await;
+            assert_eq!(reader.await.unwrap(), 300_000);
         });
     }
 
