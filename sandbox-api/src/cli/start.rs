@@ -19,7 +19,15 @@ fn revive(context: &Context, name: &str) -> Outcome<(Pods, Record, Option<Alive>
     host_check::can_run().map_err(Failure::new)?;
     Ok(match pods.revive(&record.id)? {
         Some((record, alive)) => (pods, record, Some(alive)),
-        None => (pods, record, None),
+        None => {
+            let record = pods.load(&record.id)?;
+            if !record.wants_host() {
+                return Err(Failure::new(format!(
+                    "container {name} is in the hands of another command: start it again in a moment"
+                )));
+            }
+            (pods, record, None)
+        }
     })
 }
 

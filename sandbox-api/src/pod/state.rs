@@ -29,9 +29,15 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Exit status of a container whose VM or host process died: as if killed.
 pub const EXIT_KILLED: u32 = 137;
+
+/// Longest time that `alive` may be locked by those who only look at it, or by a host that has written its last record.
+const LOOKS: Duration = Duration::from_millis(200);
+/// Pause between two attempts at it.
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
 /// The life of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -178,7 +184,7 @@ impl Record {
     }
 
     /// Some process should host it. One that `create` made waits for `start` instead.
-    fn wants_host(&self) -> bool {
+    pub(crate) fn wants_host(&self) -> bool {
         match self.status {
             Status::Created => self.pid.is_some(),
             Status::Running => true,
@@ -465,11 +471,23 @@ impl Pods {
     /// # Errors
     /// It is gone, or the disk.
     pub fn revive(&self, id: &str) -> Result<Option<(Record, Alive)>> {
-        let _guard = self.lock()?;
-        let mut record = self.load(id)?;
-        let Some(alive) = self.try_alive(id)? else {
-            return Ok(None);
-        };
+        let deadline = Instant::now() + LOOKS;
+        loop {
+            let guard = self.lock()?;
+            let record = self.load(id)?;
+            if let Some(alive) = self.try_alive(id)? {
+                return self.revived(record, alive).map(Some);
+            }
+            drop(guard);
+            // Whoever waits for its end, such as `logs -f`, locks `alive` for a moment to look.
+            if record.status == Status::Running || Instant::now() >= deadline {
+                return Ok(None);
+            }
+            std::thread::sleep(LOOK_AGAIN);
+        }
+    }
+
+    fn revived(&self, mut record: Record, alive: Alive) -> Result<(Record, Alive)> {
         record.status = Status::Created;
         record.pid = Some(std::process::id());
         record.started = None;
@@ -479,7 +497,7 @@ impl Pods {
         // It boots.
         record.guest_id = None;
         self.save(&record)?;
-        Ok(Some((record, alive)))
+        Ok((record, alive))
     }
 
     /// Takes the `alive` lock, unless a living process has it.
@@ -654,6 +672,22 @@ pub(crate) mod tests {
         // Its host died before it said a word.
         assert_eq!(pods.dead().unwrap().len(), 1);
         assert!(matches!(pods.revive("zz"), Err(Error::NotFound(_))));
+    }
+
+    #[test]
+    fn who_only_looks_keeps_none_from_being_started() {
+        let bed = bed();
+        let pods = &bed.1;
+        let (_, alive) = pods.reserve(record("aa"), Some("one")).unwrap();
+        drop(alive);
+        let looker = File::open(pods.state_dir("aa").join("alive")).unwrap();
+        rustix::fs::flock(&looker, FlockOperation::NonBlockingLockShared).unwrap();
+        let looking = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            drop(looker);
+        });
+        assert!(pods.revive("aa").unwrap().is_some());
+        looking.join().unwrap();
     }
 
     #[test]
