@@ -14,7 +14,7 @@ use crate::pod::host::{self, Attach, Moment};
 use crate::pod::snapshot::Snapshot;
 use crate::pod::state::{Alive, Plan, Pods, Record};
 use crate::pod::terminal;
-use crate::runtime::spec::{self, Security, Wishes};
+use crate::runtime::spec::{self, Security, Volume, Wishes};
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -74,13 +74,12 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
     // Until the record names the layers.
     let hold = store.hold()?;
     let chosen = choose(&store, &args)?;
-    let mut wishes = wishes(&args, chosen.words)?;
+    let wishes = wishes(&args, chosen.words)?;
     let config = match &chosen.image {
         Some(image) => store.config(image)?.config().clone().unwrap_or_default(),
         None => oci_spec::image::Config::default(),
     };
     let command = spec::command(&config, &wishes).map_err(Failure::new)?;
-    prepare_volumes(&mut wishes)?;
 
     let pods = context.pods()?;
     let id = ids::container_id();
@@ -113,8 +112,14 @@ fn run_inner(context: &Context, args: RunArgs, create: bool) -> Outcome {
         command,
         ..Record::of(id, plan, (!create).then(std::process::id))
     };
-    let (record, alive) = pods.reserve(record, args.name.as_deref())?;
+    let (mut record, alive) = pods.reserve(record, args.name.as_deref())?;
     drop(hold);
+    // Not before the name is known to be free: it makes folders.
+    let prepared = prepare_volumes(&mut record.plan.wishes.volumes).and_then(|()| Ok(pods.save(&record)?));
+    if let Err(failure) = prepared {
+        pods.remove(&record.id)?;
+        return Err(failure);
+    }
     if create {
         drop(alive);
         print(&format!("{}\n", record.id))?;
@@ -282,15 +287,37 @@ fn security(args: &RunArgs) -> Security {
     security
 }
 
-/// Makes the volumes' folders absolute, and those that do not exist, as docker does.
-fn prepare_volumes(wishes: &mut Wishes) -> Outcome<()> {
-    for volume in &mut wishes.volumes {
-        let failed =
-            |e: io::Error| Failure::new(format!("cannot use volume {}: {e}", volume.source.display()));
-        if !volume.source.exists() {
-            std::fs::create_dir_all(&volume.source).map_err(failed)?;
+/// Makes the volumes' folders absolute, and those that do not exist, as docker does. If one cannot be had, none is made.
+fn prepare_volumes(volumes: &mut [Volume]) -> Outcome<()> {
+    let mut made = Vec::new();
+    let prepared = volumes.iter_mut().try_for_each(|volume| {
+        make_folder(&volume.source, &mut made)
+            .and_then(|()| volume.source.canonicalize())
+            .map(|source| volume.source = source)
+            .map_err(|e| Failure::new(format!("cannot use volume {}: {e}", volume.source.display())))
+    });
+    if prepared.is_err() {
+        for dir in made.iter().rev() {
+            // One that is in use by now stays.
+            let _ = std::fs::remove_dir(dir);
         }
-        volume.source = volume.source.canonicalize().map_err(failed)?;
+    }
+    prepared
+}
+
+/// Makes a folder and those above it, and tells what it `made`.
+fn make_folder(path: &Path, made: &mut Vec<PathBuf>) -> io::Result<()> {
+    let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.exists()).collect();
+    for dir in missing
+        .into_iter()
+        .rev()
+        .filter(|dir| !dir.as_os_str().is_empty())
+    {
+        match std::fs::create_dir(dir) {
+            Ok(()) => made.push(dir.to_owned()),
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(e),
+        }
     }
     Ok(())
 }
@@ -530,5 +557,30 @@ pub fn host_pod(
             log::error!("{message}");
             Ok(error.exit_code())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_of_volumes_are_made_all_or_none() {
+        let dir = std::env::temp_dir().join(format!("cloister-volumes-{}", ids::random_hex(6)));
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("file"), "").unwrap();
+        let volume = |source: &str| Volume {
+            source: dir.join(source),
+            target: "/x".into(),
+            read_only: false,
+        };
+        let mut bad = [volume("new/deep"), volume("file"), volume("file/below")];
+        let message = prepare_volumes(&mut bad).unwrap_err().message;
+        assert!(message.contains("file/below"), "{message}");
+        assert!(!dir.join("new").exists() && dir.join("file").exists());
+        let mut good = [volume("new/../new/deep"), volume("file")];
+        prepare_volumes(&mut good).unwrap();
+        assert_eq!(good[0].source, dir.canonicalize().unwrap().join("new/deep"));
+        std::fs::remove_dir_all(dir).unwrap();
     }
 }
