@@ -33,6 +33,21 @@ pub(crate) enum Member {
     Link(PathBuf),
 }
 
+/// The plain archive of one that cannot be read where it lies: one that is compressed, or comes from a pipe.
+fn to_copy(file: &mut File) -> io::Result<Option<Box<dyn Read>>> {
+    let mut head = Vec::new();
+    file.by_ref().take(4).read_to_end(&mut head)?;
+    let is_pipe = file.seek(SeekFrom::Start(0)).is_err();
+    let gone = if is_pipe { head.clone() } else { Vec::new() };
+    let whole = io::Cursor::new(gone).chain(file.try_clone()?);
+    Ok(match head.as_slice() {
+        [0x1f, 0x8b, ..] => Some(Box::new(flate2::read::MultiGzDecoder::new(whole))),
+        [0x28, 0xb5, 0x2f, 0xfd] => Some(Box::new(zstd::Decoder::new(whole)?)),
+        _ if is_pipe => Some(Box::new(whole)),
+        _ => None,
+    })
+}
+
 impl Files {
     pub fn folder(dir: &Path) -> Self {
         Self::Folder(dir.to_owned())
@@ -40,29 +55,8 @@ impl Files {
 
     pub fn archive(store: &Store, path: &Path) -> Result<Self> {
         let mut file = File::open(path).at("open", path)?;
-        let mut magic = [0; 4];
-        let have = file.read(&mut magic).at("read", path)?;
-        let seekable = file.seek(SeekFrom::Start(0)).is_ok();
         let mut temp = None;
-        let plain: Box<dyn Read> = match &magic[..have] {
-            [0x1f, 0x8b, ..] => Box::new(flate2::read::MultiGzDecoder::new(
-                file.try_clone().at("open", path)?,
-            )),
-            [0x28, 0xb5, 0x2f, 0xfd] => {
-                Box::new(zstd::Decoder::new(file.try_clone().at("open", path)?).at("read", path)?)
-            }
-            head if !seekable => {
-                Box::new(io::Cursor::new(head.to_vec()).chain(file.try_clone().at("open", path)?))
-            }
-            _ => Box::new(io::empty()),
-        };
-        if !seekable && magic[..2] == [0x1f, 0x8b] {
-            return Err(bad(
-                path.display().to_string(),
-                "a compressed archive must be a file, not a pipe",
-            ));
-        }
-        if !seekable || matches!(&magic[..have], [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd]) {
+        if let Some(plain) = to_copy(&mut file).at("read", path)? {
             let folder = store.temp()?;
             let copy = folder.path().join("archive.tar");
             let mut out = File::options()
@@ -269,5 +263,27 @@ mod tests {
         assert_eq!(plain_path(Path::new("./a/../b")), Some("b".into()));
         assert_eq!(plain_path(Path::new("a/../../b")), None);
         assert_eq!(plain_path(Path::new("/a")), None);
+    }
+
+    #[test]
+    fn an_archive_from_a_pipe_is_unpacked() {
+        use std::io::Write;
+        let tar = [b"ustar ".repeat(20_000), b"end".to_vec()].concat();
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(&tar).unwrap();
+        let zstd = zstd::encode_all(tar.as_slice(), 1).unwrap();
+        for sent in [tar.clone(), gzip.finish().unwrap(), zstd] {
+            let (from, mut to) = io::pipe().unwrap();
+            let writer = std::thread::spawn(move || to.write_all(&sent).unwrap());
+            let mut file = File::from(std::os::fd::OwnedFd::from(from));
+            let mut got = Vec::new();
+            to_copy(&mut file)
+                .unwrap()
+                .unwrap()
+                .read_to_end(&mut got)
+                .unwrap();
+            assert!(got == tar);
+            writer.join().unwrap();
+        }
     }
 }
