@@ -50,7 +50,11 @@ const PVM_REMEDY: &str = "use a host with hardware virtualisation, or switch nes
 /// # Errors
 /// The message.
 pub fn can_run() -> Result<(), String> {
-    let first = [virtualisation(), kvm_device()]
+    judge([virtualisation(), kvm_device()])
+}
+
+fn judge(findings: [Finding; 2]) -> Result<(), String> {
+    let first = findings
         .into_iter()
         .find(|finding| finding.verdict == Verdict::Failure);
     match first {
@@ -83,24 +87,31 @@ fn flags(cpuinfo: &str) -> Vec<&str> {
 
 fn virtualisation() -> Finding {
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let flags = flags(&cpuinfo);
+    virtualisation_of(&cpuinfo, has_module)
+}
+
+fn has_module(name: &str) -> bool {
+    Path::new("/sys/module").join(name).exists()
+}
+
+fn virtualisation_of(cpuinfo: &str, has_module: impl Fn(&str) -> bool) -> Finding {
+    let name = "virtualisation";
+    let flags = flags(cpuinfo);
     let extension = if flags.contains(&"vmx") {
-        Some("VT-x (vmx)")
-    } else if flags.contains(&"svm") {
-        Some("AMD-V (svm)")
+        "VT-x (vmx)"
     } else {
-        None
+        "AMD-V (svm)"
     };
     let nested = if flags.contains(&"hypervisor") {
         ", nested: this host is a virtual machine itself"
     } else {
         ""
     };
-    match (extension, KvmKind::detect()) {
-        (Some(extension), _) => finding("virtualisation", Verdict::Ok, format!("{extension}{nested}"), ""),
-        (None, KvmKind::Pvm) => finding("virtualisation", Verdict::Failure, PVM, PVM_REMEDY),
-        (None, _) => finding(
-            "virtualisation",
+    match KvmKind::of(cpuinfo, has_module) {
+        KvmKind::Hardware => finding(name, Verdict::Ok, format!("{extension}{nested}"), ""),
+        KvmKind::Pvm => finding(name, Verdict::Failure, PVM, PVM_REMEDY),
+        KvmKind::Unknown => finding(
+            name,
             Verdict::Failure,
             "the processor shows neither VT-x (vmx) nor AMD-V (svm)",
             "switch virtualisation on in the firmware, or nested virtualisation for this virtual machine",
@@ -109,12 +120,18 @@ fn virtualisation() -> Finding {
 }
 
 fn kvm_device() -> Finding {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat(CWD, "/dev/kvm", flags, Mode::empty());
+    kvm_device_of(opened.map(drop), has_module)
+}
+
+fn kvm_device_of(opened: Result<(), Errno>, has_module: impl Fn(&str) -> bool) -> Finding {
     let name = "/dev/kvm";
-    match rustix::fs::openat(CWD, "/dev/kvm", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(_) => {
+    match opened {
+        Ok(()) => {
             let modules: Vec<&str> = ["kvm_intel", "kvm_amd", "kvm_pvm"]
                 .into_iter()
-                .filter(|module| Path::new("/sys/module").join(module).exists())
+                .filter(|module| has_module(module))
                 .collect();
             finding(
                 name,
@@ -325,6 +342,94 @@ mod tests {
         assert_eq!(version("6.1.0-35-cloud-amd64"), (6, 1));
         assert_eq!(version("5.10.9"), (5, 10));
         assert_eq!(version("odd"), (0, 0));
+    }
+
+    const VMX: &str = "processor\t: 0\nflags\t\t: fpu vmx\n";
+    const SVM: &str = "processor\t: 0\nflags\t\t: fpu svm\n";
+    const BARE: &str = "processor\t: 0\nflags\t\t: fpu hypervisor\n";
+    const NESTED: &str = "processor\t: 0\nflags\t\t: fpu vmx hypervisor\n";
+
+    #[test]
+    fn kinds_of_virtualisation() {
+        let nothing = "the processor shows neither VT-x (vmx) nor AMD-V (svm)";
+        let firmware =
+            "switch virtualisation on in the firmware, or nested virtualisation for this virtual machine";
+        let (failure, pvm) = (Verdict::Failure, &["kvm", "kvm_pvm"][..]);
+        let cases: [(&str, &[&str], Verdict, &str, Option<&str>); 9] = [
+            (VMX, &["kvm", "kvm_intel"], Verdict::Ok, "VT-x (vmx)", None),
+            (SVM, &["kvm", "kvm_amd"], Verdict::Ok, "AMD-V (svm)", None),
+            // Built into the kernel.
+            (VMX, &[], Verdict::Ok, "VT-x (vmx)", None),
+            (
+                NESTED,
+                &["kvm_intel"],
+                Verdict::Ok,
+                "VT-x (vmx), nested: this host is a virtual machine itself",
+                None,
+            ),
+            (BARE, pvm, failure, PVM, Some(PVM_REMEDY)),
+            (VMX, pvm, failure, PVM, Some(PVM_REMEDY)),
+            (VMX, &["kvm_pvm", "kvm_intel"], Verdict::Ok, "VT-x (vmx)", None),
+            (BARE, &["kvm"], failure, nothing, Some(firmware)),
+            ("", &[], failure, nothing, Some(firmware)),
+        ];
+        for (cpuinfo, modules, verdict, found, remedy) in cases {
+            let got = virtualisation_of(cpuinfo, |module| modules.contains(&module));
+            assert_eq!(
+                (got.verdict, got.found.as_str(), got.remedy),
+                (verdict, found, remedy)
+            );
+        }
+    }
+
+    #[test]
+    fn ways_to_the_device() {
+        let got = kvm_device_of(Ok(()), |module| module == "kvm_amd");
+        assert_eq!(
+            (got.verdict, got.found.as_str()),
+            (Verdict::Ok, "opens (module: kvm_amd)")
+        );
+        assert_eq!(kvm_device_of(Ok(()), |_| false).found, "opens (module: built in)");
+        let no_device =
+            "modprobe kvm_intel or kvm_amd; if that fails, switch virtualisation on in the firmware";
+        let no_right = "run as root, or join the group kvm";
+        for (errno, found, remedy) in [
+            (Errno::NOENT, "there is no /dev/kvm", Some(no_device)),
+            (Errno::NODEV, "there is no /dev/kvm", Some(no_device)),
+            (Errno::NXIO, "there is no /dev/kvm", Some(no_device)),
+            (Errno::ACCESS, "no right to open /dev/kvm", Some(no_right)),
+            (Errno::PERM, "no right to open /dev/kvm", Some(no_right)),
+            (
+                Errno::IO,
+                "cannot open /dev/kvm: Input/output error (os error 5)",
+                None,
+            ),
+        ] {
+            let got = kvm_device_of(Err(errno), |_| true);
+            assert_eq!(
+                (got.verdict, got.found.as_str(), got.remedy),
+                (Verdict::Failure, found, remedy)
+            );
+        }
+    }
+
+    #[test]
+    fn the_first_obstacle_is_told_with_its_remedy() {
+        let device = |opened| kvm_device_of(opened, |_| false);
+        let told = |cpuinfo, pvm, opened| {
+            judge([
+                virtualisation_of(cpuinfo, |module| pvm && module == "kvm_pvm"),
+                device(opened),
+            ])
+        };
+        assert_eq!(told(NESTED, false, Ok(())), Ok(()));
+        assert_eq!(told(VMX, true, Ok(())), Err(format!("{PVM}; {PVM_REMEDY}")));
+        assert_eq!(
+            told(VMX, false, Err(Errno::ACCESS)).unwrap_err(),
+            "no right to open /dev/kvm; run as root, or join the group kvm"
+        );
+        let neither = told(BARE, false, Err(Errno::NOENT)).unwrap_err();
+        assert!(neither.starts_with("the processor shows neither"), "{neither}");
     }
 
     #[test]

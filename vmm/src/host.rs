@@ -83,6 +83,17 @@ impl KvmKind {
     /// Looks at /proc/cpuinfo and /sys/module.
     pub fn detect() -> Self {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        Self::of(&cpuinfo, |module| {
+            std::path::Path::new("/sys/module").join(module).exists()
+        })
+    }
+
+    /// The same of a host whose /proc/cpuinfo and modules are these.
+    pub fn of(cpuinfo: &str, has_module: impl Fn(&str) -> bool) -> Self {
+        // It leaves the processor's flags as they are, and keeps the other two from being loaded.
+        if has_module("kvm_pvm") && !has_module("kvm_intel") && !has_module("kvm_amd") {
+            return Self::Pvm;
+        }
         let flags = cpuinfo
             .lines()
             .find(|line| line.starts_with("flags"))
@@ -92,8 +103,6 @@ impl KvmKind {
             .any(|flag| flag == "vmx" || flag == "svm")
         {
             Self::Hardware
-        } else if std::path::Path::new("/sys/module/kvm_pvm").exists() {
-            Self::Pvm
         } else {
             Self::Unknown
         }
