@@ -9,6 +9,7 @@ use super::{Context, Failure, Outcome, client, parse};
 use crate::daemon::report::{Container, Pod};
 use crate::daemon::sandbox::Phase;
 use crate::ids;
+use crate::pod::host::SIGNALS;
 use crate::pod::state::{Pods, Record, Status};
 use crate::pod::terminal;
 use crate::runtime::{spec, user};
@@ -377,17 +378,9 @@ pub(super) async fn resize(task: &TaskClient, id: &str, exec_id: &str) {
     }
 }
 
-/// The signals that are passed on.
+/// Listens to the signals that are passed on.
 pub(super) fn signals() -> io::Result<Vec<(i32, Signal)>> {
-    let numbers = [
-        libc::SIGHUP,
-        libc::SIGINT,
-        libc::SIGQUIT,
-        libc::SIGTERM,
-        libc::SIGUSR1,
-        libc::SIGUSR2,
-    ];
-    numbers
+    SIGNALS
         .into_iter()
         .map(|number| Ok((number, signal(SignalKind::from_raw(number))?)))
         .collect()
@@ -468,6 +461,14 @@ async fn follow(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_signal_that_is_passed_on_can_be_listened_to() {
+        let runtime = client::runtime().unwrap();
+        let _entered = runtime.enter();
+        let numbers: Vec<i32> = signals().unwrap().into_iter().map(|(number, _)| number).collect();
+        assert_eq!(numbers, SIGNALS);
+    }
 
     #[test]
     fn users_by_number() {

@@ -37,15 +37,28 @@ use tokio::sync::{mpsc, watch};
 
 /// Time for those who are attached to hear of the end.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// Signals that end a start, and go to the container later; docker forwards the same and more.
-const SIGNALS: [i32; 7] = [
+/// Signals that are passed on to a container's process: docker's, which are all but SIGCHLD, SIGPIPE, SIGURG and those that
+/// cannot be caught. Of these SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV and SIGSYS are left out, which tell of faults of
+/// our own, SIGTTIN and SIGTTOU, which would come again and again, SIGWINCH, which resizes the terminal, and the real-time
+/// ones, of which the VMM has one.
+pub const SIGNALS: [i32; 17] = [
     libc::SIGHUP,
     libc::SIGINT,
     libc::SIGQUIT,
-    libc::SIGTERM,
+    libc::SIGABRT,
     libc::SIGUSR1,
     libc::SIGUSR2,
+    libc::SIGALRM,
+    libc::SIGTERM,
+    libc::SIGSTKFLT,
     libc::SIGCONT,
+    libc::SIGTSTP,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
 ];
 /// So many SIGINT or SIGTERM and the VM is ended, whatever the container thinks of it.
 const IMPATIENCE: u32 = 3;
