@@ -81,8 +81,12 @@ fn start_attached(context: &Context, name: &str, args: &StartArgs) -> Outcome {
 }
 
 pub fn restart(context: &Context, name: &str, args: &RestartArgs) -> Outcome<()> {
+    let pods = context.pods()?;
+    let record = target::own(context, &pods, name, Verb::Start)?;
+    let restarting = pods.restarting(&record.id)?;
     containers::stop(context, name, args.time, args.signal)?;
     let (pods, record, alive) = revive(context, name)?;
+    drop(restarting);
     if let Some(alive) = alive {
         run::launch(context, &pods, &record, alive, run::Launch::default())?
             .ready()

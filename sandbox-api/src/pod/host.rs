@@ -227,13 +227,7 @@ pub fn host(
             record.error = Some(crate::error::chain(error));
         }
     }
-    let saved = pods.save(record).and_then(|()| {
-        if record.plan.auto_remove {
-            pods.remove(&record.id)
-        } else {
-            Ok(())
-        }
-    });
+    let saved = pods.save(record).and_then(|()| pods.remove_ended(record));
     drop(alive);
     if let Some(clients) = clients {
         let (status, message) = match &result {
@@ -878,9 +872,7 @@ pub fn reap(pods: &Pods) -> Result<(), state::Error> {
         // Just reserved, and about to be hosted: `reserve` holds the lock, so this one is really dead.
         remove_net(pods, &mut record);
         pods.bury(&mut record)?;
-        if record.plan.auto_remove {
-            pods.remove(&record.id)?;
-        }
+        pods.remove_ended(&record)?;
         drop(alive);
     }
     Ok(())

@@ -4,6 +4,7 @@
 //! ```text
 //! <state>/pods/<id>/pod.json     the record, replaced as a whole      (state: /run/cloister, gone at boot)
 //! <state>/pods/<id>/alive        locked by the process that hosts the VM, from before the record says so to its end
+//! <state>/pods/<id>/restart      locked while a `restart` waits for the end: `--rm` does not remove it then
 //! <state>/pods/<id>/task.sock    Task service, while it lives
 //! <state>/pods/<id>/attach.sock  the container's streams, likewise
 //! <state>/lock                   names are given, addresses taken and the dead buried under it
@@ -268,6 +269,12 @@ pub struct Alive {
     _lock: File,
 }
 
+/// Held by who starts a pod again when it has ended.
+#[derive(Debug)]
+pub struct Restarting {
+    _lock: File,
+}
+
 impl Alive {
     /// The lock as a descriptor, to be inherited by the process that goes on hosting.
     pub fn into_file(self) -> File {
@@ -335,13 +342,7 @@ impl Pods {
     /// The lock file cannot be used.
     pub fn lock(&self) -> Result<Guard> {
         let path = self.state.join("lock");
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .at("open", &path)?;
+        let file = open_lock(&path)?;
         loop {
             match rustix::fs::flock(&file, FlockOperation::LockExclusive) {
                 Ok(()) => return Ok(Guard { _lock: file }),
@@ -506,18 +507,40 @@ impl Pods {
     /// The lock file cannot be used.
     pub fn try_alive(&self, id: &str) -> Result<Option<Alive>> {
         let path = self.state_dir(id).join("alive");
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .at("open", &path)?;
+        let file = open_lock(&path)?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Some(Alive { _lock: file })),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
             Err(e) => Err(e).at("lock", &path),
         }
+    }
+
+    /// Keeps a pod from being removed when it ends.
+    ///
+    /// # Errors
+    /// The lock file cannot be used.
+    pub fn restarting(&self, id: &str) -> Result<Restarting> {
+        let path = self.state_dir(id).join("restart");
+        let file = open_lock(&path)?;
+        // Never waits for long: only who removes the pod takes it otherwise, for a moment.
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&file, FlockOperation::LockShared))
+            .at("lock", &path)?;
+        Ok(Restarting { _lock: file })
+    }
+
+    /// Removes a pod that has ended, if it is to be and nobody starts it again.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn remove_ended(&self, record: &Record) -> Result<()> {
+        let is_restarted = File::open(self.state_dir(&record.id).join("restart")).is_ok_and(|file| {
+            let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+            locked == Err(rustix::io::Errno::WOULDBLOCK)
+        });
+        if record.plan.auto_remove && !is_restarted {
+            self.remove(&record.id)?;
+        }
+        Ok(())
     }
 
     /// Whether a living process hosts the pod.
@@ -576,6 +599,16 @@ impl Pods {
         let state = self.state_dir(id);
         crate::image::remove_tree(&state).at("remove", &state)
     }
+}
+
+fn open_lock(path: &Path) -> Result<File> {
+    File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
+        .at("open", path)
 }
 
 #[cfg(test)]
@@ -688,6 +721,22 @@ pub(crate) mod tests {
         });
         assert!(pods.revive("aa").unwrap().is_some());
         looking.join().unwrap();
+    }
+
+    #[test]
+    fn what_is_restarted_is_not_removed_when_it_ends() {
+        let bed = bed();
+        let pods = &bed.1;
+        let mut wanted = record("aa");
+        wanted.plan.auto_remove = true;
+        let (record, _alive) = pods.reserve(wanted, Some("one")).unwrap();
+        let (first, second) = (pods.restarting("aa").unwrap(), pods.restarting("aa").unwrap());
+        drop(first);
+        pods.remove_ended(&record).unwrap();
+        assert!(pods.load("aa").is_ok());
+        drop(second);
+        pods.remove_ended(&record).unwrap();
+        assert!(matches!(pods.load("aa"), Err(Error::NotFound(_))));
     }
 
     #[test]
