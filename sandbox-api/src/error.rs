@@ -2,6 +2,13 @@
 //! How errors are told: one line, outer message first, each source once.
 
 use std::error::Error;
+use std::fmt::Display;
+use std::io::{self, Write};
+
+/// Prints a line on stderr. If nobody reads that any more, the work goes on.
+pub fn tell(line: impl Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
 
 /// The message of an error and of what caused it.
 pub fn chain(error: &dyn Error) -> String {

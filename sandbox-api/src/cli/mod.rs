@@ -24,6 +24,7 @@ mod stats;
 pub mod table;
 mod template;
 
+use crate::error::tell;
 use crate::image::{self, Store};
 use crate::pod::{host, state};
 use args::{Cli, Command};
@@ -136,9 +137,7 @@ pub fn main() -> ExitCode {
     match dispatch(&context, cli.command) {
         Ok(code) => ExitCode::from(code),
         Err(failure) => {
-            if !failure.message.is_empty() {
-                eprintln!("cloister: {}", failure.message.trim_end());
-            }
+            complain(&failure);
             ExitCode::from(failure.code)
         }
     }
@@ -195,12 +194,18 @@ fn dispatch(context: &Context, command: Command) -> Outcome {
     }
 }
 
+fn complain(failure: &Failure) {
+    if !failure.message.is_empty() {
+        tell(format_args!("cloister: {}", failure.message.trim_end()));
+    }
+}
+
 /// Does something to each of several things; one failure does not keep it from the others.
 fn each(names: &[String], mut act: impl FnMut(&str) -> Outcome<()>) -> Outcome {
     let mut code = 0;
     for name in names {
         if let Err(failure) = act(name) {
-            eprintln!("cloister: {}", failure.message);
+            complain(&failure);
             code = failure.code;
         }
     }

@@ -73,7 +73,7 @@ fn copy(from: &mut impl Read, to: &mut impl Write, keys: Option<Keys>) -> io::Re
 
 /// What docker says when the keys were typed.
 pub fn say_detached() {
-    eprintln!("read escape sequence");
+    crate::error::tell("read escape sequence");
 }
 
 /// How to attach.

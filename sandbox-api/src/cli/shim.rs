@@ -26,7 +26,7 @@ pub fn answer(arguments: &[String]) -> Option<ExitCode> {
     let said = match words(arguments) {
         Ok(bytes) => bytes,
         Err(message) => {
-            eprintln!("{NAME}: {message}");
+            crate::error::tell(format_args!("{NAME}: {message}"));
             return Some(ExitCode::FAILURE);
         }
     };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! Progress on stderr: bars on a terminal, docker's one-line messages elsewhere, nothing if asked to be quiet.
 
+use crate::error::tell;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Read};
 
@@ -32,7 +33,7 @@ impl Progress {
     pub fn say(&self, line: &str) {
         match self {
             Self::Quiet => {}
-            Self::Lines => eprintln!("{line}"),
+            Self::Lines => tell(line),
             Self::Bars(bars) => {
                 let _ = bars.println(line);
             }
@@ -76,7 +77,7 @@ impl Bar {
     fn say(&self, what: &'static str) {
         self.bar.set_message(what);
         if self.lines {
-            eprintln!("{}: {what}", self.id);
+            tell(format_args!("{}: {what}", self.id));
         }
     }
 

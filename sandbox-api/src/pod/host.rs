@@ -321,7 +321,9 @@ async fn run(
                         impatience += 1;
                     }
                     if impatience >= IMPATIENCE && is_attached {
-                        eprintln!("got {IMPATIENCE} SIGTERM/SIGINTs, forcefully exiting");
+                        crate::error::tell(format_args!(
+                            "got {IMPATIENCE} SIGTERM/SIGINTs, forcefully exiting"
+                        ));
                         machine.stop();
                     } else if let Ok(number) = u32::try_from(number) {
                         let service = Arc::clone(&service);

@@ -17,8 +17,8 @@ pub fn console(context: &Context, args: &ConsoleArgs) -> Outcome {
     if !args.follow {
         let bytes = daemon.get(&path)?;
         if bytes.is_empty() {
-            eprintln!(
-                "cloister: the guest's kernel has said nothing; kernel_args = [\"loglevel=7\"] in the sandboxer has it say more"
+            crate::error::tell(
+                "cloister: the guest's kernel has said nothing; kernel_args = [\"loglevel=7\"] in the sandboxer has it say more",
             );
         }
         return show(&mut Lines::default(), &bytes, args.raw, true);

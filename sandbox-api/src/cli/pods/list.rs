@@ -16,7 +16,7 @@ pub fn chosen(context: &Context, args: &PsArgs) -> Outcome<Vec<Pod>> {
     let known = Known::pods(context)?;
     let mut pods = known.pods;
     if known.daemon.is_none() && !pods.is_empty() {
-        eprintln!("cloister: cloisterd is not running: its pods ended with it");
+        crate::error::tell("cloister: cloisterd is not running: its pods ended with it");
     }
     if !args.all {
         pods.retain(|pod| pod.phase != Phase::Stopped);
