@@ -174,8 +174,8 @@ pub struct RestoreArgs {
     /// Network: nat, or tap=NAME; what the snapshot has if left out, but a tap has to be named
     #[arg(long, visible_alias = "network", value_parser = parse::network)]
     pub net: Option<Network>,
-    /// Publish a port of the pod: [[IP:]HOSTPORT:]PORT. Those of the original are not published
-    #[arg(short, long, value_name = "PORTS", value_parser = parse::publish)]
+    /// Publish a TCP port of the pod. Those of the original are not published
+    #[arg(short, long, value_name = "[IP:]HOSTPORT:PORT", value_parser = parse::publish)]
     pub publish: Vec<Publish>,
     /// Give it the folders of this host that the snapshot names; without this a snapshot that names some is refused
     #[arg(long)]
@@ -320,7 +320,7 @@ pub struct RunArgs {
     /// Name of the container
     #[arg(long)]
     pub name: Option<String>,
-    /// Set an environment variable (KEY=VALUE, or KEY for the caller's value)
+    /// Set an environment variable (KEY=VALUE, or KEY for the caller's value, or to remove it if the caller has none)
     #[arg(short, long, value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
     /// Read environment variables from a file
@@ -498,13 +498,13 @@ pub struct ExecArgs {
     /// Keys that leave the command running in the background
     #[arg(long, default_value = "", hide_default_value = true, value_name = "KEYS", value_parser = Keys::parse)]
     pub detach_keys: Keys,
-    /// Set an environment variable
+    /// Set an environment variable (as with `run`)
     #[arg(short, long, value_name = "KEY[=VALUE]")]
     pub env: Vec<String>,
     /// Working directory
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<String>,
-    /// User, by number (names are looked up when the container starts)
+    /// User, by name or number; by number only in containers of containerd's
     #[arg(short, long, value_name = "USER[:GROUP]")]
     pub user: Option<String>,
     /// The container, the command and its arguments

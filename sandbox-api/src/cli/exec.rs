@@ -121,7 +121,7 @@ fn process(
         added.push("TERM=xterm".to_owned());
     }
     for text in &args.env {
-        added.extend(parse::env(text, own).map_err(Failure::new)?);
+        added.push(parse::env(text, own).map_err(Failure::new)?);
     }
     let env = process.env().clone().unwrap_or_default();
     process.set_env(Some(spec::environment(env.iter().chain(&added))));

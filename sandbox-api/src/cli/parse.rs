@@ -229,17 +229,17 @@ pub fn publish(text: &str) -> Result<Publish, String> {
     })
 }
 
-/// `-e KEY=VALUE`, or `-e KEY` for the caller's own value.
-pub fn env(text: &str, own: impl Fn(&str) -> Option<String>) -> Result<Option<String>, String> {
+/// `-e KEY=VALUE`, or `-e KEY` for the caller's own value. The bare KEY, which removes the image's, if the caller has none.
+pub fn env(text: &str, own: impl Fn(&str) -> Option<String>) -> Result<String, String> {
     match text.split_once('=') {
         Some(("", _)) => Err(format!("invalid environment variable: {text}")),
-        Some(_) => Ok(Some(text.to_owned())),
+        Some(_) => Ok(text.to_owned()),
         None if text.is_empty() => Err("invalid environment variable: it is empty".to_owned()),
-        None => Ok(own(text).map(|value| format!("{text}={value}"))),
+        None => Ok(own(text).map_or_else(|| text.to_owned(), |value| format!("{text}={value}"))),
     }
 }
 
-/// The lines of an `--env-file`: comments and empty lines skipped.
+/// The lines of an `--env-file`: comments, empty lines and names without a value skipped.
 pub fn env_file(content: &str, own: impl Fn(&str) -> Option<String> + Copy) -> Result<Vec<String>, String> {
     let mut settings = Vec::new();
     for line in content.lines() {
@@ -251,7 +251,7 @@ pub fn env_file(content: &str, own: impl Fn(&str) -> Option<String> + Copy) -> R
         if name.contains(char::is_whitespace) {
             return Err(format!("variable {name:?} contains whitespaces"));
         }
-        settings.extend(env(line, own)?);
+        settings.extend(Some(env(line, own)?).filter(|setting| setting.contains('=')));
     }
     Ok(settings)
 }
@@ -522,12 +522,12 @@ mod tests {
     #[test]
     fn environment() {
         let own = |name: &str| (name == "HOME").then(|| "/h".to_owned());
-        assert_eq!(env("A=b=c", own), Ok(Some("A=b=c".into())));
-        assert_eq!(env("HOME", own), Ok(Some("HOME=/h".into())));
-        assert_eq!(env("UNSET", own), Ok(None));
+        assert_eq!(env("A=b=c", own), Ok("A=b=c".into()));
+        assert_eq!(env("HOME", own), Ok("HOME=/h".into()));
+        assert_eq!(env("UNSET", own), Ok("UNSET".into()));
         assert!(env("=x", own).is_err() && env("", own).is_err());
         assert_eq!(
-            env_file("# c\n\nA=1\n  HOME\nB=x y\n", own).unwrap(),
+            env_file("# c\n\nA=1\n  HOME\nUNSET\nB=x y\n", own).unwrap(),
             ["A=1", "HOME=/h", "B=x y"]
         );
         assert!(env_file("A B=1", own).is_err());

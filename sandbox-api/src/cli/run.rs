@@ -203,7 +203,7 @@ fn choose(store: &Store, args: &RunArgs) -> Outcome<Chosen> {
             (Ok(image), PullPolicy::Missing | PullPolicy::Never) => image,
             (Err(image::Error::NotFound(_)), PullPolicy::Missing) | (_, PullPolicy::Always) => {
                 if args.pull == PullPolicy::Missing && !args.quiet {
-                    eprintln!("Unable to find image '{reference}' locally");
+                    crate::error::tell(format_args!("Unable to find image '{reference}' locally"));
                 }
                 let options = PullOptions {
                     insecure: args.insecure,
@@ -233,7 +233,7 @@ fn wishes(args: &RunArgs, words: Vec<String>) -> Outcome<Wishes> {
         env.extend(parse::env_file(&content, own).map_err(|e| failed(&e))?);
     }
     for text in &args.env {
-        env.extend(parse::env(text, own).map_err(Failure::new)?);
+        env.push(parse::env(text, own).map_err(Failure::new)?);
     }
     let mut wishes = Wishes {
         args: words,

@@ -113,13 +113,17 @@ pub fn command(image: &oci_spec::image::Config, wishes: &Wishes) -> Result<Vec<S
     }
 }
 
-/// Later settings of a variable replace earlier ones, in place.
+/// Later settings of a variable replace earlier ones, in place; a name without a value removes it.
 pub fn environment<'a>(sources: impl IntoIterator<Item = &'a String>) -> Vec<String> {
     let mut env: Vec<String> = Vec::new();
     for setting in sources {
         let key = setting.split('=').next().unwrap_or(setting);
-        let same = |old: &&mut String| old.split('=').next() == Some(key);
-        match env.iter_mut().find(same) {
+        let same = |old: &str| old.split('=').next() == Some(key);
+        if !setting.contains('=') {
+            env.retain(|old| !same(old));
+            continue;
+        }
+        match env.iter_mut().find(|old| same(old)) {
             Some(old) => old.clone_from(setting),
             None => env.push(setting.clone()),
         }
@@ -400,6 +404,12 @@ mod tests {
             super::command(&Config::default(), &Wishes::default()),
             Err(Error::NoCommand)
         );
+    }
+
+    #[test]
+    fn a_name_without_a_value_is_removed() {
+        let settings = strings(&["A=1", "AB=2", "A", "C", "B=3"]);
+        assert_eq!(environment(&settings), ["AB=2", "B=3"]);
     }
 
     #[test]
