@@ -3,7 +3,9 @@
 //! ordinary end.
 //!
 //! One queue and one connection for all pods. containerd may be away: an event is tried again for a while, later ones wait
-//! behind it, and those that the queue has no room for are dropped with a warning.
+//! behind it. What containerd refuses is not tried again. A pod has a part of the queue: one that says too much has its own
+//! events dropped (by [`EventsServer`](crate::pod::agent::EventsServer)), and no other's. Those that the queue has no room
+//! for are dropped with a warning.
 
 use super::isulad;
 use super::metrics::Metrics;
@@ -12,22 +14,34 @@ use cloister_protocol::protobuf::Message as _;
 use containerd_client::services::v1::ForwardRequest;
 use containerd_client::services::v1::events_client::EventsClient;
 use containerd_client::types;
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::transport::Channel;
+use tonic::{Code, Status};
 
 /// Events that wait for containerd.
 const MAX_WAITING: usize = 1024;
+/// Of these, those of one pod.
+const MAX_OF_POD: usize = 64;
 /// How often one is tried.
 const TRIES: u32 = 8;
 /// Before the second try; doubled for each further one.
 const PAUSE: Duration = Duration::from_millis(250);
 
+/// An event that waits, in one of its pod's places.
+#[derive(Debug)]
+struct Waiting {
+    envelope: types::Envelope,
+    _place: OwnedSemaphorePermit,
+}
+
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct Publisher {
-    queue: mpsc::Sender<types::Envelope>,
+    queue: mpsc::Sender<Waiting>,
 }
 
 impl Publisher {
@@ -49,6 +63,7 @@ impl Publisher {
     ) {
         let queue = self.queue.clone();
         let (namespace, metrics) = (namespace.to_owned(), metrics.clone());
+        let places = Arc::new(Semaphore::new(MAX_OF_POD));
         tokio::spawn(async move {
             while let Some(event) = events.recv().await {
                 if event.topic == TASK_OOM_EVENT_TOPIC {
@@ -58,7 +73,15 @@ impl Publisher {
                 if namespace == isulad::NAMESPACE {
                     continue;
                 }
-                if queue.try_send(envelope(&namespace, event)).is_err() {
+                // The semaphore is never closed.
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else {
+                    return;
+                };
+                let waiting = Waiting {
+                    envelope: envelope(&namespace, event),
+                    _place: place,
+                };
+                if queue.try_send(waiting).is_err() {
                     log::warn!("an event was dropped: containerd does not take them");
                 }
             }
@@ -76,7 +99,7 @@ fn container_of(event: &Envelope) -> String {
     id.chars().filter(char::is_ascii_graphic).take(128).collect()
 }
 
-/// The guest's payload is passed on as it is, of the topics and types that are its to send.
+/// The guest's payload is passed on as it is: topic, type and size have been looked at when it came.
 fn envelope(namespace: &str, event: Envelope) -> types::Envelope {
     let payload = event.event.into_option().unwrap_or_default();
     types::Envelope {
@@ -90,52 +113,49 @@ fn envelope(namespace: &str, event: Envelope) -> types::Envelope {
     }
 }
 
-async fn publish(address: PathBuf, mut waiting: mpsc::Receiver<types::Envelope>) {
+async fn publish(address: PathBuf, mut queue: mpsc::Receiver<Waiting>) {
     let mut client = None;
-    while let Some(envelope) = waiting.recv().await {
-        if !envelope.topic.starts_with("/tasks/") {
-            log::debug!("an event of topic {:?} is not passed on", envelope.topic);
-            continue;
-        }
+    while let Some(waiting) = queue.recv().await {
+        let envelope = &waiting.envelope;
         let mut pause = PAUSE;
         for attempt in 1..=TRIES {
-            match forward(&address, &mut client, envelope.clone()).await {
-                Ok(()) => break,
-                Err(error) => {
-                    log::debug!("event {}: {error}", envelope.topic);
-                    client = None;
-                    if attempt == TRIES {
-                        log::warn!("event {} was not taken by containerd: {error}", envelope.topic);
-                    } else {
-                        tokio::time::sleep(pause).await;
-                        pause = pause.saturating_mul(2);
-                    }
-                }
+            let Err(error) = forward(&address, &mut client, envelope.clone()).await else {
+                break;
+            };
+            let why = error.message();
+            log::debug!("event {}: {why}", envelope.topic);
+            if !is_away(&error) || attempt == TRIES {
+                log::warn!("event {} was not taken by containerd: {why}", envelope.topic);
+                break;
             }
+            client = None;
+            tokio::time::sleep(pause).await;
+            pause = pause.saturating_mul(2);
         }
     }
+}
+
+/// Whether containerd was not reached: what it answers itself has no source.
+fn is_away(error: &Status) -> bool {
+    error.code() == Code::Unavailable || error.source().is_some()
 }
 
 async fn forward(
     address: &Path,
     client: &mut Option<EventsClient<Channel>>,
     envelope: types::Envelope,
-) -> Result<(), String> {
+) -> Result<(), Status> {
     if client.is_none() {
         let channel = crate::daemon::uds::channel(address)
             .await
-            .map_err(|e| e.to_string())?;
+            .map_err(|e| Status::unavailable(crate::error::chain(&e)))?;
         *client = Some(EventsClient::new(channel));
     }
     let Some(client) = client else { return Ok(()) };
     let request = ForwardRequest {
         envelope: Some(envelope),
     };
-    client
-        .forward(request)
-        .await
-        .map(|_| ())
-        .map_err(|e| e.message().to_owned())
+    client.forward(request).await.map(|_| ())
 }
 
 #[cfg(test)]
@@ -165,7 +185,7 @@ mod tests {
                 ..Default::default()
             };
             agent.send(event).await.unwrap();
-            let passed = queued.recv().await.unwrap();
+            let passed = queued.recv().await.unwrap().envelope;
             assert_eq!(
                 (passed.topic.as_str(), passed.namespace.as_str()),
                 (topic, "k8s.io")
@@ -174,5 +194,47 @@ mod tests {
         assert_eq!(killed.try_iter().collect::<Vec<_>>(), ["c1[2J"]);
         let text = metrics.encode();
         assert!(text.contains("cloister_oom_kills_total 1\n"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_says_too_much_leaves_room_for_others() {
+        let (queue, mut queued) = mpsc::channel(MAX_WAITING);
+        let publisher = Publisher { queue };
+        let event = |topic: &str| Envelope {
+            topic: topic.into(),
+            ..Default::default()
+        };
+        let (loud, events) = mpsc::channel(2 * MAX_WAITING);
+        publisher.follow("k8s.io", events, &metrics(), |_| ());
+        for _ in 0..2 * MAX_WAITING {
+            loud.send(event("/tasks/start")).await.unwrap();
+        }
+        while queued.len() < MAX_OF_POD {
+            tokio::task::yield_now().await;
+        }
+        let (other, events) = mpsc::channel(1);
+        publisher.follow("k8s.io", events, &metrics(), |_| ());
+        other.send(event("/tasks/exit")).await.unwrap();
+        let mut before = 0;
+        while queued.recv().await.unwrap().envelope.topic != "/tasks/exit" {
+            before += 1;
+        }
+        assert!(before <= 2 * MAX_OF_POD, "{before}");
+    }
+
+    #[tokio::test]
+    async fn what_containerd_refuses_is_not_tried_again() {
+        assert!(!is_away(&Status::invalid_argument("invalid topic")));
+        assert!(!is_away(&Status::unknown("exchange")));
+        assert!(is_away(&Status::unavailable("it ends")));
+        let broken = std::io::Error::from(std::io::ErrorKind::BrokenPipe);
+        assert!(is_away(&Status::from_error(Box::new(broken))));
+        let nobody = forward(
+            Path::new("/nobody/listens"),
+            &mut None,
+            types::Envelope::default(),
+        )
+        .await;
+        assert!(is_away(&nobody.unwrap_err()));
     }
 }

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The agent as the host sees it: it calls once to say that it is ready and then sends its events, and it is called for
-//! everything else.
+//! everything else. What comes from it is the guest's word: of its events those that an agent of ours sends go on.
 
+use super::task;
 use cloister_protocol::containerd_shim_protos::protobuf::well_known_types::empty::Empty;
-use cloister_protocol::events::{Envelope, Events, ForwardRequest, create_events};
+use cloister_protocol::events::{
+    Envelope, Events, ForwardRequest, TASK_CREATE_EVENT_TOPIC, TASK_DELETE_EVENT_TOPIC,
+    TASK_EXEC_ADDED_EVENT_TOPIC, TASK_EXEC_STARTED_EVENT_TOPIC, TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC,
+    TASK_PAUSED_EVENT_TOPIC, TASK_RESUMED_EVENT_TOPIC, TASK_START_EVENT_TOPIC, TaskOOM, create_events,
+};
 use cloister_protocol::pod::{PodClient, Ready};
 use cloister_protocol::protobuf::Message as _;
 use cloister_protocol::task::TaskClient;
 use cloister_protocol::ttrpc::asynchronous::transport::{Listener, Socket};
 use cloister_protocol::ttrpc::asynchronous::{Client, Server, TtrpcContext};
-use cloister_protocol::{READY_TOPIC, ttrpc};
+use cloister_protocol::{EVENTS_PACKAGE, READY_TOPIC, ttrpc};
 use std::io;
 use std::os::unix::net::UnixStream as StdStream;
 use std::sync::Arc;
@@ -18,6 +23,20 @@ use tokio::sync::{mpsc, watch};
 
 /// Events kept for a slow reader; beyond that they are dropped with a warning.
 const MAX_EVENTS: usize = 256;
+/// More than the largest of them has, a TaskCreate with its root's mounts.
+const MAX_EVENT: usize = 64 << 10;
+/// What an agent sends of containerd's events: the topic and the message that goes with it.
+const TOPICS: [(&str, &str); 9] = [
+    (TASK_CREATE_EVENT_TOPIC, "TaskCreate"),
+    (TASK_START_EVENT_TOPIC, "TaskStart"),
+    (TASK_OOM_EVENT_TOPIC, "TaskOOM"),
+    (TASK_EXIT_EVENT_TOPIC, "TaskExit"),
+    (TASK_DELETE_EVENT_TOPIC, "TaskDelete"),
+    (TASK_EXEC_ADDED_EVENT_TOPIC, "TaskExecAdded"),
+    (TASK_EXEC_STARTED_EVENT_TOPIC, "TaskExecStarted"),
+    (TASK_PAUSED_EVENT_TOPIC, "TaskPaused"),
+    (TASK_RESUMED_EVENT_TOPIC, "TaskResumed"),
+];
 
 /// Clients of the agent's services, over one connection.
 #[derive(Clone)]
@@ -107,6 +126,8 @@ impl Events for Service {
         if envelope.topic == READY_TOPIC {
             let ready = Ready::parse_from_bytes(&envelope.event.get_or_default().value).unwrap_or_default();
             self.ready.send_replace(Some(ready));
+        } else if !is_of_agent(&envelope) {
+            log::debug!("an event of the guest that is none of its agent's was dropped");
         } else if self.events.try_send(envelope).is_err() {
             log::debug!("an event of the guest was dropped");
         }
@@ -114,11 +135,85 @@ impl Events for Service {
     }
 }
 
+/// Whether an agent of ours could have sent it: containerd refuses other topics, and its clients believe what they read.
+fn is_of_agent(envelope: &Envelope) -> bool {
+    let event = envelope.event.get_or_default();
+    let topic = TOPICS.iter().find(|(topic, _)| *topic == envelope.topic);
+    let fits = topic.is_some_and(|(_, name)| event.type_url == format!("{EVENTS_PACKAGE}.{name}"));
+    // The id is the first field of all of these messages, and a TaskOOM's only one.
+    let names_container = || {
+        TaskOOM::parse_from_bytes(&event.value).is_ok_and(|event| task::check_id(&event.container_id).is_ok())
+    };
+    fits && event.value.len() <= MAX_EVENT && names_container()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cloister_protocol::events::EventsClient;
+    use cloister_protocol::events::{EventsClient, TaskCreate, TaskExit};
     use cloister_protocol::protobuf::MessageField;
+    use cloister_protocol::protobuf::well_known_types::any::Any;
+
+    fn exit_of(container: &str) -> Any {
+        let exit = TaskExit {
+            container_id: container.into(),
+            id: "e1".into(),
+            exit_status: 137,
+            ..Default::default()
+        };
+        cloister_protocol::pack(EVENTS_PACKAGE, &exit).unwrap()
+    }
+
+    #[test]
+    fn a_guest_sends_its_agents_events_and_no_others() {
+        let is_taken = |topic: &str, event| {
+            is_of_agent(&Envelope {
+                topic: topic.into(),
+                event: MessageField::some(event),
+                ..Default::default()
+            })
+        };
+        assert!(is_taken("/tasks/exit", exit_of("c1")));
+        for topic in [
+            "/tasks/oom",
+            "/tasks/",
+            "/tasks/?",
+            "/tasks/exit/",
+            "/containers/delete",
+            "tasks/exit",
+            "",
+        ] {
+            assert!(!is_taken(topic, exit_of("c1")), "{topic:?}");
+        }
+        for id in ["", "../c1", "c1\u{1b}[2J", "c 1", &"x".repeat(129)] {
+            assert!(!is_taken("/tasks/exit", exit_of(id)), "{id:?}");
+        }
+        let other = |type_url: &str, value: &[u8]| Any {
+            type_url: type_url.into(),
+            value: value.to_owned(),
+            ..Default::default()
+        };
+        let of_c1 = exit_of("c1").value;
+        assert!(!is_taken("/tasks/exit", other("", &of_c1)));
+        assert!(!is_taken(
+            "/tasks/exit",
+            other("containerd.events.TaskOOM", &of_c1)
+        ));
+        assert!(!is_taken(
+            "/tasks/exit",
+            other("containerd.events.TaskExit", b"\xff")
+        ));
+        let create = |bundle: usize| {
+            let create = TaskCreate {
+                container_id: "c1".into(),
+                bundle: "b".repeat(bundle),
+                ..Default::default()
+            };
+            cloister_protocol::pack(EVENTS_PACKAGE, &create).unwrap()
+        };
+        assert!(is_taken("/tasks/create", create(4096)));
+        assert!(!is_taken("/tasks/create", create(MAX_EVENT)));
+    }
 
     #[tokio::test]
     async fn ready_and_events() {
@@ -155,7 +250,8 @@ mod tests {
         )
         .await;
         assert_eq!(server.ready.borrow().as_ref().unwrap().version, "7");
-        forward("/tasks/exit", Default::default()).await;
+        forward("/tasks/", exit_of("c1")).await;
+        forward("/tasks/exit", exit_of("c1")).await;
         assert_eq!(server.events.recv().await.unwrap().topic, "/tasks/exit");
         server.stop().await;
     }
