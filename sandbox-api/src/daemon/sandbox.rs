@@ -567,7 +567,8 @@ impl Sandbox {
         self.tell(Kind::Removed, None);
     }
 
-    /// The pod as a whole may use something else from now on, with `overhead` bytes beside its containers.
+    /// The pod as a whole may use something else from now on, with `overhead` bytes beside its containers, as its RuntimeClass
+    /// declares them.
     ///
     /// # Errors
     /// It has no VM, or that cannot be had; nothing is changed then.
@@ -576,13 +577,18 @@ impl Sandbox {
         let Some(resizer) = service.and_then(|service| service.resizer()) else {
             return Err(self.wrong_phase("resized"));
         };
-        let resized = resizer.change_pod(limits, overhead).await;
+        let resized = resizer.change_pod(limits, self.of_vm(overhead)).await;
         resized.map_err(|source| {
             Arc::new(Error::Resize {
                 id: self.id(),
                 source,
             })
         })
+    }
+
+    /// What its VM has of a declared overhead: a worker has its part as it had at the start.
+    fn of_vm(&self, overhead: Option<u64>) -> Option<u64> {
+        overhead.map(|bytes| self.profile.sizing(Some(bytes)).overhead)
     }
 
     /// What it uses, as the host and its guest count it.
@@ -953,5 +959,43 @@ impl Made {
         if let Some(vm) = self.vm {
             vm.shut_down().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::metrics::tests::metrics;
+    use super::*;
+
+    fn sandbox(profile: Profile) -> Arc<Sandbox> {
+        let record = Record {
+            id: "a".into(),
+            namespace: "k8s.io".into(),
+            sandboxer: "cloister".into(),
+            worker: None,
+            plan: PodPlan::new(k8s_cri::v1::PodSandboxConfig::default(), &profile).unwrap(),
+            netns: String::new(),
+            phase: Phase::Created,
+            created: 0,
+            started: None,
+            exit: None,
+            steps: Vec::new(),
+        };
+        let counted = metrics().pod(&record.sandboxer);
+        Sandbox::new("/nowhere".into(), profile, record, counted, EventLog::default())
+    }
+
+    #[tokio::test]
+    async fn a_worker_keeps_its_part_of_an_overhead_that_an_update_declares() {
+        let of_vm = |pods_per_worker, declared| {
+            let profile = Profile {
+                pods_per_worker,
+                ..Profile::default()
+            };
+            sandbox(profile).of_vm(declared)
+        };
+        assert_eq!(of_vm(0, Some(64 << 20)), Some(64 << 20));
+        assert_eq!(of_vm(1, Some(64 << 20)), Some(40 << 20));
+        assert_eq!(of_vm(1, None), None);
     }
 }
