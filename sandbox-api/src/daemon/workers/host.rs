@@ -27,6 +27,8 @@ use tokio_stream::wrappers::UnixListenerStream;
 const FIRST_POD: Duration = Duration::from_secs(60);
 /// What `comm` of proc(5) says, at most 15 characters.
 const TITLE: &std::ffi::CStr = c"cloister-worker";
+/// How soon the kernel ends this process for want of memory; see proc(5).
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
 
 /// Requests for pods, and operators' requests.
 struct Sockets {
@@ -51,6 +53,16 @@ impl Sockets {
     }
 }
 
+/// The daemon is spared for want of memory on the host (`OOMScoreAdjust` of its unit), as all pods need it. A worker has
+/// inherited that, and its pods are to be ended no later than others.
+fn give_up_being_spared(score: &Path) -> io::Result<()> {
+    let inherited = std::fs::read_to_string(score)?;
+    if inherited.starts_with('-') {
+        std::fs::write(score, "0")?;
+    }
+    Ok(())
+}
+
 /// Runs the worker whose folder this is, to its end.
 ///
 /// # Errors
@@ -63,6 +75,7 @@ pub fn run(dir: &Path) -> Result<(), Error> {
         .cgroup
         .as_ref()
         .map(|cgroup| cgroup::enter(&cgroup.parent, &cgroup.name));
+    let exposed = give_up_being_spared(Path::new(OOM_SCORE));
     // It may lead its session already where somebody tries it by hand.
     let _ = rustix::process::setsid();
     let _ = rustix::thread::set_name(TITLE);
@@ -81,6 +94,12 @@ pub fn run(dir: &Path) -> Result<(), Error> {
             about.name,
             cgroup.parent.display(),
             cgroup.name
+        );
+    }
+    if let Err(error) = exposed {
+        log::warn!(
+            "worker {}: the kernel may spare it for want of memory as it does cloisterd: cannot write {OOM_SCORE}: {error}",
+            about.name
         );
     }
     let result = runtime.block_on(serve(config, &about, sockets, dir));
@@ -136,4 +155,21 @@ async fn serve(config: Config, about: &About, sockets: Sockets, dir: &Path) -> R
         log::warn!("worker {}: its last metrics are lost: {error}", about.name);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_is_not_spared_as_the_daemon_is() {
+        let score = std::env::temp_dir().join(format!("cloister-oom-{}", crate::ids::random_hex(4)));
+        for (inherited, expected) in [("-999\n", "0"), ("0\n", "0\n"), ("500\n", "500\n")] {
+            std::fs::write(&score, inherited).unwrap();
+            give_up_being_spared(&score).unwrap();
+            assert_eq!(std::fs::read_to_string(&score).unwrap(), expected);
+        }
+        std::fs::remove_file(&score).unwrap();
+        assert!(give_up_being_spared(&score).is_err());
+    }
 }
