@@ -144,27 +144,7 @@ impl Node {
         Shelf::of_workers(&node.config.state_dir).clear()?;
         let adopted = node.workers.adopt()?;
         for entry in std::fs::read_dir(&dir)? {
-            let path = entry?.path();
-            let mut reason = "cloisterd was restarted";
-            if let Ok(record) = Record::read(&path)
-                && let Some(worker) = record.worker
-            {
-                if node.workers.claim(&worker, &record.id, record.created) {
-                    log::info!("sandbox {} goes on in worker {worker}", record.id);
-                    continue;
-                }
-                reason = "its worker ended, as did cloisterd";
-            }
-            match node.recover(path.clone(), reason) {
-                Ok(sandbox) => {
-                    log::warn!("sandbox {} is over: {reason}", sandbox.id());
-                    node.table().insert(sandbox.id(), sandbox);
-                }
-                Err(error) => {
-                    log::warn!("{} is not a sandbox's, and is removed: {error}", path.display());
-                    let _ = std::fs::remove_dir_all(&path);
-                }
-            }
+            node.take_over(entry?.path());
         }
         let node = Arc::new(node);
         for (worker, process) in adopted {
@@ -173,10 +153,60 @@ impl Node {
         Ok(node)
     }
 
-    fn recover(&self, dir: PathBuf, reason: &str) -> io::Result<Arc<Sandbox>> {
-        Sandbox::recover(dir, reason, self.log.clone(), |name| {
+    /// A folder from the time before this daemon: of a pod that goes on in its worker, or is over.
+    fn take_over(&self, dir: PathBuf) {
+        let record = match Record::read(&dir) {
+            Ok(record) => record,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                log::warn!("{} is not a sandbox's, and is removed: {error}", dir.display());
+                let _ = std::fs::remove_dir_all(&dir);
+                return;
+            }
+            // The pod may go on in a worker, and its task.sock is in there.
+            Err(error) => {
+                log::error!(
+                    "{} is left as it is, for its record cannot be read: {error}; remove it if no worker has a pod of this id",
+                    dir.display()
+                );
+                return;
+            }
+        };
+        let mut reason = "cloisterd was restarted";
+        if let Some(worker) = &record.worker {
+            if self.workers.claim(worker, &record.id, record.created) {
+                log::info!("sandbox {} goes on in worker {worker}", record.id);
+                return;
+            }
+            if workers::running(&self.config.state_dir, worker).is_some() {
+                log::error!(
+                    "sandbox {} is left as it is: its worker {worker} runs, and says nothing of itself",
+                    record.id
+                );
+                return;
+            }
+            reason = "its worker ended, as did cloisterd";
+        }
+        let id = record.id.clone();
+        if self.recover(dir, record, reason) {
+            log::warn!("sandbox {id} is over: {reason}");
+        } else {
+            log::warn!("sandbox {id} had not come up, and is removed: {reason}");
+        }
+    }
+
+    /// Keeps what is left of a pod for containerd to ask about, if it had come up: Create or Start that fails is not followed by
+    /// Stop and Shutdown. Answers whether it had. It removes files.
+    fn recover(&self, dir: PathBuf, record: Record, reason: &str) -> bool {
+        let had_come_up = record.phase >= Phase::Ready;
+        let sandbox = Sandbox::recover(dir, record, reason, self.log.clone(), |name| {
             (self.profile(name).unwrap_or_default(), self.metrics.pod(name))
-        })
+        });
+        if had_come_up {
+            self.table().insert(sandbox.id(), sandbox);
+        } else {
+            sandbox.discard();
+        }
+        had_come_up
     }
 
     /// Takes over what is left of a worker's pods; `how` it ended. It removes files.
@@ -188,14 +218,8 @@ impl Node {
                 let _ = std::fs::remove_dir_all(&dir);
                 continue;
             };
-            match self.recover(dir, &format!("its worker {how}")) {
-                // Create or Start that fails is not followed by Stop and Shutdown.
-                Ok(sandbox) if record.phase < Phase::Ready => sandbox.discard(),
-                Ok(sandbox) => {
-                    log::error!("sandbox {id}: its worker {how}");
-                    self.table().insert(id, sandbox);
-                }
-                Err(error) => log::error!("sandbox {id}: its worker {how}; what it left: {error}"),
+            if self.recover(dir, record, &format!("its worker {how}")) {
+                log::error!("sandbox {id}: its worker {how}");
             }
         }
     }

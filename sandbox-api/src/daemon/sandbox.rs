@@ -278,16 +278,13 @@ impl Sandbox {
     }
 
     /// A pod that its process, a daemon before this one or a worker, left behind: its VM ended with that. `reason` says how.
-    ///
-    /// # Errors
-    /// The record cannot be read.
     pub fn recover(
         dir: PathBuf,
+        mut record: Record,
         reason: &str,
         log: EventLog,
         of: impl FnOnce(&str) -> (Profile, PodGauge),
-    ) -> io::Result<Arc<Self>> {
-        let mut record = Record::read(&dir)?;
+    ) -> Arc<Self> {
         let is_lost = record.phase != Phase::Stopped;
         if is_lost {
             record.phase = Phase::Stopped;
@@ -304,11 +301,12 @@ impl Sandbox {
         counted.set(PodState::Stopped);
         let sandbox = Self::new(dir, profile, record, counted, log);
         let _ = std::fs::remove_file(sandbox.socket());
-        sandbox.save()?;
+        // What the record says now, it will say of a daemon after this one.
+        sandbox.save_or_warn();
         if is_lost {
             sandbox.tell(Kind::Stopped, Some(reason));
         }
-        Ok(sandbox)
+        sandbox
     }
 
     fn new(dir: PathBuf, profile: Profile, record: Record, counted: PodGauge, log: EventLog) -> Arc<Self> {
@@ -435,6 +433,12 @@ impl Sandbox {
         files::replace(&self.record_path(), &json)
     }
 
+    fn save_or_warn(&self) {
+        if let Err(error) = self.save() {
+            log::warn!("sandbox {}: cannot write its record: {error}", self.id());
+        }
+    }
+
     /// Goes to another phase: record and figures first, then those who wait.
     fn enter(&self, phase: Phase, note: impl FnOnce(&mut Record)) {
         match phase {
@@ -447,10 +451,8 @@ impl Sandbox {
             record.phase = phase;
             note(&mut record);
         }
-        if phase != Phase::Gone
-            && let Err(error) = self.save()
-        {
-            log::warn!("sandbox {}: cannot write its record: {error}", self.id());
+        if phase != Phase::Gone {
+            self.save_or_warn();
         }
         self.phase.send_replace(phase);
     }

@@ -313,15 +313,20 @@ async fn a_new_daemon_knows_the_pods_of_the_one_before() {
     std::fs::create_dir_all(dir.join("state/sandboxes/junk")).unwrap();
     let mut first = serve(dir.clone()).await;
     assert_eq!(first.left(), ["old"; 0], "what is no pod's is removed");
-    first
-        .create(creation("b", &config(NamespaceMode::Pod)))
-        .await
-        .unwrap();
+    for id in ["b", "half"] {
+        first
+            .create(creation(id, &config(NamespaceMode::Pod)))
+            .await
+            .unwrap();
+    }
     first.server.abort();
     let record = dir.join("state/sandboxes/b/sandbox.json");
     let text = std::fs::read_to_string(&record).unwrap();
     std::fs::write(&record, text.replace("\"created\",", "\"ready\",")).unwrap();
     std::fs::write(dir.join("state/sandboxes/b/task.sock"), "").unwrap();
+    let unread = dir.join("state/sandboxes/unread");
+    std::fs::create_dir(&unread).unwrap();
+    std::fs::write(unread.join("sandbox.json"), "{").unwrap();
     let mut second = serve(dir.clone()).await;
     assert_eq!(second.status("b").await.unwrap().state, "SANDBOX_NOTREADY");
     assert!(!dir.join("state/sandboxes/b/task.sock").exists());
@@ -339,9 +344,11 @@ async fn a_new_daemon_knows_the_pods_of_the_one_before() {
             .exit_status,
         137
     );
+    // Whoever called Create or Start was not told that it could be had, and does not come back.
+    assert_eq!(code(second.status("half").await).0, Code::NotFound);
     second.stop("b").await.unwrap();
     second.shutdown("b").await.unwrap();
-    assert_eq!(second.left(), [""; 0]);
+    assert_eq!(second.left(), ["unread"], "it may be a pod's that goes on");
     std::mem::forget(first);
 }
 
