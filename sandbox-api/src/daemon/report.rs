@@ -130,9 +130,9 @@ pub struct Pod {
     pub started: Option<Millis>,
     /// How it ended.
     pub exit: Option<Exit>,
-    /// vCPUs of its VM.
+    /// vCPUs of its VM: now while it lives, else what was promised.
     pub vcpus: u8,
-    /// Bytes of RAM of its VM.
+    /// Bytes of RAM of its VM, likewise.
     pub memory: u64,
     /// Bytes of host memory that this takes now, while the VM lives.
     pub memory_used: Option<u64>,
@@ -178,9 +178,12 @@ impl Pod {
     /// What is so now. It asks the VM, which may have to wait for a lock.
     pub fn new(sandbox: &Sandbox) -> Self {
         let containers = sandbox.service().map(|service| service.list());
+        let size = sandbox.size();
         Self {
             process: Some(std::process::id()),
             phase: sandbox.phase(),
+            vcpus: size.cpus,
+            memory: size.memory,
             memory_used: sandbox
                 .machine()
                 .filter(|machine| machine.dead().borrow().is_none())

@@ -28,8 +28,8 @@ use crate::net::cni::{self, PodNet};
 use crate::net::{self, forward::Forwarder};
 use crate::pod::machine::{self, Machine, MachineConfig, Origin, Room};
 use crate::pod::pool::Ahead;
-use crate::pod::resize;
-use crate::pod::size::{Limits, Sizing};
+use crate::pod::resize::{self, Resizer};
+use crate::pod::size::{Limits, Size, Sizing};
 use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::{self, Running, TaskService};
 use crate::pod::template;
@@ -354,6 +354,15 @@ impl Sandbox {
     /// Its VM, from the start until it is removed.
     pub fn machine(&self) -> Option<Arc<Machine>> {
         self.machine.get().and_then(Weak::upgrade)
+    }
+
+    /// What its VM has; of a pod without one, what it was promised.
+    pub fn size(&self) -> Size {
+        let service = self.service().filter(|_| self.phase() == Phase::Ready);
+        let now = service
+            .and_then(|service| service.resizer())
+            .map(Resizer::known_size);
+        now.unwrap_or_else(|| lock(&self.record).plan.size())
     }
 
     /// What its guest's kernel has said after the first `seen` bytes of that, and how many bytes it has said in all. Of a VM

@@ -77,6 +77,8 @@ pub struct Resizer {
     wanted: Mutex<Wanted>,
     /// What the VM has. Held while that changes.
     now: tokio::sync::Mutex<Size>,
+    /// The same when it last changed, for those who do not wait.
+    known: Mutex<Size>,
 }
 
 impl Resizer {
@@ -90,12 +92,12 @@ impl Resizer {
             sizing,
             wanted: Mutex::default(),
             now: tokio::sync::Mutex::new(start),
+            known: Mutex::new(start),
         }
     }
 
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
-        // Every change under this lock is complete in itself.
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.wanted)
     }
 
     fn demand(&self, wanted: &Wanted) -> Demand {
@@ -116,6 +118,11 @@ impl Resizer {
     /// What the VM has.
     pub async fn size(&self) -> Size {
         *self.now.lock().await
+    }
+
+    /// What it had when that last changed: while it changes, what it had before.
+    pub fn known_size(&self) -> Size {
+        *lock(&self.known)
     }
 
     /// A container comes: the VM becomes large enough for it. If it cannot, the container has to do with what there is, as it
@@ -233,6 +240,12 @@ impl Resizer {
 
     async fn grow(&self) -> Result<(), Error> {
         let mut now = self.now.lock().await;
+        let grown = self.grow_from(&mut now).await;
+        *lock(&self.known) = *now;
+        grown
+    }
+
+    async fn grow_from(&self, now: &mut Size) -> Result<(), Error> {
         let target = self.target();
         if target.cpus > now.cpus {
             let guest = Arc::clone(&self.guest);
@@ -287,6 +300,7 @@ impl Resizer {
                 .request_memory(target.memory.saturating_sub(self.start.memory));
             now.memory = target.memory;
         }
+        *lock(&self.known) = *now;
     }
 
     /// Has the guest set so many vCPUs online. Answers how many are.
@@ -302,8 +316,89 @@ impl Resizer {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under these locks is complete in itself.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     tokio::task::spawn_blocking(work)
         .await
         .map_err(io::Error::other)?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pod::agent::Agent;
+    use crate::pod::guest::ShareOptions;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+
+    const MIB: u64 = 1 << 20;
+
+    /// Takes memory when it is told to.
+    struct Slow(Mutex<mpsc::Receiver<u64>>);
+
+    impl Guest for Slow {
+        fn connect(&self, _: u32) -> io::Result<UnixStream> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn attach(&self, _: &str, _: OwnedFd, _: ShareOptions) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn detach(&self, _: &str) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn give_up(&self, _: String) {}
+        fn memory_used(&self) -> Option<u64> {
+            None
+        }
+        fn provide_vcpus(&self, count: u8) -> io::Result<u8> {
+            Ok(count)
+        }
+        fn request_memory(&self, bytes: u64) -> u64 {
+            bytes
+        }
+        fn wait_memory(&self, _: Duration) -> u64 {
+            lock(&self.0).recv().unwrap()
+        }
+        fn attach_disk(&self, _: OwnedFd, _: bool) -> io::Result<u32> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+        fn detach_disk(&self, _: u32) -> io::Result<()> {
+            Err(io::ErrorKind::Unsupported.into())
+        }
+    }
+
+    #[tokio::test]
+    async fn the_size_is_known_while_it_changes() {
+        let (take, taken) = mpsc::channel();
+        let guest: Arc<dyn Guest> = Arc::new(Slow(Mutex::new(taken)));
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let size = |mib| Size {
+            cpus: 1,
+            memory: mib * MIB,
+        };
+        let sizing = Sizing {
+            default: size(256),
+            most: size(4096),
+            overhead: 64 * MIB,
+        };
+        let pod = Agent::over(ours).unwrap().pod;
+        let resizer = Arc::new(Resizer::new(guest, pod, size(256), 1, sizing));
+        let growing = Arc::clone(&resizer);
+        let limits = Limits::new(100_000, 100_000, 448 << 20);
+        let grown = tokio::spawn(async move { growing.change_pod(limits, None).await });
+        while resizer.now.try_lock().is_ok() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(resizer.known_size(), size(256));
+        take.send(256 * MIB).unwrap();
+        grown.await.unwrap().unwrap();
+        assert_eq!(resizer.known_size(), size(512));
+        resizer.change_pod(Limits::default(), None).await.unwrap();
+        assert_eq!(resizer.known_size(), size(256));
+    }
 }
