@@ -35,6 +35,7 @@ use prost_types::Timestamp;
 use std::collections::HashMap;
 use std::sync::Arc;
 use tonic::{Request, Response, Status};
+use tracing::Instrument;
 
 /// The Task API's version that the address in Start's answer speaks.
 const TASK_VERSION: u32 = 3;
@@ -158,8 +159,8 @@ impl api::controller_server::Controller for Service {
         let profile = self.0.sandboxer(name)?;
         let plan = PodPlan::new(read_options(request.options.as_ref())?, &profile)?;
         let id = request.sandbox_id;
-        self.0.create(&namespace, &id, name, &request.netns_path, plan)?;
-        log::info!("sandbox {id}: created");
+        let sandbox = self.0.create(&namespace, &id, name, &request.netns_path, plan)?;
+        sandbox.span().in_scope(|| log::info!("sandbox {id}: created"));
         Ok(Response::new(ControllerCreateResponse { sandbox_id: id }))
     }
 
@@ -170,12 +171,16 @@ impl api::controller_server::Controller for Service {
             .metadata()
             .get("traceparent")
             .and_then(|value| value.to_str().ok());
-        sandbox
-            .start(&self.0, traceparent)
+        let started = async {
+            sandbox.start(&self.0, traceparent).await?;
+            log::info!("sandbox {}: ready", sandbox.id());
+            Ok(())
+        };
+        started
+            .instrument(sandbox.span())
             .await
-            .map_err(|error| Status::from(&*error))?;
+            .map_err(|error: Arc<sandbox::Error>| Status::from(&*error))?;
         let record = sandbox.record();
-        log::info!("sandbox {}: ready", record.id);
         Ok(Response::new(ControllerStartResponse {
             sandbox_id: record.id,
             pid: std::process::id(),
@@ -209,8 +214,11 @@ impl api::controller_server::Controller for Service {
             Err(_) if is_isulad(&request) => return Ok(Response::new(ControllerStopResponse {})),
             found => found?,
         };
-        sandbox.stop().await;
-        log::info!("sandbox {}: stopped", sandbox.id());
+        let stopped = async {
+            sandbox.stop().await;
+            log::info!("sandbox {}: stopped", sandbox.id());
+        };
+        stopped.instrument(sandbox.span()).await;
         Ok(Response::new(ControllerStopResponse {}))
     }
 
@@ -259,9 +267,12 @@ impl api::controller_server::Controller for Service {
             Err(_) if is_isulad(&request) => return Ok(Response::new(ControllerShutdownResponse {})),
             found => found?,
         };
-        sandbox.remove().await;
-        self.0.forget(&sandbox);
-        log::info!("sandbox {}: removed", sandbox.id());
+        let removed = async {
+            sandbox.remove().await;
+            self.0.forget(&sandbox);
+            log::info!("sandbox {}: removed", sandbox.id());
+        };
+        removed.instrument(sandbox.span()).await;
         Ok(Response::new(ControllerShutdownResponse {}))
     }
 
@@ -290,11 +301,15 @@ impl api::controller_server::Controller for Service {
         if let Some(extension) = extensions.get(UPDATED_RESOURCES)
             && let Some((limits, overhead)) = read_update(extension)?
         {
-            sandbox
-                .resize(limits, overhead)
+            let resized = async {
+                sandbox.resize(limits, overhead).await?;
+                log::info!("sandbox {}: resized", sandbox.id());
+                Ok(())
+            };
+            resized
+                .instrument(sandbox.span())
                 .await
-                .map_err(|error| Status::from(&*error))?;
-            log::info!("sandbox {}: resized", sandbox.id());
+                .map_err(|error: Arc<sandbox::Error>| Status::from(&*error))?;
         }
         Ok(Response::new(ControllerUpdateResponse {}))
     }
@@ -354,6 +369,7 @@ impl api::controller_server::Controller for Service {
         };
         service(&sandbox)?
             .update_container(update)
+            .instrument(sandbox.span())
             .await
             .map_err(task_error)?;
         Ok(Response::new(UpdateResourcesResponse {}))

@@ -21,6 +21,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
+use tracing::Instrument;
 
 /// Events that wait for containerd.
 const MAX_WAITING: usize = 1024;
@@ -64,7 +65,7 @@ impl Publisher {
         let queue = self.queue.clone();
         let (namespace, metrics) = (namespace.to_owned(), metrics.clone());
         let places = Arc::new(Semaphore::new(MAX_OF_POD));
-        tokio::spawn(async move {
+        let pass_on = async move {
             while let Some(event) = events.recv().await {
                 if event.topic == TASK_OOM_EVENT_TOPIC {
                     metrics.oom();
@@ -85,7 +86,8 @@ impl Publisher {
                     log::warn!("an event was dropped: containerd does not take them");
                 }
             }
-        });
+        };
+        tokio::spawn(pass_on.in_current_span());
     }
 }
 

@@ -45,7 +45,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tracing::Instrument;
+use tracing::{Instrument, Span};
 
 /// File of the [`Record`].
 const RECORD: &str = "sandbox.json";
@@ -346,6 +346,11 @@ impl Sandbox {
         }
     }
 
+    /// What is done for it is done in this span, for log lines to name it.
+    pub fn span(&self) -> Span {
+        telemetry::pod_span(&self.labels())
+    }
+
     /// Its phase.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
@@ -511,7 +516,7 @@ impl Sandbox {
             self.lives.store(true, Ordering::Relaxed);
             let steps = Steps::new(&node.metrics, POD_START, &self.labels(), traceparent);
             let life = Arc::clone(self).live(Arc::clone(node), steps);
-            tokio::spawn(life.instrument(telemetry::pod_span(&self.labels())));
+            tokio::spawn(life.instrument(self.span()));
         }
         let phase = self.reached(Phase::Ready).await;
         abandoned.0 = None;

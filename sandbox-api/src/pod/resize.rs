@@ -20,6 +20,7 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tracing::Span;
 
 /// Time for a guest to take memory, which is milliseconds for one that does.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -79,10 +80,13 @@ pub struct Resizer {
     now: tokio::sync::Mutex<Size>,
     /// The same when it last changed, for those who do not wait.
     known: Mutex<Size>,
+    /// Whoever asks, it is about this pod.
+    span: Span,
 }
 
 impl Resizer {
-    /// For a VM that has started with `start`, and can have `possible` vCPUs.
+    /// For a VM that has started with `start`, and can have `possible` vCPUs. What is logged is so in the span that this is
+    /// called in.
     pub fn new(guest: Arc<dyn Guest>, pod: PodClient, start: Size, possible: u8, sizing: Sizing) -> Self {
         Self {
             guest,
@@ -93,11 +97,16 @@ impl Resizer {
             wanted: Mutex::default(),
             now: tokio::sync::Mutex::new(start),
             known: Mutex::new(start),
+            span: Span::current(),
         }
     }
 
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
         lock(&self.wanted)
+    }
+
+    fn warn(&self, what: &std::fmt::Arguments<'_>) {
+        self.span.in_scope(|| log::warn!("{what}"));
     }
 
     fn demand(&self, wanted: &Wanted) -> Demand {
@@ -134,11 +143,15 @@ impl Resizer {
             self.demand(&wanted)
         };
         if let Err(error) = self.sizing.check(demand) {
-            log::warn!("container {container}: the VM does not become large enough: {error}");
+            self.warn(&format_args!(
+                "container {container}: the VM does not become large enough: {error}"
+            ));
         }
         if let Err(error) = self.grow().await {
             let why = crate::error::chain(&error);
-            log::warn!("container {container}: the VM does not become large enough: {why}");
+            self.warn(&format_args!(
+                "container {container}: the VM does not become large enough: {why}"
+            ));
         }
     }
 
@@ -175,7 +188,9 @@ impl Resizer {
             }
             Err(error) => {
                 let why = crate::error::chain(&error);
-                log::warn!("container {container}: the VM is too small as before: {why}");
+                self.warn(&format_args!(
+                    "container {container}: the VM is too small as before: {why}"
+                ));
                 Ok(before)
             }
             Ok(()) => Ok(before),
@@ -255,11 +270,10 @@ impl Resizer {
             now.cpus = self.online(target.cpus).await?;
             // The limit holds all the same, and on fewer processors it is still a limit.
             if now.cpus < target.cpus {
-                log::warn!(
+                self.warn(&format_args!(
                     "the virtual machine has {} of {} processors online",
-                    now.cpus,
-                    target.cpus
-                );
+                    now.cpus, target.cpus
+                ));
             }
         }
         if target.memory > now.memory {
@@ -292,7 +306,9 @@ impl Resizer {
         if target.cpus < now.cpus {
             match self.online(target.cpus).await {
                 Ok(online) => now.cpus = online,
-                Err(error) => log::warn!("the VM keeps {} processors: {error}", now.cpus),
+                Err(error) => {
+                    self.warn(&format_args!("the VM keeps {} processors: {error}", now.cpus));
+                }
             }
         }
         if target.memory < now.memory {
@@ -372,22 +388,29 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn the_size_is_known_while_it_changes() {
-        let (take, taken) = mpsc::channel();
-        let guest: Arc<dyn Guest> = Arc::new(Slow(Mutex::new(taken)));
-        let (ours, _theirs) = UnixStream::pair().unwrap();
-        let size = |mib| Size {
+    fn size(mib: u64) -> Size {
+        Size {
             cpus: 1,
             memory: mib * MIB,
-        };
+        }
+    }
+
+    /// Of a VM that has started with 256 MiB. To be called in a runtime.
+    fn resizer(taken: mpsc::Receiver<u64>) -> Resizer {
+        let guest: Arc<dyn Guest> = Arc::new(Slow(Mutex::new(taken)));
         let sizing = Sizing {
             default: size(256),
             most: size(4096),
             overhead: 64 * MIB,
         };
-        let pod = Agent::over(ours).unwrap().pod;
-        let resizer = Arc::new(Resizer::new(guest, pod, size(256), 1, sizing));
+        let (ours, _) = UnixStream::pair().unwrap();
+        Resizer::new(guest, Agent::over(ours).unwrap().pod, size(256), 1, sizing)
+    }
+
+    #[tokio::test]
+    async fn the_size_is_known_while_it_changes() {
+        let (take, taken) = mpsc::channel();
+        let resizer = Arc::new(resizer(taken));
         let growing = Arc::clone(&resizer);
         let limits = Limits::new(100_000, 100_000, 448 << 20);
         let grown = tokio::spawn(async move { growing.change_pod(limits, None).await });
@@ -400,5 +423,14 @@ mod tests {
         assert_eq!(resizer.known_size(), size(512));
         resizer.change_pod(Limits::default(), None).await.unwrap();
         assert_eq!(resizer.known_size(), size(256));
+    }
+
+    #[tokio::test]
+    async fn what_it_says_is_said_of_its_pod() {
+        let _default = tracing::subscriber::set_default(tracing_subscriber::registry());
+        let pod = tracing::info_span!("pod");
+        let resizer = pod.in_scope(|| resizer(mpsc::channel().1));
+        assert!(pod.id().is_some());
+        assert_eq!(resizer.span.id(), pod.id());
     }
 }
