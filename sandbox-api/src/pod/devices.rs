@@ -5,7 +5,10 @@
 //! allows it. A privileged container's specification lists every device of the host, under the host's names, and has one
 //! rule that allows all; those nobody asked for, and they stay the host's.
 
-use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType, Spec};
+use oci_spec::runtime::{
+    LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, LinuxThrottleDevice, LinuxThrottleDeviceBuilder,
+    LinuxWeightDevice, LinuxWeightDeviceBuilder, Spec,
+};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -42,12 +45,13 @@ pub fn wanted(spec: &Spec, host_name: impl Fn(Number) -> Option<PathBuf>) -> BTr
     wanted
 }
 
-/// Gives the devices their numbers in the guest; those that are not in `found` are left out, with the rules that allow them.
+/// Gives the devices their numbers in the guest; those that are not in `found` are left out, with the rules that allow them
+/// and the limits of their use.
 pub fn rewrite(spec: &mut Spec, found: &BTreeMap<Number, Number>) {
-    let Some(mut linux) = spec.linux().clone() else {
+    let Some(linux) = spec.linux_mut() else {
         return;
     };
-    if let Some(mut devices) = linux.devices().clone() {
+    if let Some(devices) = linux.devices_mut() {
         devices.retain_mut(|device| {
             if device.typ() != LinuxDeviceType::B {
                 return true;
@@ -59,11 +63,15 @@ pub fn rewrite(spec: &mut Spec, found: &BTreeMap<Number, Number>) {
             }
             guest.is_some()
         });
-        linux.set_devices(Some(devices));
     }
-    if let Some(mut resources) = linux.resources().clone()
-        && let Some(mut rules) = resources.devices().clone()
-    {
+    if let Some(resources) = linux.resources_mut() {
+        rewrite_resources(resources, found);
+    }
+}
+
+/// The same for rules and limits alone.
+pub fn rewrite_resources(resources: &mut LinuxResources, found: &BTreeMap<Number, Number>) {
+    if let Some(rules) = resources.devices_mut() {
         rules.retain_mut(|rule| {
             if !is_block(rule) || rule.major().is_none_or(|major| major < 0) {
                 return true;
@@ -75,10 +83,36 @@ pub fn rewrite(spec: &mut Spec, found: &BTreeMap<Number, Number>) {
             }
             guest.is_some() || !rule.allow()
         });
-        resources.set_devices(Some(rules));
-        linux.set_resources(Some(resources));
     }
-    spec.set_linux(Some(linux));
+    if let Some(limits) = resources.block_io_mut() {
+        let guest = |major, minor| number(major, minor).and_then(|host| found.get(&host).copied());
+        let weight = |limit: &LinuxWeightDevice| {
+            let (major, minor) = guest(limit.major(), limit.minor())?;
+            let mut moved = LinuxWeightDeviceBuilder::default().major(major).minor(minor);
+            if let Some(weight) = limit.weight() {
+                moved = moved.weight(weight);
+            }
+            if let Some(weight) = limit.leaf_weight() {
+                moved = moved.leaf_weight(weight);
+            }
+            moved.build().ok()
+        };
+        let rate = |limit: &LinuxThrottleDevice| {
+            let (major, minor) = guest(limit.major(), limit.minor())?;
+            let moved = LinuxThrottleDeviceBuilder::default().major(major).minor(minor);
+            moved.rate(limit.rate()).build().ok()
+        };
+        limits.set_weight_device(moved(limits.weight_device(), weight));
+        limits.set_throttle_read_bps_device(moved(limits.throttle_read_bps_device(), rate));
+        limits.set_throttle_write_bps_device(moved(limits.throttle_write_bps_device(), rate));
+        limits.set_throttle_read_iops_device(moved(limits.throttle_read_iops_device(), rate));
+        limits.set_throttle_write_iops_device(moved(limits.throttle_write_iops_device(), rate));
+    }
+}
+
+/// Those of the list that are about a device of the guest, as they are there.
+fn moved<T>(list: &Option<Vec<T>>, guest: impl Fn(&T) -> Option<T>) -> Option<Vec<T>> {
+    Some(list.as_ref()?.iter().filter_map(guest).collect())
 }
 
 fn number(major: i64, minor: i64) -> Option<Number> {
@@ -220,5 +254,30 @@ mod tests {
                 pair(8, 0)
             ]
         );
+    }
+
+    #[test]
+    fn limits_of_devices_follow_them_or_go() {
+        let list =
+            |rate: &str| json!([{"major": 8, "minor": 0, rate: 100}, {"major": 7, "minor": 0, rate: 200}]);
+        let keys = [
+            ("weightDevice", "weight"),
+            ("throttleReadBpsDevice", "rate"),
+            ("throttleWriteBpsDevice", "rate"),
+            ("throttleReadIOPSDevice", "rate"),
+            ("throttleWriteIOPSDevice", "rate"),
+        ];
+        let mut limits = json!({"weight": 500});
+        for (key, rate) in keys {
+            limits[key] = list(rate);
+        }
+        let mut resources: LinuxResources = serde_json::from_value(json!({"blockIO": limits})).unwrap();
+        rewrite_resources(&mut resources, &BTreeMap::from([((7, 0), (254, 16))]));
+        let written = serde_json::to_value(&resources).unwrap();
+        for (key, rate) in keys {
+            let expected = json!([{"major": 254, "minor": 16, rate: 200}]);
+            assert_eq!(written["blockIO"][key], expected, "{key}");
+        }
+        assert_eq!(written["blockIO"]["weight"], 500);
     }
 }

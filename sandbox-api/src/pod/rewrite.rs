@@ -2,11 +2,13 @@
 //! A specification in the host's terms becomes one in the guest's.
 //!
 //! What names things of the host is replaced (bind mounts, which are shared into the VM) or dropped (namespace paths,
-//! security profiles of the host's kernel, hooks but those that are the container's own programs); the pod's own DNS files are mounted where the specification does not
-//! bring other ones.
+//! security profiles of the host's kernel, its processors and memory nodes, hooks but those that are the container's own
+//! programs); the pod's own DNS files are mounted where the specification does not bring other ones.
 
+use super::devices::{self, Number};
 use cloister_protocol::{ETC_DIR, SHARED_DIR, SHARED_PID_NS, SHM_DIR};
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, Mount, MountBuilder, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Mount, MountBuilder, Spec};
+use std::collections::BTreeMap;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
@@ -95,6 +97,9 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
             }
             linux.set_namespaces(Some(kept));
         }
+        if let Some(resources) = linux.resources_mut() {
+            without_cpuset(resources);
+        }
         linux.set_mount_label(None);
         // containerd writes it as mount(8) does; the specification's word, which is recursive as well, is what libcontainer takes.
         let propagation = linux.rootfs_propagation().clone();
@@ -114,6 +119,22 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
     });
     spec.set_hooks(hooks);
     Ok(shares)
+}
+
+/// Rewrites the limits of a container that exists, whose block devices have these numbers in the guest.
+pub fn resources(resources: &mut LinuxResources, found: &BTreeMap<Number, Number>) {
+    without_cpuset(resources);
+    devices::rewrite_resources(resources, found);
+}
+
+/// The processors and memory nodes are the host's. The guest has others, all of which are the pod's.
+fn without_cpuset(resources: &mut LinuxResources) {
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None).set_mems(None);
+    }
+    if let Some(unified) = resources.unified_mut() {
+        unified.retain(|file, _| !file.starts_with("cpuset."));
+    }
 }
 
 /// containerd shares one /dev/shm between the containers of a pod only where it makes the pod's sandbox itself. Elsewhere each
@@ -288,6 +309,18 @@ mod tests {
         );
         let process = spec.process().as_ref().unwrap();
         assert!(process.apparmor_profile().is_none() && process.selinux_label().is_none());
+    }
+
+    #[test]
+    fn processors_and_memory_nodes_are_the_guests() {
+        let limits = r#""resources":{"cpu":{"quota":200000,"cpus":"62-63","mems":"1"},
+            "unified":{"cpuset.cpus":"62-63","memory.high":"1"}},"cgroupsPath""#;
+        let text = SPEC.replace(r#""cgroupsPath""#, limits);
+        let mut spec: Spec = serde_json::from_str(&text).unwrap();
+        for_guest(&mut spec, "c1").unwrap();
+        let left = serde_json::to_value(spec.linux().as_ref().unwrap().resources()).unwrap();
+        let expected = serde_json::json!({"cpu": {"quota": 200_000}, "unified": {"memory.high": "1"}});
+        assert_eq!(left, expected);
     }
 
     #[test]

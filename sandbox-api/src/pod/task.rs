@@ -161,8 +161,8 @@ struct Container {
     image: String,
     bundle: String,
     shared: Mutex<Vec<String>>,
-    /// Block devices of the host that it uses.
-    disks: Mutex<Vec<Number>>,
+    /// Block devices of the host that it uses, and their numbers in the guest.
+    disks: Mutex<BTreeMap<Number, Number>>,
     /// By exec id; the container's own has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
 }
@@ -545,14 +545,12 @@ impl TaskService {
 
     /// Brings the block devices of the host that a specification names into the VM, and gives them their numbers there.
     async fn attach_disks(&self, container: &Container, spec: &mut Spec) -> Result<()> {
-        let mut found = BTreeMap::new();
         for (number, writable) in devices::wanted(spec, disks::path) {
             let attached = self.disks.attach(number, writable).await;
             let guests = attached.map_err(|e| status(Code::UNKNOWN, crate::error::chain(&e)))?;
-            lock(&container.disks).push(number);
-            found.insert(number, guests);
+            lock(&container.disks).insert(number, guests);
         }
-        devices::rewrite(spec, &found);
+        devices::rewrite(spec, &lock(&container.disks));
         Ok(())
     }
 
@@ -564,7 +562,7 @@ impl TaskService {
             }
         }
         let disks = std::mem::take(&mut *lock(&container.disks));
-        for number in disks {
+        for number in disks.into_keys() {
             self.disks.release(number, !self.is_dead()).await;
         }
         if let Some(resizer) = self.resizer.get() {
@@ -579,16 +577,19 @@ impl TaskService {
     ///
     /// # Errors
     /// The VM cannot have so much, or what the agent says.
-    pub async fn update_container(&self, request: api::UpdateTaskRequest) -> Result<Empty> {
-        self.container(&request.id)?;
+    pub async fn update_container(&self, mut request: api::UpdateTaskRequest) -> Result<Empty> {
+        let container = self.container(&request.id)?;
+        let given = request.resources.mut_or_insert_default();
+        let mut resources: LinuxResources = serde_json::from_slice(&given.value)
+            .map_err(|e| status(Code::INVALID_ARGUMENT, format!("the resources: {e}")))?;
+        rewrite::resources(&mut resources, &lock(&container.disks));
+        given.value = serde_json::to_vec(&resources).map_err(|e| unknown("the resources", e))?;
         let Some(resizer) = self.resizer.get() else {
             return self
                 .vigil
                 .over(self.agent.task.update(no_deadline(), &request))
                 .await;
         };
-        let resources: LinuxResources = serde_json::from_slice(&request.resources.get_or_default().value)
-            .map_err(|e| status(Code::INVALID_ARGUMENT, format!("the resources: {e}")))?;
         let before = resizer
             .change(&request.id, |limits| limits.updated(&resources))
             .await

@@ -739,6 +739,23 @@ async fn a_vm_follows_the_limits_of_its_containers() {
 }
 
 #[tokio::test]
+async fn an_update_names_nothing_of_the_hosts() {
+    let bed = bed().await;
+    let root = Root::new();
+    bed.service
+        .create_container(new("a", &root, Output::Null))
+        .await
+        .unwrap();
+    let json = serde_json::json!({"cpu": {"shares": 512, "cpus": "62-63", "mems": "1"},
+        "blockIO": {"throttleReadBpsDevice": [{"major": 8, "minor": 0, "rate": 1}]}});
+    bed.service.update_container(update("a", &json)).await.unwrap();
+    let sent = lock(&bed.agent.updated)[0].resources.value.clone();
+    let sent: serde_json::Value = serde_json::from_slice(&sent).unwrap();
+    let expected = serde_json::json!({"cpu": {"shares": 512}, "blockIO": {"throttleReadBpsDevice": []}});
+    assert_eq!(sent, expected);
+}
+
+#[tokio::test]
 async fn what_a_vm_cannot_become_is_refused_and_changes_nothing() {
     let bed = resizable().await;
     let root = Root::new();
