@@ -104,7 +104,12 @@ impl Disks {
             disk.users = disk.users.saturating_add(1);
             return Ok(disk.number);
         }
-        let opened = (self.open)(number, writable).map_err(|source| Error::Open { number, source })?;
+        let open = self.open;
+        // It can be a server's that is gone.
+        let opened = tokio::task::spawn_blocking(move || open(number, writable)).await;
+        let opened = opened
+            .unwrap_or_else(|e| Err(io::Error::other(e)))
+            .map_err(|source| Error::Open { number, source })?;
         let slot = self
             .guest
             .attach_disk(opened, !writable)

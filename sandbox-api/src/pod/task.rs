@@ -234,6 +234,14 @@ async fn through<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send
         .map_err(|e| unknown("the request was abandoned", e))?
 }
 
+/// Runs what looks at the host's file systems. One of them can be a server's that is gone, and the daemon's few threads are
+/// all pods'.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| unknown("the request was abandoned", e))?
+}
+
 impl TaskService {
     /// A service for the containers of `guest`, whose agent is ready. `dead` becomes the reason when the VM ends. An agent
     /// that leaves calls unanswered for `patience` is asked whether it is there (see [`Vigil`]).
@@ -389,40 +397,43 @@ impl TaskService {
             stdio,
             terminal,
         } = new;
-        let shares = rewrite::for_guest(&mut spec, &id).map_err(|e| status(Code::INVALID_ARGUMENT, e))?;
+        let to_rewrite = id.clone();
+        let (mut spec, shares) = blocking(move || {
+            let shares = rewrite::for_guest(&mut spec, &to_rewrite);
+            Ok((spec, shares.map_err(|e| status(Code::INVALID_ARGUMENT, e))?))
+        })
+        .await?;
         if let Some(resizer) = self.resizer.get() {
             resizer.enter(&id, Limits::of_spec(&spec)).await;
         }
         self.attach_disks(container, &mut spec).await?;
-        prepare_root(root.as_fd(), &spec, &shares);
         let read_only = spec
             .root()
             .as_ref()
             .is_some_and(|root| root.readonly() == Some(true));
-        let options = ShareOptions {
-            read_only,
-            ..ShareOptions::default()
+        let root_name = rewrite::root_name(&id);
+        let root_mount = api::Mount {
+            type_: "bind".into(),
+            source: format!("{SHARED_DIR}/{root_name}"),
+            options: vec!["rbind".into(), if read_only { "ro" } else { "rw" }.into()],
+            ..Default::default()
         };
-        self.share(container, &rewrite::root_name(&id), root, options)?;
-        for share in &shares {
-            let opened = open_share(share)?;
+        let (service, sharing) = (Arc::clone(self), Arc::clone(container));
+        let spec = blocking(move || {
+            prepare_root(root.as_fd(), &spec, &shares);
             let options = ShareOptions {
-                read_only: share.read_only,
-                follows_mounts: share.follows_mounts,
+                read_only,
+                ..ShareOptions::default()
             };
-            let name = self.share(container, &share.name, opened, options)?;
-            rewrite::rename(&mut spec, &share.name, &name);
-        }
+            service.share(&sharing, &root_name, root, options)?;
+            service.share_volumes(&sharing, &mut spec, &shares)?;
+            Ok(spec)
+        })
+        .await?;
         let names = stdio.names.clone();
         let (pumps, streams) = Pumps::start(&self.hub, stdio, terminal).map_err(|e| unknown("stdio", e))?;
         let [stdin, stdout, stderr] = streams.clone();
         let value = serde_json::to_vec(&spec).map_err(|e| unknown("the specification", e))?;
-        let root_mount = api::Mount {
-            type_: "bind".into(),
-            source: format!("{SHARED_DIR}/{}", rewrite::root_name(&id)),
-            options: vec!["rbind".into(), if read_only { "ro" } else { "rw" }.into()],
-            ..Default::default()
-        };
         let request = api::CreateTaskRequest {
             id: id.clone(),
             bundle,
@@ -543,6 +554,20 @@ impl TaskService {
         Ok(name)
     }
 
+    /// Shares what the specification mounts of the host's, and has it mounted by the names that come of it.
+    fn share_volumes(&self, container: &Container, spec: &mut Spec, shares: &[Share]) -> Result<()> {
+        for share in shares {
+            let opened = open_share(share)?;
+            let options = ShareOptions {
+                read_only: share.read_only,
+                follows_mounts: share.follows_mounts,
+            };
+            let name = self.share(container, &share.name, opened, options)?;
+            rewrite::rename(spec, &share.name, &name);
+        }
+        Ok(())
+    }
+
     /// Brings the block devices of the host that a specification names into the VM, and gives them their numbers there.
     async fn attach_disks(&self, container: &Container, spec: &mut Spec) -> Result<()> {
         for (number, writable) in devices::wanted(spec, disks::path) {
@@ -555,11 +580,19 @@ impl TaskService {
     }
 
     /// Takes from the VM what a container had that is gone.
-    async fn part_with(&self, id: &str, container: &Container) {
-        for name in std::mem::take(&mut *lock(&container.shared)) {
-            if let Err(error) = self.volumes.release(&name) {
-                log::warn!("cannot take {name} from the VM: {error}");
+    async fn part_with(self: &Arc<Self>, id: &str, container: &Container) {
+        let shared = std::mem::take(&mut *lock(&container.shared));
+        let service = Arc::clone(self);
+        let released = blocking(move || {
+            for name in shared {
+                if let Err(error) = service.volumes.release(&name) {
+                    log::warn!("cannot take {name} from the VM: {error}");
+                }
             }
+            Ok(())
+        });
+        if let Err(error) = released.await {
+            log::warn!("container {id}: its volumes stay with the VM: {error}");
         }
         let disks = std::mem::take(&mut *lock(&container.disks));
         for number in disks.into_keys() {
@@ -1070,8 +1103,12 @@ impl api::Task for Served {
                     "restoring a checkpoint is not supported",
                 ));
             }
-            let spec = read_spec(&request.bundle)?;
-            let root = mount_root(&request)?;
+            let (request, spec, root) = blocking(move || {
+                let spec = read_spec(&request.bundle)?;
+                let root = mount_root(&request)?;
+                Ok((request, spec, root))
+            })
+            .await?;
             let stdio = Stdio::from_request(&request.stdin, &request.stdout, &request.stderr)
                 .map_err(|e| status(Code::INVALID_ARGUMENT, e.to_string()))?;
             let new = New {

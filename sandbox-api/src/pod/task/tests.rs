@@ -409,6 +409,47 @@ async fn a_refused_container_leaves_nothing() {
     }
 }
 
+/// Whether other work of the runtime goes on while `work` waits for the host's files.
+async fn others_go_on(bed: &Bed, work: impl Future<Output = ()> + Send + 'static) -> bool {
+    let (held, is_held) = std::sync::mpsc::channel();
+    let (go_on, may_go_on) = std::sync::mpsc::channel();
+    let guest = Arc::clone(&bed.guest);
+    let holder = std::thread::spawn(move || {
+        let _attached = lock(&guest.attached);
+        held.send(()).unwrap();
+        may_go_on.recv_timeout(Duration::from_secs(5)).is_ok()
+    });
+    is_held.recv().unwrap();
+    let work = tokio::spawn(work);
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let waits = !work.is_finished();
+    // Nobody listens any more if the runtime stood still.
+    let _ = go_on.send(());
+    work.await.unwrap();
+    waits && holder.join().unwrap()
+}
+
+#[tokio::test]
+async fn files_of_the_host_that_hang_hold_up_nobody_else() {
+    let bed = bed().await;
+    let root = Root::new();
+    let (service, container) = (Arc::clone(&bed.service), new("c1", &root, Output::Null));
+    let create = async move {
+        service.create_container(container).await.unwrap();
+    };
+    assert!(others_go_on(&bed, create).await);
+    let service = Arc::clone(&bed.service);
+    let delete = async move {
+        let request = api::DeleteRequest {
+            id: "c1".into(),
+            ..Default::default()
+        };
+        service.delete_container(request).await.unwrap();
+    };
+    assert!(others_go_on(&bed, delete).await);
+    assert!(lock(&bed.guest.attached).is_empty());
+}
+
 #[tokio::test]
 async fn answers_after_the_vm_died() {
     let bed = bed().await;
