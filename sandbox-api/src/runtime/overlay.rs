@@ -8,6 +8,7 @@
 //!
 //! `fsconfig` takes strings of 255 bytes at most. For an image with more layers than fit, a short-lived thread with a
 //! mount namespace of its own uses mount(2), whose options may fill a page, and takes the mount out as a descriptor.
+//! containerd's paths are opened there and named by descriptors as well: those of some fifty layers fill more than a page.
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, OpenTreeFlags};
@@ -18,6 +19,8 @@ use std::path::Path;
 
 /// Most bytes of a string that fsconfig(2) takes.
 const FSCONFIG_MAX: usize = 255;
+/// Most bytes of options that mount(2) takes: a page, with the zero at its end.
+const MOUNT_MAX: usize = 4095;
 const FD_PREFIX: &str = "/proc/self/fd/";
 
 /// A mount could not be made.
@@ -150,46 +153,8 @@ fn in_own_namespace(lower: &str, upper: Option<(&str, &str)>, others: &[&str]) -
     let private = rustix::mount::MountPropagationFlags::PRIVATE | rustix::mount::MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private)?;
 
-    // An overlay takes directories of its own namespace only: each is opened anew through this one's mounts.
-    let mut opened = Vec::new();
-    let mut here = |part: &str| -> io::Result<String> {
-        if !part.starts_with(FD_PREFIX) {
-            return Ok(part.to_owned());
-        }
-        let path = rustix::fs::readlinkat(CWD, part, Vec::new())?;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(CWD, path, flags, Mode::empty())?;
-        let same = |a: &rustix::fs::Stat, b: &rustix::fs::Stat| a.st_dev == b.st_dev && a.st_ino == b.st_ino;
-        if !same(&rustix::fs::fstat(&fd)?, &rustix::fs::stat(part)?) {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "a layer was moved away"));
-        }
-        let name = fd_path(fd.as_fd());
-        opened.push(fd);
-        Ok(name)
-    };
-    let lower = if lower.starts_with(FD_PREFIX) {
-        lower
-            .split(':')
-            .map(&mut here)
-            .collect::<io::Result<Vec<_>>>()?
-            .join(":")
-    } else {
-        lower.to_owned()
-    };
-    let mut data = format!("lowerdir={lower}");
-    if let Some((upper, work)) = upper {
-        data.push_str(&format!(",upperdir={},workdir={}", here(upper)?, here(work)?));
-    }
-    for option in others {
-        data.push(',');
-        data.push_str(option);
-    }
-    if data.len() >= 4096 {
-        return Err(io::Error::new(
-            io::ErrorKind::ArgumentListTooLong,
-            "too many layers for one mount",
-        ));
-    }
+    // The directories stay open until the mount is made.
+    let (data, _opened) = data(lower, upper, others)?;
     // Any directory will do: the mount over it is seen by this thread only. One whose path the options do not use.
     let target = "/sys";
     let data = std::ffi::CString::new(data)?;
@@ -205,6 +170,56 @@ fn in_own_namespace(lower: &str, upper: Option<(&str, &str)>, others: &[&str]) -
         target,
         OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
     )?)
+}
+
+/// The options as mount(2) takes them, and the directories that they name by descriptors: paths of many layers would fill
+/// more than a page.
+fn data(lower: &str, upper: Option<(&str, &str)>, others: &[&str]) -> io::Result<(String, Vec<OwnedFd>)> {
+    let mut opened = Vec::new();
+    let mut here = |part: &str| -> io::Result<String> {
+        let fd = open_here(part)?;
+        let name = fd_path(fd.as_fd());
+        opened.push(fd);
+        Ok(name)
+    };
+    // What escapes colons, or has two of them before layers of another kind, is not taken apart.
+    let lower = if lower.contains('\\') || lower.contains("::") {
+        lower.to_owned()
+    } else {
+        let layers: io::Result<Vec<String>> = lower.split(':').map(&mut here).collect();
+        layers?.join(":")
+    };
+    let mut data = format!("lowerdir={lower}");
+    if let Some((upper, work)) = upper {
+        data.push_str(&format!(",upperdir={},workdir={}", here(upper)?, here(work)?));
+    }
+    for option in others {
+        data.push(',');
+        data.push_str(option);
+    }
+    if data.len() > MOUNT_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::ArgumentListTooLong,
+            "too many layers for one mount",
+        ));
+    }
+    Ok((data, opened))
+}
+
+/// Opens a directory, given by its path or a descriptor, through this thread's mounts: an overlay takes those of its own
+/// namespace only.
+fn open_here(part: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    if !part.starts_with(FD_PREFIX) {
+        return Ok(rustix::fs::openat(CWD, part, flags, Mode::empty())?);
+    }
+    let path = rustix::fs::readlinkat(CWD, part, Vec::new())?;
+    let fd = rustix::fs::openat(CWD, path, flags | OFlags::NOFOLLOW, Mode::empty())?;
+    let same = |a: &rustix::fs::Stat, b: &rustix::fs::Stat| a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+    if !same(&rustix::fs::fstat(&fd)?, &rustix::fs::stat(part)?) {
+        return Err(io::Error::new(io::ErrorKind::NotFound, "a layer was moved away"));
+    }
+    Ok(fd)
 }
 
 fn fd_path(fd: BorrowedFd<'_>) -> String {
@@ -317,6 +332,32 @@ mod tests {
             let root = mount_options(&options).unwrap();
             assert_eq!(read(&root, "top"), "1");
             assert!(mount_options(&options[..3]).is_err());
+        });
+    }
+
+    #[test]
+    fn a_hundred_layers_with_long_paths() {
+        on_tmpfs(|dir| {
+            let store = dir.join("snapshots".repeat(8));
+            std::fs::create_dir(&store).unwrap();
+            drop(layers(&store, 100));
+            drop(make_upper(dir, None).unwrap());
+            let paths: Vec<String> = (0..100)
+                .rev()
+                .map(|number| store.join(format!("layer{number}")).display().to_string())
+                .collect();
+            let lower = paths.join(":");
+            assert!(lower.len() > 2 * MOUNT_MAX);
+            let options = [
+                format!("workdir={}", dir.join("work").display()),
+                format!("upperdir={}", dir.join("upper").display()),
+                format!("lowerdir={lower}"),
+            ];
+            let root = mount_options(&options).unwrap();
+            assert_eq!(
+                (read(&root, "top"), read(&root, "own0")),
+                ("99".into(), String::new())
+            );
         });
     }
 
