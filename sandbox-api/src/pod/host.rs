@@ -500,7 +500,7 @@ async fn restore(
 
     // All that the guest has open is there before its devices are.
     let (root, mut spec) = root(pod, store, Some(snapshot))?;
-    let shares = rewrite::for_guest(&mut spec, &guest_id).map_err(snapshot::Error::Impossible)?;
+    let shares = rewrite::for_guest(&mut spec, &guest_id, &[]).map_err(snapshot::Error::Impossible)?;
     let read_only = spec.root().as_ref().and_then(|root| root.readonly()) == Some(true);
     let mut shared = vec![Shared {
         name: rewrite::root_name(&guest_id),

@@ -45,11 +45,12 @@ pub fn root_name(id: &str) -> String {
     format!("rootfs-{id}")
 }
 
-/// Rewrites `spec` for the guest and answers what must be shared before it is used.
+/// Rewrites `spec` for the guest and answers what must be shared before it is used. `targets` are processes of containers
+/// with PID namespaces of their own, which another container can ask for.
 ///
 /// # Errors
 /// By name, what a container in a VM cannot have.
-pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
+pub fn for_guest(spec: &mut Spec, id: &str, targets: &[u32]) -> Result<Vec<Share>, String> {
     refuse(spec)?;
     let mut shares = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
@@ -88,7 +89,7 @@ pub fn for_guest(spec: &mut Spec, id: &str) -> Result<Vec<Share>, String> {
                     (LinuxNamespaceType::Network, _) => continue,
                     (_, None) => {}
                     (LinuxNamespaceType::Pid, Some(path)) => {
-                        namespace.set_path(Some(guest_pid_namespace(&path)?));
+                        namespace.set_path(Some(guest_pid_namespace(&path, targets)?));
                     }
                     // The pod's, which are the guest's own.
                     (_, Some(_)) => continue,
@@ -190,18 +191,30 @@ fn share(mount: &mut Mount, name: &str) -> Result<Option<Share>, String> {
 }
 
 /// containerd names the PID namespace of the pod by Start's process id, which is ours, and that of another container by
-/// the one its task has, which is the guest's.
-fn guest_pid_namespace(path: &Path) -> Result<PathBuf, String> {
+/// the one its task has, which is the guest's and can be the same number.
+fn guest_pid_namespace(path: &Path, targets: &[u32]) -> Result<PathBuf, String> {
     let text = path.to_str().unwrap_or_default();
     let pid = text
         .strip_prefix("/proc/")
         .and_then(|rest| rest.strip_suffix("/ns/pid"))
         .and_then(|pid| pid.parse::<u32>().ok());
     match pid {
-        Some(pid) if pid == std::process::id() => Ok(SHARED_PID_NS.into()),
+        Some(pid) if pid == std::process::id() && !targets.contains(&pid) => Ok(SHARED_PID_NS.into()),
         Some(_) => Ok(path.to_owned()),
         None => Err(format!("the PID namespace {text:?} is not one of this pod's")),
     }
+}
+
+/// Whether a specification of the guest's has the container share the pod's PID namespace.
+pub fn shares_pids(spec: &Spec) -> bool {
+    let namespaces = spec
+        .linux()
+        .as_ref()
+        .and_then(|linux| linux.namespaces().as_ref());
+    namespaces.into_iter().flatten().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Pid
+            && namespace.path().as_deref() == Some(Path::new(SHARED_PID_NS))
+    })
 }
 
 /// What would be silently different is refused by name.
@@ -261,7 +274,7 @@ mod tests {
     #[test]
     fn host_things_are_replaced_or_dropped() {
         let mut spec: Spec = serde_json::from_str(SPEC).unwrap();
-        let shares = for_guest(&mut spec, "c1").unwrap();
+        let shares = for_guest(&mut spec, "c1", &[]).unwrap();
         let share = |name: &str, source: &str, read_only| Share {
             name: name.into(),
             source: source.into(),
@@ -317,7 +330,7 @@ mod tests {
             "unified":{"cpuset.cpus":"62-63","memory.high":"1"}},"cgroupsPath""#;
         let text = SPEC.replace(r#""cgroupsPath""#, limits);
         let mut spec: Spec = serde_json::from_str(&text).unwrap();
-        for_guest(&mut spec, "c1").unwrap();
+        for_guest(&mut spec, "c1", &[]).unwrap();
         let left = serde_json::to_value(spec.linux().as_ref().unwrap().resources()).unwrap();
         let expected = serde_json::json!({"cpu": {"quota": 200_000}, "unified": {"memory.high": "1"}});
         assert_eq!(left, expected);
@@ -329,7 +342,7 @@ mod tests {
         // Start's answer was another process then.
         let text = text.replace("/proc/14446/", &format!("/proc/{}/", std::process::id()));
         let mut spec: Spec = serde_json::from_str(&text).unwrap();
-        for_guest(&mut spec, "c1").unwrap();
+        for_guest(&mut spec, "c1", &[]).unwrap();
         let text = serde_json::to_string(&spec).unwrap();
         let paths = text.matches("/ns/").count();
         assert!(
@@ -342,18 +355,24 @@ mod tests {
     fn pid_namespaces_are_the_pods_or_a_tasks() {
         let own = format!("/proc/{}/ns/pid", std::process::id());
         assert_eq!(
-            guest_pid_namespace(Path::new(&own)).unwrap(),
+            guest_pid_namespace(Path::new(&own), &[7]).unwrap(),
             Path::new(SHARED_PID_NS)
         );
         let task = Path::new("/proc/0/ns/pid");
-        assert_eq!(guest_pid_namespace(task).unwrap(), task);
+        assert_eq!(guest_pid_namespace(task, &[]).unwrap(), task);
+        // A container's process in the guest has our number.
+        let targets = [7, std::process::id()];
+        assert_eq!(
+            guest_pid_namespace(Path::new(&own), &targets).unwrap(),
+            Path::new(&own)
+        );
         for bad in [
             "/proc/self/ns/pid",
             "/proc/1/ns/net",
             "/run/netns/x",
             "/proc/1/../2/ns/pid",
         ] {
-            assert!(guest_pid_namespace(Path::new(bad)).is_err(), "{bad}");
+            assert!(guest_pid_namespace(Path::new(bad), &[]).is_err(), "{bad}");
         }
     }
 
@@ -361,7 +380,7 @@ mod tests {
     fn what_cannot_be_is_named() {
         let refused = |from: &str, to: &str| {
             let text = SPEC.replace(from, to);
-            for_guest(&mut serde_json::from_str(&text).unwrap(), "c1").unwrap_err()
+            for_guest(&mut serde_json::from_str(&text).unwrap(), "c1", &[]).unwrap_err()
         };
         assert!(
             refused(r#"{"type":"mount"}"#, r#"{"type":"mount"},{"type":"user"}"#).contains("user namespace")
@@ -377,7 +396,7 @@ mod tests {
         let slave = r#""rootfsPropagation":"rslave","cgroupsPath""#;
         let text = SPEC.replace(r#""cgroupsPath""#, slave);
         let mut spec: Spec = serde_json::from_str(&text).unwrap();
-        for_guest(&mut spec, "c1").unwrap();
+        for_guest(&mut spec, "c1", &[]).unwrap();
         let linux = spec.linux().as_ref().unwrap();
         assert_eq!(linux.rootfs_propagation().as_deref(), Some("slave"));
     }
@@ -385,7 +404,7 @@ mod tests {
     #[test]
     fn devices_that_every_guest_has_are_bound_there() {
         let mut spec: Spec = serde_json::from_str(&SPEC.replace("/srv/data", "/dev/null")).unwrap();
-        let shares = for_guest(&mut spec, "c1").unwrap();
+        let shares = for_guest(&mut spec, "c1", &[]).unwrap();
         assert_eq!(shares.len(), 1);
         let source = |index: usize| spec.mounts().as_ref().unwrap()[index].source().clone().unwrap();
         assert_eq!(source(1), Path::new("/dev/null"));
@@ -394,6 +413,6 @@ mod tests {
     #[test]
     fn a_bind_of_nothing_is_refused() {
         let mut spec: Spec = serde_json::from_str(&SPEC.replace("/srv/data", "data")).unwrap();
-        assert!(for_guest(&mut spec, "c1").unwrap_err().contains("/data"));
+        assert!(for_guest(&mut spec, "c1", &[]).unwrap_err().contains("/data"));
     }
 }

@@ -46,7 +46,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
@@ -163,6 +163,8 @@ struct Container {
     shared: Mutex<Vec<String>>,
     /// Block devices of the host that it uses, and their numbers in the guest.
     disks: Mutex<BTreeMap<Number, Number>>,
+    /// Whether it is in the pod's PID namespace.
+    shares_pids: AtomicBool,
     /// By exec id; the container's own has the empty one.
     processes: Mutex<HashMap<String, Arc<Process>>>,
 }
@@ -367,6 +369,7 @@ impl TaskService {
             bundle: new.bundle.clone(),
             shared: Mutex::default(),
             disks: Mutex::default(),
+            shares_pids: AtomicBool::default(),
             processes: Mutex::default(),
         });
         {
@@ -397,12 +400,15 @@ impl TaskService {
             stdio,
             terminal,
         } = new;
-        let to_rewrite = id.clone();
+        let (to_rewrite, targets) = (id.clone(), self.pid_targets());
         let (mut spec, shares) = blocking(move || {
-            let shares = rewrite::for_guest(&mut spec, &to_rewrite);
+            let shares = rewrite::for_guest(&mut spec, &to_rewrite, &targets);
             Ok((spec, shares.map_err(|e| status(Code::INVALID_ARGUMENT, e))?))
         })
         .await?;
+        container
+            .shares_pids
+            .store(rewrite::shares_pids(&spec), Ordering::Relaxed);
         if let Some(resizer) = self.resizer.get() {
             resizer.enter(&id, Limits::of_spec(&spec)).await;
         }
@@ -458,6 +464,22 @@ impl TaskService {
         Ok(response.pid)
     }
 
+    /// Processes whose PID namespaces a further container can ask for: all containers', unless they share the pod's.
+    fn pid_targets(&self) -> Vec<u32> {
+        let containers = lock(&self.containers);
+        let mut all = containers.values();
+        if all.any(|container| container.shares_pids.load(Ordering::Relaxed)) {
+            return Vec::new();
+        }
+        let pid = |container: &Arc<Container>| {
+            let processes = lock(&container.processes);
+            processes
+                .get("")
+                .map(|process| process.pid.load(Ordering::Relaxed))
+        };
+        containers.values().filter_map(pid).collect()
+    }
+
     /// Takes a container on that runs in the VM already, which is a copy.
     ///
     /// # Errors
@@ -479,6 +501,7 @@ impl TaskService {
             // Attached with the VM, for as long as it lives.
             shared: Mutex::default(),
             disks: Mutex::default(),
+            shares_pids: AtomicBool::default(),
             processes: Mutex::default(),
         });
         let names = stdio.names.clone();

@@ -143,9 +143,13 @@ impl api::Task for FakeServed {
         if request.id == "refused" {
             return Err(status(Code::UNKNOWN, "OCI runtime create failed: no"));
         }
+        let pid = match request.id.as_str() {
+            "like-us" => std::process::id(),
+            _ => 42,
+        };
         lock(&self.0.created).push(request);
         Ok(api::CreateTaskResponse {
-            pid: 42,
+            pid,
             ..Default::default()
         })
     }
@@ -448,6 +452,40 @@ async fn files_of_the_host_that_hang_hold_up_nobody_else() {
     };
     assert!(others_go_on(&bed, delete).await);
     assert!(lock(&bed.guest.attached).is_empty());
+}
+
+/// The PID namespace that the guest is told for the second of two containers; for both, containerd names our process, or for
+/// the first none at all.
+async fn pid_namespace_of_second(shares: bool) -> String {
+    let bed = bed().await;
+    let root = Root::new();
+    let own = serde_json::json!([{"type": "pid"}]);
+    let named = serde_json::json!([{"type": "pid", "path": format!("/proc/{}/ns/pid", std::process::id())}]);
+    for (id, namespaces) in [
+        ("like-us", if shares { &named } else { &own }),
+        ("second", &named),
+    ] {
+        let mut new = new(id, &root, Output::Null);
+        let mut linux = new.spec.linux().clone().unwrap();
+        linux.set_namespaces(Some(serde_json::from_value(namespaces.clone()).unwrap()));
+        new.spec.set_linux(Some(linux));
+        bed.service.create_container(new).await.unwrap();
+    }
+    let sent: serde_json::Value = serde_json::from_slice(&lock(&bed.agent.created)[1].options.value).unwrap();
+    sent["linux"]["namespaces"][0]["path"]
+        .as_str()
+        .unwrap()
+        .to_owned()
+}
+
+#[tokio::test]
+async fn a_target_whose_process_has_our_number_is_not_the_pod() {
+    let own = format!("/proc/{}/ns/pid", std::process::id());
+    assert_eq!(pid_namespace_of_second(false).await, own);
+    assert_eq!(
+        pid_namespace_of_second(true).await,
+        cloister_protocol::SHARED_PID_NS
+    );
 }
 
 #[tokio::test]
