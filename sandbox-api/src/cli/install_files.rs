@@ -27,6 +27,8 @@ pub fn containerd(config: &Config) -> String {
   # Names the shim that must exist, not one that runs.
   runtime_type = "io.containerd.cloister.v1"
   sandboxer = "{name}"
+  # The host's devices are not in the pods' virtual machines.
+  privileged_without_host_devices = true
 "#
         );
     }
@@ -74,6 +76,7 @@ mod tests {
             assert_eq!(proxy["address"].as_str(), Some("/run/cloister/sandboxer.sock"));
             let runtime = &table["plugins"]["io.containerd.cri.v1.runtime"]["containerd"]["runtimes"][name];
             assert_eq!(runtime["sandboxer"].as_str(), Some(name));
+            assert_eq!(runtime["privileged_without_host_devices"].as_bool(), Some(true));
             assert_eq!(
                 runtime["runtime_type"].as_str(),
                 Some("io.containerd.cloister.v1")

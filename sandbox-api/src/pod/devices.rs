@@ -1,19 +1,98 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Block devices of a specification: which of the host's a container asks for, and their numbers in the guest.
+//! Devices of a specification: which block devices of the host a container asks for, and their numbers in the guest;
+//! character devices, which stay the host's but for those that every guest has.
 //!
 //! A raw block volume is an entry of `linux.devices` with the host's number, and a rule of `linux.resources.devices` that
 //! allows it. A privileged container's specification lists every device of the host, under the host's names, and has one
 //! rule that allows all; those nobody asked for, and they stay the host's.
 
 use oci_spec::runtime::{
-    LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, LinuxThrottleDevice, LinuxThrottleDeviceBuilder,
-    LinuxWeightDevice, LinuxWeightDeviceBuilder, Spec,
+    LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType, LinuxResources, LinuxThrottleDevice,
+    LinuxThrottleDeviceBuilder, LinuxWeightDevice, LinuxWeightDeviceBuilder, Spec,
 };
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Number of a block device: major and minor.
 pub type Number = (u32, u32);
+
+/// Character devices that every guest has under the same numbers: null, zero, full, random, urandom; tty, console, ptmx;
+/// net/tun, fuse.
+const COMMON: [Number; 10] = [
+    (1, 3),
+    (1, 5),
+    (1, 7),
+    (1, 8),
+    (1, 9),
+    (5, 0),
+    (5, 1),
+    (5, 2),
+    (10, 200),
+    (10, 229),
+];
+/// kmsg: the guest's own, where nobody asked for the host's.
+const KERNEL_LOG: Number = (1, 11);
+
+/// Leaves out the host's character devices that nobody asked for.
+///
+/// # Errors
+/// By name, one that somebody asked for.
+pub fn refuse_characters(spec: &mut Spec, id: &str) -> Result<(), String> {
+    let Some(linux) = spec.linux_mut() else {
+        return Ok(());
+    };
+    let resources = linux.resources().clone().unwrap_or_default();
+    let rules = resources.devices().as_deref().unwrap_or_default();
+    let Some(devices) = linux.devices_mut() else {
+        return Ok(());
+    };
+    let is_character = |device: &LinuxDevice| matches!(device.typ(), LinuxDeviceType::C | LinuxDeviceType::U);
+    let is_one_of = |device: &LinuxDevice, numbers: &[Number]| {
+        number(device.major(), device.minor()).is_some_and(|number| numbers.contains(&number))
+    };
+    let foreign = |device: &LinuxDevice| is_character(device) && !is_one_of(device, &COMMON);
+    if let Some(asked) = devices
+        .iter()
+        .find(|device| foreign(device) && is_asked_for(rules, device))
+    {
+        return Err(format!(
+            "the host's character device {}:{} ({}) is not in the pod's virtual machine",
+            asked.major(),
+            asked.minor(),
+            asked.path().display()
+        ));
+    }
+    let before = devices.len();
+    devices.retain(|device| !foreign(device) || is_one_of(device, &[KERNEL_LOG]));
+    let left_out = before.saturating_sub(devices.len());
+    if left_out > 0 {
+        log::warn!(
+            "container {id}: {left_out} character devices of the host are not in the pod's virtual machine, and left out \
+             (with privileged_without_host_devices = true for the runtime, containerd does not name them)"
+        );
+    }
+    Ok(())
+}
+
+/// A privileged container may use every device, and no rule is about one that is merely listed.
+fn is_asked_for(rules: &[LinuxDeviceCgroup], device: &LinuxDevice) -> bool {
+    let names = |rule: &LinuxDeviceCgroup| {
+        rule.allow()
+            && rule.typ() == Some(LinuxDeviceType::C)
+            && rule.major() == Some(device.major())
+            && rule
+                .minor()
+                .is_none_or(|minor| minor < 0 || minor == device.minor())
+    };
+    let every = |rule: &LinuxDeviceCgroup| {
+        let any = |number: Option<i64>| number.is_none_or(|number| number < 0);
+        rule.allow()
+            && matches!(rule.typ(), None | Some(LinuxDeviceType::A))
+            && any(rule.major())
+            && any(rule.minor())
+    };
+    rules.iter().any(names) || !rules.iter().any(every)
+}
 
 /// Whether a container may write to each block device of the host that it asks for.
 ///
@@ -254,6 +333,49 @@ mod tests {
                 pair(8, 0)
             ]
         );
+    }
+
+    #[test]
+    fn character_devices_are_the_guests_or_refused() {
+        let node = |path: &str, major: i64, minor: i64| json!({"path": path, "type": "c", "major": major, "minor": minor});
+        let allow = |major: i64, minor: i64| json!({"allow": true, "type": "c", "major": major, "minor": minor, "access": "rw"});
+        let deny = json!({"allow": false, "access": "rwm"});
+        let all = json!({"allow": true, "access": "rwm"});
+        let made = |devices: Value, rules: Value| {
+            let mut spec = spec(devices, rules);
+            refuse_characters(&mut spec, "c1")?;
+            let left = spec.linux().as_ref().unwrap().devices().clone().unwrap();
+            let paths = left.iter().map(|device| device.path().display().to_string());
+            Ok::<Vec<String>, String>(paths.collect())
+        };
+        // Under any name.
+        let common = json!([
+            node("/dev/other", 1, 5),
+            node("/dev/net/tun", 10, 200),
+            block("/dev/a", 7, 0)
+        ]);
+        let kept = ["/dev/other", "/dev/net/tun", "/dev/a"];
+        assert_eq!(made(common, json!([deny, allow(1, 5)])).unwrap(), kept);
+        // Of a device plugin, or of whoever gave no rule; of a privileged container, too.
+        let gpu = || json!([node("/dev/gpu0", 195, 0)]);
+        for rules in [
+            json!([deny, allow(195, 0)]),
+            json!([allow(195, -1)]),
+            json!([deny]),
+            json!([all, allow(195, 0)]),
+        ] {
+            let error = made(gpu(), rules).unwrap_err();
+            assert!(error.contains("195:0 (/dev/gpu0)"), "{error}");
+        }
+        // All that the host has.
+        let host = json!([
+            node("/dev/gpu0", 195, 0),
+            node("/dev/null", 1, 3),
+            node("/dev/kmsg", 1, 11)
+        ]);
+        assert_eq!(made(host, json!([all])).unwrap(), ["/dev/null", "/dev/kmsg"]);
+        let log = json!([node("/dev/kmsg", 1, 11)]);
+        assert!(made(log, json!([deny, allow(1, 11)])).is_err());
     }
 
     #[test]

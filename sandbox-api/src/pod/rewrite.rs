@@ -52,6 +52,7 @@ pub fn root_name(id: &str) -> String {
 /// By name, what a container in a VM cannot have.
 pub fn for_guest(spec: &mut Spec, id: &str, targets: &[u32]) -> Result<Vec<Share>, String> {
     refuse(spec)?;
+    devices::refuse_characters(spec, id)?;
     let mut shares = Vec::new();
     let mut mounts = spec.mounts().clone().unwrap_or_default();
     for mount in &mut mounts {
@@ -386,6 +387,8 @@ mod tests {
             refused(r#"{"type":"mount"}"#, r#"{"type":"mount"},{"type":"user"}"#).contains("user namespace")
         );
         assert!(refused("/srv/data", "/dev/kmsg").contains("/dev/kmsg"));
+        let device = r#""devices":[{"path":"/dev/gpu0","type":"c","major":195,"minor":0}],"cgroupsPath""#;
+        assert!(refused(r#""cgroupsPath""#, device).contains("/dev/gpu0"));
         assert!(refused(r#""cgroupsPath""#, r#""intelRdt":{},"cgroupsPath""#).contains("intelRdt"));
         let shared = r#""rootfsPropagation":"rshared","cgroupsPath""#;
         assert!(refused(r#""cgroupsPath""#, shared).contains("Bidirectional"));
