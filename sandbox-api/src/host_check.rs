@@ -349,13 +349,22 @@ mod tests {
     const BARE: &str = "processor\t: 0\nflags\t\t: fpu hypervisor\n";
     const NESTED: &str = "processor\t: 0\nflags\t\t: fpu vmx hypervisor\n";
 
+    /// Processor and loaded modules; what is said of them.
+    type Case = (
+        &'static str,
+        &'static [&'static str],
+        Verdict,
+        &'static str,
+        Option<&'static str>,
+    );
+
     #[test]
     fn kinds_of_virtualisation() {
         let nothing = "the processor shows neither VT-x (vmx) nor AMD-V (svm)";
         let firmware =
             "switch virtualisation on in the firmware, or nested virtualisation for this virtual machine";
         let (failure, pvm) = (Verdict::Failure, &["kvm", "kvm_pvm"][..]);
-        let cases: [(&str, &[&str], Verdict, &str, Option<&str>); 9] = [
+        let cases: [Case; 9] = [
             (VMX, &["kvm", "kvm_intel"], Verdict::Ok, "VT-x (vmx)", None),
             (SVM, &["kvm", "kvm_amd"], Verdict::Ok, "AMD-V (svm)", None),
             // Built into the kernel.
