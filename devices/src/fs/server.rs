@@ -35,6 +35,10 @@ pub const MAX_WRITE: u32 = 1 << 20;
 /// Most bytes of a request that are copied (names, values, extensions).
 const MAX_COPIED: usize = 128 << 10;
 
+/// Most nodes that one request forgets: as many as fit the longest request. By virtio Linux forgets one at a time; where
+/// it reads requests from /dev/fuse (`examples/fuse-bridge.rs`), as many as the buffer takes.
+pub(super) const MAX_FORGETS: usize = (MAX_WRITE as usize + MAX_COPIED) / size_of::<ForgetOne>();
+
 /// Set in the feature word once INIT was answered; no FUSE feature has this bit.
 const INITIALIZED: u64 = 1 << 63;
 
@@ -573,10 +577,15 @@ impl Server {
 
     fn batch_forget(&self, request: &mut Request<'_>) -> Result<(), Errno> {
         let args: BatchForgetIn = request.read()?;
+        let count = args.count as usize;
+        // A chain may be of 4 GiB, and the worker is not this guest's alone.
+        if count > MAX_FORGETS {
+            return Err(Errno::INVAL);
+        }
+        let batch = request.reader.read_bytes(count * size_of::<ForgetOne>())?;
         let mut result = Ok(());
-        for _ in 0..args.count {
-            // What is not there ends the loop: the count itself is not trusted.
-            let one: ForgetOne = request.read()?;
+        for one in batch.chunks_exact(size_of::<ForgetOne>()) {
+            let one = ForgetOne::read_from_bytes(one).map_err(|_| Errno::INVAL)?;
             result = result.and(self.forget_one(one.nodeid, one.nlookup));
         }
         result

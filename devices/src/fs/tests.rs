@@ -18,7 +18,7 @@ use super::abi::{
 use super::config::FsConfig;
 use super::dax::DaxWindow;
 use super::root::{AttachError, AttachOptions, CachePolicy};
-use super::server::{Outcome, Server};
+use super::server::{MAX_FORGETS, Outcome, Server};
 use super::testing::{Driver, LINUX, TempDir};
 
 const READ_ONLY: AttachOptions = AttachOptions {
@@ -812,6 +812,32 @@ fn lookups_are_counted_and_forgotten() {
     };
     let request = driver.request(Opcode::BatchForget as u32, 0, &[batch.as_bytes(), one.as_bytes()]);
     assert_eq!(driver.raw(request, 0).0, Outcome::Malformed);
+    // As many as are there, but more than a worker should be kept with: none of them is forgotten.
+    let kept = driver.lookup(root, "f").unwrap();
+    let forgets = |count: usize| {
+        let batch = BatchForgetIn {
+            count: u32::try_from(count).unwrap(),
+            dummy: 0,
+        };
+        let one = ForgetOne {
+            nodeid: kept,
+            nlookup: 1,
+        };
+        let rest = ForgetOne {
+            nodeid: ROOT_ID,
+            nlookup: 1,
+        };
+        let rest = rest.as_bytes().repeat(count - 1);
+        driver.request(
+            Opcode::BatchForget as u32,
+            0,
+            &[batch.as_bytes(), one.as_bytes(), &rest],
+        )
+    };
+    assert_eq!(driver.raw(forgets(MAX_FORGETS + 1), 0).0, Outcome::Malformed);
+    driver.getattr(kept).unwrap();
+    assert_eq!(driver.raw(forgets(MAX_FORGETS), 0).0, Outcome::Done { len: 0 });
+    assert_eq!(driver.getattr(kept).unwrap_err(), Errno::STALE);
     // The root stays.
     let request = driver.request(
         Opcode::Forget as u32,
