@@ -130,9 +130,8 @@ pub struct Records<'a> {
 }
 
 impl<'a> Records<'a> {
-    /// Records in the body of `out`, of at most `size` bytes.
-    pub fn new(out: &'a Writer<'a>, size: u32) -> Self {
-        let limit = out.room().unwrap_or(0).min(size as usize);
+    /// Records in the body of `out`, of at most `limit` bytes.
+    pub fn new(out: &'a Writer<'a>, limit: usize) -> Self {
         Self { out, limit, used: 0 }
     }
 

@@ -141,8 +141,7 @@ impl Server {
         if handle.inode.kind != FileType::RegularFile {
             return Err(Errno::ISDIR);
         }
-        let room = request.out.room().ok_or(Errno::INVAL)?;
-        let data = request.out.data(room.min(args.size as usize))?;
+        let data = request.out.data(request.wanted(args.size))?;
         let read = read_file(handle.file(), args.offset, &data)?;
         self.metrics().bytes_read.add(read);
         Ok(read)
@@ -185,7 +184,7 @@ impl Server {
         if handle.inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        let mut records = Records::new(&request.out, args.size);
+        let mut records = Records::new(&request.out, request.wanted(args.size));
         let mut listing = handle.listing.lock().map_err(|_| Errno::IO)?;
         let visited = listing.each(handle.file(), args.offset, |entry| {
             if !records.fits(entry.name, plus) {
@@ -232,7 +231,7 @@ impl Server {
         const DIRECTORY: u8 = 4;
         const FILE: u8 = 8;
         const DOTS: u64 = 2;
-        let mut records = Records::new(&request.out, args.size);
+        let mut records = Records::new(&request.out, request.wanted(args.size));
         for (next, dots) in [(1, &b"."[..]), (DOTS, &b".."[..])] {
             let none = EntryOut::default();
             if args.offset < next && !records.push(ROOT_ID, next, DIRECTORY, dots, plus.then_some(&none))? {

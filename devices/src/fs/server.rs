@@ -29,7 +29,7 @@ use super::metrics::{Metrics, MetricsSnapshot};
 use super::root::{AttachError, AttachOptions, Attachment, Root};
 use crate::virtio::Slices;
 
-/// Most bytes of data in one request: 256 pages, the most that Linux sends.
+/// Most bytes of data in one request or its reply: 256 pages, the most that Linux sends.
 pub const MAX_WRITE: u32 = 1 << 20;
 
 /// Most bytes of a request that are copied (names, values, extensions).
@@ -107,6 +107,13 @@ impl<'a> Request<'a> {
             return Err(Errno::INVAL);
         }
         Ok(())
+    }
+
+    /// How many bytes to answer with if the guest asks for `size`: no more than it has room for, nor than INIT allowed.
+    /// Less than asked for means the end of the file only to reads into the guest's cache, and those ask for no more.
+    pub fn wanted(&self, size: u32) -> usize {
+        let room = self.out.room().unwrap_or(0);
+        room.min(size.min(MAX_WRITE) as usize)
     }
 
     /// Writes the reply's body.

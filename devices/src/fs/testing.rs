@@ -56,6 +56,13 @@ pub struct Driver {
     pub gid: u32,
 }
 
+/// `bytes` in odd pieces, as a guest may have them, but no more than a host call takes.
+fn pieces(bytes: &mut [u8]) -> Slices<'_> {
+    let size = 1013.max(bytes.len() / 1000);
+    let pieces = bytes.chunks_mut(size).map(VolatileSlice::from);
+    pieces.collect::<Vec<_>>().into()
+}
+
 /// All features that a Linux client offers.
 pub const LINUX: u64 = 0x1ff_77ff_fffb;
 
@@ -107,11 +114,6 @@ impl Driver {
     /// Sends raw bytes with room for `room` bytes of reply; what came back.
     pub fn raw(&self, mut bytes: Vec<u8>, room: usize) -> (Outcome, Vec<u8>) {
         let mut reply = vec![0xa5; room];
-        // In odd pieces, as a guest may.
-        let pieces = |bytes| -> Slices<'_> {
-            let pieces = <[u8]>::chunks_mut(bytes, 1013);
-            pieces.map(VolatileSlice::from).collect::<Vec<_>>().into()
-        };
         let (input, output) = (pieces(&mut bytes), pieces(&mut reply));
         let (mut reader, writer) = (Reader::new(input), Writer::new(output));
         let outcome = match Server::header(&mut reader) {

@@ -18,7 +18,7 @@ use super::abi::{
 use super::config::FsConfig;
 use super::dax::DaxWindow;
 use super::root::{AttachError, AttachOptions, CachePolicy};
-use super::server::{MAX_FORGETS, Outcome, Server};
+use super::server::{MAX_FORGETS, MAX_WRITE, Outcome, Server};
 use super::testing::{Driver, LINUX, TempDir};
 
 const READ_ONLY: AttachOptions = AttachOptions {
@@ -764,6 +764,35 @@ fn directories_list_whole_in_any_buffer() {
             b""
         );
     }
+}
+
+/// A chain has room for much more than INIT allows: one request would keep a worker for long.
+#[test]
+fn an_answer_is_no_longer_than_init_allows() {
+    const MOST: usize = MAX_WRITE as usize;
+    const ROOM: usize = 2 * MOST;
+    let directory = TempDir::new();
+    let file = std::fs::File::create(directory.path().join("f")).unwrap();
+    file.set_len(ROOM as u64).unwrap();
+    // 280 bytes of READDIR each.
+    for n in 0..4000 {
+        std::fs::write(directory.path().join(format!("{n:0>250}")), "").unwrap();
+    }
+    let (driver, root) = Driver::attached(&directory, AttachOptions::default());
+    let answer = |opcode, node, fh| {
+        let args = at(fh, 0, u32::MAX);
+        let answer = driver.call_with_room(opcode, node, &[args.as_bytes()], ROOM);
+        answer.unwrap().len()
+    };
+    let node = driver.lookup(root, "f").unwrap();
+    let fh = driver.open(node, libc::O_RDONLY).unwrap();
+    assert_eq!(answer(Opcode::Read, node, fh), MOST);
+    let fh = driver
+        .ask::<OpenOut>(Opcode::Opendir, root, &[OpenIn::default().as_bytes()])
+        .unwrap()
+        .fh;
+    let listed = answer(Opcode::Readdir, root, fh);
+    assert!((MOST - 500..=MOST).contains(&listed), "{listed}");
 }
 
 #[test]
