@@ -11,7 +11,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 
 use super::directory::Listing;
-use super::inode::{FdBudget, IdMap, Inode};
+use super::inode::{Admission, FdBudget, IdMap, Inode};
 
 /// An open file or directory.
 #[derive(Debug)]
@@ -23,19 +23,13 @@ pub struct Handle {
     /// Where the reading of a directory stands.
     pub listing: Mutex<Listing>,
     file: OwnedFd,
-    budget: Arc<FdBudget>,
+    _admission: Admission,
 }
 
 impl Handle {
     /// The open file.
     pub fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
-    }
-}
-
-impl Drop for Handle {
-    fn drop(&mut self) {
-        self.budget.give();
     }
 }
 
@@ -65,10 +59,7 @@ impl HandleTable {
 
     /// Takes a descriptor out of the budget before a file is opened; ENFILE if there is none.
     pub fn admit(&self) -> Result<Admission, Errno> {
-        if !self.budget.take(0) {
-            return Err(Errno::NFILE);
-        }
-        Ok(Admission(Some(Arc::clone(&self.budget))))
+        self.budget.take(0).ok_or(Errno::NFILE)
     }
 
     /// Adds an open file; returns its number.
@@ -98,18 +89,17 @@ impl HandleTable {
     pub(super) fn insert_as(
         &self,
         fh: u64,
-        mut admission: Admission,
+        admission: Admission,
         inode: Arc<Inode>,
         file: OwnedFd,
         flags: OFlags,
     ) -> Result<(), Errno> {
-        let budget = admission.0.take().ok_or(Errno::NFILE)?;
         let handle = Arc::new(Handle {
             inode,
             flags,
             listing: Mutex::default(),
             file,
-            budget,
+            _admission: admission,
         });
         let mut shard = self.shards[shard(fh)]
             .write()
@@ -171,17 +161,5 @@ impl HandleTable {
         }
         all.sort_by_key(|(fh, _)| *fh);
         all
-    }
-}
-
-/// One descriptor's worth of budget, given back unless a handle takes it over.
-#[derive(Debug)]
-pub struct Admission(Option<Arc<FdBudget>>);
-
-impl Drop for Admission {
-    fn drop(&mut self) {
-        if let Some(budget) = self.0.take() {
-            budget.give();
-        }
     }
 }

@@ -9,7 +9,7 @@
 //! A node holds an O_PATH descriptor, so the host's inode cannot go away or be reused under it. Node ids are never
 //! used twice. Descriptors are a shared resource of the process, so each guest has a budget: beyond it, nodes are
 //! kept as host file handles, which are opened for each use; where the host's file system has none, the guest gets
-//! ENFILE.
+//! ENFILE. A forgotten node's descriptor stays, and counts, for as long as a file is open through it.
 //!
 //! Two maps, both in shards with a lock each: id to node, and host identity to node. Counts change under the lock of
 //! the identity's shard.
@@ -45,7 +45,7 @@ pub struct InodeKey {
 
 #[derive(Debug)]
 enum Reference {
-    Fd(OwnedFd),
+    Fd { fd: OwnedFd, _admission: Admission },
     Handle(FileHandle),
 }
 
@@ -93,7 +93,7 @@ impl Inode {
     /// An O_PATH descriptor for it.
     pub fn fd(&self, proc: &ProcFd) -> Result<NodeFd<'_>, Errno> {
         match &self.reference {
-            Reference::Fd(fd) => Ok(NodeFd::Kept(fd.as_fd())),
+            Reference::Fd { fd, .. } => Ok(NodeFd::Kept(fd.as_fd())),
             Reference::Handle(handle) => handle.open(self.attachment.mount(proc)?).map(NodeFd::Opened),
         }
     }
@@ -169,18 +169,14 @@ impl FdBudget {
     }
 
     /// Takes one, if more than `reserve` are left.
-    pub fn take(&self, reserve: usize) -> bool {
+    pub fn take(self: &Arc<Self>, reserve: usize) -> Option<Admission> {
         let available = self.limit.saturating_sub(reserve);
         self.used
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
                 (used < available).then_some(used + 1)
             })
-            .is_ok()
-    }
-
-    /// Gives one back.
-    pub fn give(&self) {
-        self.used.fetch_sub(1, Ordering::Relaxed);
+            .ok()
+            .map(|_| Admission(Arc::clone(self)))
     }
 
     /// Descriptors held.
@@ -191,6 +187,17 @@ impl FdBudget {
     /// The part that nodes leave to open files.
     pub fn reserve(&self) -> usize {
         self.limit / 4
+    }
+}
+
+/// One descriptor's worth of budget, given back when dropped: whoever holds it with the descriptor has it behind that
+/// among its fields, so that the descriptor is closed by then.
+#[derive(Debug)]
+pub struct Admission(Arc<FdBudget>);
+
+impl Drop for Admission {
+    fn drop(&mut self) {
+        self.0.used.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -255,7 +262,7 @@ impl InodeStore {
         if let Some(inode) = keys.get(&key) {
             // A node without a descriptor does not keep its inode number from being used again.
             let same = match &inode.reference {
-                Reference::Fd(_) => true,
+                Reference::Fd { .. } => true,
                 Reference::Handle(handle) => FileHandle::of(fd.as_fd()).as_ref() == Ok(handle),
             };
             if same {
@@ -267,8 +274,11 @@ impl InodeStore {
         if self.count.load(Ordering::Relaxed) >= self.max {
             return Err(Errno::NFILE);
         }
-        let reference = if self.budget.take(self.budget.reserve()) {
-            Reference::Fd(fd)
+        let reference = if let Some(admission) = self.budget.take(self.budget.reserve()) {
+            Reference::Fd {
+                fd,
+                _admission: admission,
+            }
         } else if stat.stx_mnt_id == attachment.mount_id {
             Reference::Handle(FileHandle::of(fd.as_fd()).map_err(|_| Errno::NFILE)?)
         } else {
@@ -341,17 +351,10 @@ impl InodeStore {
                 keys.remove(&inode.key);
             }
             if self.ids(id).remove(&id).is_some() {
-                self.released(&inode);
+                self.count.fetch_sub(1, Ordering::Relaxed);
             }
         }
         count <= lookups
-    }
-
-    fn released(&self, inode: &Inode) {
-        self.count.fetch_sub(1, Ordering::Relaxed);
-        if matches!(inode.reference, Reference::Fd(_)) {
-            self.budget.give();
-        }
     }
 
     /// Drops the nodes that `which` picks.
@@ -371,10 +374,9 @@ impl InodeStore {
                     }
                     keep
                 });
+            self.count.fetch_sub(gone.len(), Ordering::Relaxed);
             // Closing descriptors can take a while: not under the lock.
-            for inode in gone {
-                self.released(&inode);
-            }
+            drop(gone);
         }
     }
 

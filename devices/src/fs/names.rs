@@ -237,7 +237,7 @@ impl Server {
         &self,
         request: &Request<'_>,
         parent: &Inode,
-        admission: super::handle::Admission,
+        admission: super::inode::Admission,
         file: std::os::fd::OwnedFd,
         inode: Arc<Inode>,
         flags: OFlags,

@@ -927,6 +927,57 @@ fn the_descriptor_budget_holds() {
     assert_eq!(driver.server.metrics_snapshot().descriptors, 0);
 }
 
+/// Descriptors of this process for what is below `directory`.
+fn descriptors_below(directory: &TempDir) -> usize {
+    std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok())
+        .filter(|path| path != directory.path() && path.starts_with(directory.path()))
+        .count()
+}
+
+#[test]
+fn a_forgotten_node_that_is_open_counts_until_it_is_closed() {
+    let directory = TempDir::new();
+    let config = FsConfig {
+        fd_budget: 8,
+        ..FsConfig::default()
+    };
+    let driver = Driver::new(config);
+    let options = AttachOptions {
+        private_mount: false,
+        ..AttachOptions::default()
+    };
+    driver.server.attach("d", &directory.fd(), options).unwrap();
+    let root = driver.lookup(ROOT_ID, "d").unwrap();
+    let before = driver.server.metrics_snapshot().descriptors;
+    let mut opened = Vec::new();
+    for n in 0..20 {
+        std::fs::write(directory.path().join(format!("{n}")), "").unwrap();
+        let Ok(node) = driver.lookup(root, &format!("{n}")) else {
+            continue;
+        };
+        opened.extend(driver.open(node, libc::O_RDONLY).map(|fh| (node, fh)));
+        let forget = ForgetIn { nlookup: 1 };
+        driver.raw(
+            driver.request(Opcode::Forget as u32, node, &[forget.as_bytes()]),
+            0,
+        );
+        let counted = driver.server.metrics_snapshot().descriptors - before;
+        assert_eq!(counted, descriptors_below(&directory) as u64, "file {n}");
+    }
+    assert!(!opened.is_empty());
+    for (node, fh) in opened {
+        let release = ReleaseIn {
+            fh,
+            ..ReleaseIn::default()
+        };
+        driver.call(Opcode::Release, node, &[release.as_bytes()]).unwrap();
+    }
+    assert_eq!(driver.server.metrics_snapshot().descriptors, before);
+    assert_eq!(descriptors_below(&directory), 0);
+}
+
 #[test]
 fn a_reused_inode_number_is_another_node() {
     let directory = TempDir::new();
