@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! One of each device, for tests that treat all of them alike.
 //!
-//! A device added to `cloister-devices` is added here, and so gets the whole of `tests/hostile_transport.rs`.
+//! A device added to `cloister-devices` is added here, and so gets the whole of `tests/hostile_transport.rs`. Only the
+//! place without a device is not here, as it has no queue: `tests/hostile_random.rs` has it.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use cloister_devices::balloon::Balloon;
 use cloister_devices::block::{Block, BlockConfig, CacheMode, DiskKind};
 use cloister_devices::console::{Console, ConsoleConfig, TerminalSize};
-use cloister_devices::fs::{Fs, FsConfig};
+use cloister_devices::fs::{DaxPlacement, DaxWindow, Fs, FsConfig};
 use cloister_devices::mem::{Mem, Region};
 use cloister_devices::net::{Net, NetBackend, NetConfig};
 use cloister_devices::rng::Rng;
@@ -78,6 +80,11 @@ pub const ALL: &[Specimen] = &[
         make: fs,
         busy_queue: 1,
     },
+    Specimen {
+        name: "fs with a window",
+        make: fs_with_window,
+        busy_queue: 1,
+    },
 ];
 
 fn rng(_: &Machine) -> Animal {
@@ -140,6 +147,23 @@ fn vsock(_: &Machine) -> Animal {
 fn fs(machine: &Machine) -> Animal {
     // Nothing is attached: `tests/fs.rs` does that.
     let device = Fs::new(FsConfig::default(), machine.pool.clone(), None).unwrap();
+    Animal {
+        device: Box::new(device),
+        keep: Vec::new(),
+    }
+}
+
+fn fs_with_window(machine: &Machine) -> Animal {
+    let dax = DaxPlacement {
+        window: Arc::new(DaxWindow::new(4 << 20).unwrap()),
+        base: 0x40_0000_0000,
+    };
+    let config = FsConfig {
+        // Another than that of the one without: neither takes the other's saved state.
+        tag: "window".to_owned(),
+        ..FsConfig::default()
+    };
+    let device = Fs::new(config, machine.pool.clone(), Some(dax)).unwrap();
     Animal {
         device: Box::new(device),
         keep: Vec::new(),

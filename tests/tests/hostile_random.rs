@@ -6,8 +6,10 @@
 //! ever new seeds.
 #![allow(clippy::unwrap_used)]
 
-use cloister_tests::driver::{Machine, wait_until};
-use cloister_tests::game;
+use cloister_devices::virtio::Empty;
+use cloister_tests::driver::{Driver, Machine, register, wait_until};
+use cloister_tests::game::{self, Player};
+use cloister_tests::random::Random;
 use cloister_tests::zoo;
 
 /// Games per device, at least, and steps per game.
@@ -36,5 +38,24 @@ fn random_guests_harm_only_themselves() {
             "{}: a handler did not come back",
             specimen.name
         );
+    }
+}
+
+/// A slot for a disk, before there is one.
+#[test]
+fn a_place_without_a_device_stays_empty() {
+    let machine = Machine::new();
+    for seed in 0..GAMES {
+        let mut driver = Driver::new(&machine, Box::new(Empty));
+        let mut player = Player::new(&mut driver);
+        let moves = Random::new(seed).bytes(STEPS * game::BYTES_PER_STEP);
+        player.play(&mut driver, &moves);
+        assert!(!driver.transport.is_active(), "seed {seed}");
+        driver.reset();
+        assert_eq!(driver.status(), 0, "seed {seed}");
+        assert!(!driver.health().is_failed(), "seed {seed}");
+        assert_eq!(driver.read32(register::DEVICE_ID), 0);
+        driver.write32(register::QUEUE_SEL, 0);
+        assert_eq!(driver.read32(register::QUEUE_SIZE_MAX), 0);
     }
 }
