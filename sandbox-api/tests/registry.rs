@@ -10,7 +10,8 @@ use oci_client::client::{Client, ClientConfig, ClientProtocol, Config, ImageLaye
 use oci_client::secrets::RegistryAuth;
 use oci_client::{Reference, manifest::OciImageManifest};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 struct Registry {
     child: Child,
@@ -191,4 +192,106 @@ fn concurrent_pulls() {
     let store = Store::open(&bed.join("store")).unwrap();
     assert_eq!(store.images().unwrap().len(), 1);
     assert_eq!(std::fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+}
+
+/// The command line, with folders of its own.
+fn cloister(bed: &Folder, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_cloister"));
+    command.arg("--root").arg(bed.join("root"));
+    command.arg("--state").arg(bed.join("state")).args(args);
+    command
+}
+
+/// What it printed, having ended so.
+#[track_caller]
+fn said(mut command: Command, code: i32) -> (String, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command.output().unwrap();
+    let (out, err) = (
+        String::from_utf8(stdout).unwrap(),
+        String::from_utf8(stderr).unwrap(),
+    );
+    assert_eq!(status.code(), Some(code), "{out}{err}");
+    (out, err)
+}
+
+#[test]
+fn the_command_line_pulls_shows_and_removes() {
+    let registry = Registry::start();
+    let made = made();
+    registry.push("team/app:1", &made);
+    let bed = Folder::new("pull-cli");
+    let name = registry.name("team/app:1");
+    let (out, err) = said(cloister(&bed, &["pull", &name]), 0);
+    assert_eq!(out, format!("{name}\n"));
+    assert_eq!(err.matches("Pull complete").count(), 3, "{err}");
+    let (_, err) = said(cloister(&bed, &["pull", "--quiet", &name]), 0);
+    assert_eq!(err, "");
+    let (out, _) = said(cloister(&bed, &["images"]), 0);
+    let lines: Vec<Vec<&str>> = out
+        .lines()
+        .map(|line| line.split_whitespace().collect())
+        .collect();
+    assert_eq!(lines[0], ["REPOSITORY", "TAG", "IMAGE", "ID", "CREATED", "SIZE"]);
+    let repository = registry.name("team/app");
+    assert_eq!(
+        lines[1][..3],
+        [repository.as_str(), "1", &made.id()[..12]],
+        "{out}"
+    );
+    let (out, _) = said(cloister(&bed, &["images", "--json"]), 0);
+    let listed: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(listed[0]["references"][0], name, "{listed}");
+    let (_, err) = said(cloister(&bed, &["pull", &registry.name("team/app:2")]), 1);
+    assert!(err.contains("manifest unknown"), "{err}");
+    let (out, _) = said(cloister(&bed, &["rmi", &name]), 0);
+    let told = format!("Untagged: {name}\nDeleted: sha256:{}\n", made.id());
+    assert_eq!(out, told);
+    let (_, err) = said(cloister(&bed, &["rmi", &name]), 1);
+    assert!(err.contains(&name), "{err}");
+    let (out, _) = said(cloister(&bed, &["images", "--quiet"]), 0);
+    assert_eq!(out, "");
+}
+
+#[test]
+fn a_pull_that_is_killed_leaves_nothing_half_done() {
+    let registry = Registry::start();
+    // Enough to be in the midst of it.
+    let numbers = |seed: u64| -> String {
+        (0..300_000_u64)
+            .map(|n| format!("{:x}", n.wrapping_mul(seed)))
+            .collect()
+    };
+    let content = [numbers(0x9e37_79b9_7f4a_7c15), numbers(0xbf58_476d_1ce4_e5b9)];
+    let layers = [
+        layer(&[("a", &content[0])]),
+        layer(&[("b", &content[1])]),
+        layer(&[("c", "3")]),
+    ];
+    let made = common::image(&layers, gzip, GZIP);
+    registry.push("app:1", &made);
+    let bed = Folder::new("pull-killed");
+    let name = registry.name("app:1");
+    for round in 0..12 {
+        let mut pull = cloister(&bed, &["pull", "--quiet", &name]).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(round * 25));
+        pull.kill().unwrap();
+        pull.wait().unwrap();
+        // Listed is what is whole.
+        let (out, _) = said(cloister(&bed, &["images", "--json"]), 0);
+        let listed: serde_json::Value = serde_json::from_str(&out).unwrap();
+        assert!(listed.as_array().unwrap().len() <= 1, "{listed}");
+        if !listed[0].is_null() {
+            assert_eq!(listed[0]["layers"].as_array().unwrap().len(), 3, "{listed}");
+        }
+    }
+    said(cloister(&bed, &["pull", &name]), 0);
+    let store = Store::open(&bed.join("root")).unwrap();
+    let image = &store.images().unwrap()[0];
+    assert_eq!(image.id.hex(), made.id());
+    let count = |folder: &str| std::fs::read_dir(store.root().join(folder)).unwrap().count();
+    assert_eq!((count("tmp"), count("layers")), (0, 3));
 }

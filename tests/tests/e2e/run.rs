@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! `cloister` as its users meet it: containers of a real image, each in a VM, on the host that `ci/e2e` chose.
 
-use cloister_tests::e2e::{Child, Footprint, Output, PATIENCE, Stage, anonymous_kib, eventually};
+use cloister_tests::e2e::{
+    Child, Footprint, Output, PATIENCE, Stage, anonymous_kib, checkout, eventually, guest_file,
+};
 use rustix::process::Signal;
 use std::fs;
 use std::io::{Read, Write};
@@ -128,6 +130,73 @@ fn what_cannot_be_run_is_refused() {
         .expect_refusal(&["does not match its digest", &digest.unwrap()]);
     assert_eq!(other.json(&["images", "--json"]).as_array().unwrap().len(), 0);
     drop(other);
+    before.assert_unchanged();
+}
+
+/// An image's user, folder, variables and entry point; each form in which an image is named; Debian's kernel instead of ours.
+#[test]
+fn images_run_as_they_say_in_every_form() {
+    const CONFIG: &str = r#"{ "User": "7:50000", "WorkingDir": "/made/here", "Env": ["PATH=/bin", "A=b"],
+        "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo $(id -u):$(id -g) $(pwd) $A"] }"#;
+    let stage = Stage::with_busybox("forms");
+    let root = stage.folder("root");
+    fs::create_dir(root.join("bin")).unwrap();
+    fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+    for name in ["sh", "id"] {
+        std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
+    }
+    let (config, archive) = (
+        stage.file("config.json", CONFIG.as_bytes()),
+        stage.scratch("own.tar"),
+    );
+    let made = Command::new(checkout("tests/demo/oci-archive"))
+        .args([
+            archive.as_path(),
+            Path::new("localhost/own:latest"),
+            &config,
+            &root,
+        ])
+        .status();
+    assert!(made.unwrap().success());
+    let layout = stage.folder("layout");
+    let unpacked = Command::new("tar")
+        .arg("-xf")
+        .arg(&archive)
+        .arg("-C")
+        .arg(&layout)
+        .status();
+    assert!(unpacked.unwrap().success());
+    let before = Footprint::of_host(&stage);
+    for (form, path) in [("oci-archive:", &archive), ("oci:", &layout), ("", &archive)] {
+        let image = format!("{form}{}", path.display());
+        let output = stage.cloister(&[RUN, &[&image]].concat()).expect(0);
+        assert_eq!(output.stdout, "7:50000 /made/here b\n", "{image}");
+    }
+    // What is asked for counts more.
+    let asked = ["-u", "0", "-w", "/bin", "-e", "A=c", "localhost/own"];
+    let output = stage.cloister(&[RUN, &asked].concat()).expect(0);
+    assert_eq!(output.stdout, "0:0 /bin c\n");
+    // A folder as it stands, which stays so.
+    let image = format!("dir:{}", root.display());
+    let words = [
+        image.as_str(),
+        "/bin/sh",
+        "-c",
+        "echo 1 > /new && echo $((6 * 7))",
+    ];
+    let output = stage.cloister(&[RUN, &words].concat()).expect(0);
+    assert_eq!(output.stdout, "42\n");
+    assert!(!root.join("new").exists());
+    let [kernel, initrd] = ["bzImage", "initramfs.cpio"].map(|name| guest_file(&format!("debian/{name}")));
+    let debians = [
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--initrd",
+        initrd.to_str().unwrap(),
+    ];
+    let options = [&debians[..], &["--memory", "512m", "--init-timeout", "600"]].concat();
+    let output = run(&stage, &options, &["uname", "-r"]).expect(0);
+    assert!(output.stdout.contains("-cloud-amd64"), "{output:#?}");
     before.assert_unchanged();
 }
 
