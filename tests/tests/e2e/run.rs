@@ -138,7 +138,7 @@ fn what_cannot_be_run_is_refused() {
 fn images_run_as_they_say_in_every_form() {
     const CONFIG: &str = r#"{ "User": "7:50000", "WorkingDir": "/made/here", "Env": ["PATH=/bin", "A=b"],
         "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo $(id -u):$(id -g) $(pwd) $A"] }"#;
-    let stage = Stage::with_busybox("forms");
+    let stage = Stage::with_templates("forms");
     let root = stage.folder("root");
     fs::create_dir(root.join("bin")).unwrap();
     fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
