@@ -15,3 +15,4 @@ pub mod image;
 pub mod net;
 pub mod pod;
 pub mod runtime;
+mod sync;

@@ -178,12 +178,12 @@ pub struct Profile {
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
-    /// After how much rest a guest gives back its caches; 0: never. See [`super::idle`].
-    #[serde(with = "seconds")]
-    pub idle_reclaim: Duration,
     /// Longest time an agent may leave a call unanswered, and then a ping: see [`crate::pod::vigil`].
     #[serde(with = "seconds")]
     pub answer_timeout: Duration,
+    /// After how much rest a guest gives back its caches; 0: never. See [`super::idle`].
+    #[serde(with = "seconds")]
+    pub idle_reclaim: Duration,
 }
 
 /// `overhead`.

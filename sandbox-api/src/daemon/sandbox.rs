@@ -34,6 +34,7 @@ use crate::pod::state::EXIT_KILLED;
 use crate::pod::task::{self, Running, TaskService};
 use crate::pod::template;
 use crate::pod::vm::{self, PodVm};
+use crate::sync::lock;
 use cloister_protocol::pod::ConfigureRequest;
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::task::Metrics;
@@ -42,7 +43,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{Instrument, Span};
@@ -231,11 +232,6 @@ impl Drop for Abandoned<'_> {
             sandbox.ask(Ask::Remove);
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under these locks is complete in itself.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Sandbox {
@@ -637,9 +633,14 @@ impl Sandbox {
                 verb: "started",
             }),
         };
-        let vm_failed = matches!(booted, Err(Error::Vm { .. }));
-        if let Some(kind) = made.template.as_ref().filter(|_| vm_failed || booted.is_ok()) {
-            node.templates.came_up(kind, booted.is_ok());
+        // What the agent refuses is the pod's own fault, and must not cost others their template.
+        let came_up = match &booted {
+            Ok(()) => Some(true),
+            Err(Error::Vm { source, .. }) if !matches!(source, vm::Error::Agent { .. }) => Some(false),
+            Err(_) => None,
+        };
+        if let (Some(kind), Some(up)) = (&made.template, came_up) {
+            node.templates.came_up(kind, up);
         }
         let exit = match booted {
             Ok(()) => {

@@ -14,11 +14,12 @@
 use super::guest::Guest;
 use super::size::{Demand, Limits, Size, Sizing, TooMuch};
 use super::vm::QUICK;
+use crate::sync::lock;
 use cloister_protocol::pod::{OnlineRequest, PodClient};
 use cloister_protocol::ttrpc::{self, context::with_duration};
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use tracing::Span;
 
@@ -330,11 +331,6 @@ impl Resizer {
         // The guest's word: more than there are is none.
         Ok(u8::try_from(answer.cpus).unwrap_or(u8::MAX).min(self.possible))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under these locks is complete in itself.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {

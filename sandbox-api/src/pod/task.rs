@@ -28,6 +28,7 @@ use super::vm::QUICK;
 use super::volumes::Volumes;
 use crate::clock::{self, Millis};
 use crate::runtime::{image_mount, overlay};
+use crate::sync::lock;
 use async_trait::async_trait;
 use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::protobuf::well_known_types::empty::Empty;
@@ -47,7 +48,7 @@ use std::future::Future;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
@@ -198,11 +199,6 @@ impl Container {
             execs: processes.keys().filter(|exec| !exec.is_empty()).count(),
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Every change under these locks is complete in itself.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn status(code: Code, text: impl Into<String>) -> Error {
