@@ -30,6 +30,7 @@ pub mod metrics_server;
 pub mod node;
 pub mod pod_plan;
 pub mod process_metrics;
+pub mod program_pages;
 pub mod quantity;
 pub mod report;
 pub mod sandbox;
@@ -167,6 +168,7 @@ async fn serve(config: Config) -> Result<(), Error> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let operators = uds::listen(&admin_socket).map_err(in_listening(&admin_socket))?;
     tokio::spawn(admin::serve(operators, std::sync::Arc::clone(&node)));
+    tokio::spawn(program_pages::keep_small(node.change()));
     let listener = uds::listen(&socket).map_err(in_listening(&socket))?;
     log::info!("listening on {}", socket.display());
     notify(sd_notify::NotifyState::Ready);

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 /// See the module.
 pub struct Node {
@@ -39,6 +39,8 @@ pub struct Node {
     /// The worker's name that this process is; none: it is the daemon.
     name: Option<String>,
     sandboxes: Mutex<HashMap<String, Arc<Sandbox>>>,
+    /// A pod has come or gone.
+    change: Arc<Notify>,
     /// A worker takes no more pods. Changed under the lock of the table.
     closed: watch::Sender<bool>,
 }
@@ -108,6 +110,7 @@ impl Node {
             log: EventLog::default(),
             name,
             sandboxes: Mutex::default(),
+            change: Arc::default(),
             closed: watch::channel(false).0,
         }
     }
@@ -324,6 +327,7 @@ impl Node {
         let log = self.log.clone();
         let sandbox = Sandbox::create(self.dir().join(id), profile, record, counted, log)?;
         table.insert(id.to_owned(), Arc::clone(&sandbox));
+        self.change.notify_one();
         Ok(sandbox)
     }
 
@@ -352,7 +356,13 @@ impl Node {
             table.remove(&id);
         }
         drop(table);
+        self.change.notify_one();
         self.close_if_empty();
+    }
+
+    /// What is told when a pod comes or goes. For one who waits.
+    pub fn change(&self) -> Arc<Notify> {
+        Arc::clone(&self.change)
     }
 
     /// A worker without pods takes no more.

@@ -17,6 +17,7 @@ pub mod shelf;
 pub mod size;
 pub mod snapshot;
 pub mod state;
+pub mod streaming;
 pub mod streams;
 pub mod task;
 pub mod template;

@@ -10,6 +10,7 @@
 
 use super::attach::Clients;
 use super::log::{Lines, Writer};
+use super::streaming::{self, Desk, Remote};
 use cloister_devices::rate_limit::RateLimit;
 use cloister_protocol::stream::{HEADER_LEN, StreamId};
 use std::collections::HashMap;
@@ -36,6 +37,7 @@ const FIFO_LOOK: Duration = Duration::from_secs(1);
 /// Registered ids, waiting for their connection.
 #[derive(Debug)]
 pub struct Hub {
+    desk: Arc<Desk>,
     waiting: Mutex<HashMap<StreamId, oneshot::Sender<UnixStream>>>,
     unknown: Arc<Semaphore>,
 }
@@ -52,9 +54,15 @@ impl Hub {
     /// An empty hub.
     pub fn new() -> Arc<Self> {
         Arc::new(Self {
+            desk: Arc::default(),
             waiting: Mutex::default(),
             unknown: Arc::new(Semaphore::new(MAX_UNKNOWN)),
         })
+    }
+
+    /// Where containerd's connections for streams wait.
+    pub fn desk(&self) -> &Arc<Desk> {
+        &self.desk
     }
 
     /// Makes an id and waits for it.
@@ -131,6 +139,8 @@ pub enum Output {
     Null,
     /// A fifo, as containerd makes them.
     Fifo(PathBuf),
+    /// containerd's Streaming service, under this name.
+    Stream(String),
     /// The container's log and perhaps a descriptor of the hosting process.
     Logged {
         /// The log, shared by stdout and stderr.
@@ -150,6 +160,8 @@ pub enum Input {
     Null,
     /// A fifo, as containerd makes them. CloseIO ends it.
     Fifo(PathBuf),
+    /// containerd's Streaming service, under this name. CloseIO ends it.
+    Stream(String),
     /// A descriptor of the hosting process; its end of file is the stream's.
     Descriptor(OwnedFd),
     /// Whoever attaches. The stream ends with the last sender.
@@ -169,8 +181,9 @@ pub struct Stdio {
 }
 
 impl Stdio {
-    /// The fifos that a client of the Task service names.
+    /// The fifos or streams that a client of the Task service names.
     pub fn from_request(stdin: &str, stdout: &str, stderr: &str) -> io::Result<Self> {
+        let stream = |name: &str| streaming::name(name).map(str::to_owned);
         let path = |name: &str| -> io::Result<Option<PathBuf>> {
             let path = name
                 .strip_prefix("fifo://")
@@ -181,14 +194,23 @@ impl Stdio {
                 path if path.starts_with('/') => Ok(Some(PathBuf::from(path))),
                 other => Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
-                    format!("stdio {other:?} is not a fifo's path"),
+                    format!(
+                        "stdio {other:?} is neither a fifo's path nor ttrpc+unix://SOCKET?streaming_id=NAME"
+                    ),
                 )),
             }
         };
-        let output =
-            |name: &str| -> io::Result<Output> { Ok(path(name)?.map_or(Output::Null, Output::Fifo)) };
+        let output = |name: &str| -> io::Result<Output> {
+            Ok(match stream(name) {
+                Some(stream) => Output::Stream(stream),
+                None => path(name)?.map_or(Output::Null, Output::Fifo),
+            })
+        };
         Ok(Self {
-            stdin: path(stdin)?.map_or(Input::Null, Input::Fifo),
+            stdin: match stream(stdin) {
+                Some(stream) => Input::Stream(stream),
+                None => path(stdin)?.map_or(Input::Null, Input::Fifo),
+            },
             stdout: output(stdout)?,
             stderr: output(stderr)?,
             names: [stdin.to_owned(), stdout.to_owned(), stderr.to_owned()],
@@ -213,7 +235,7 @@ impl Pumps {
     /// # Errors
     /// A fifo cannot be opened.
     pub fn start(hub: &Arc<Hub>, stdio: Stdio, terminal: bool) -> io::Result<(Self, [String; 3])> {
-        Self::begin(stdio, terminal, |_| Some(hub.expect()))
+        Self::begin(hub, stdio, terminal, |_| Some(hub.expect()))
     }
 
     /// The same for a process that has its streams already, under these names. What it has none for is left out.
@@ -222,11 +244,13 @@ impl Pumps {
     /// A fifo cannot be opened.
     pub fn resume(hub: &Arc<Hub>, stdio: Stdio, terminal: bool, names: &[String; 3]) -> io::Result<Self> {
         let known = |at: usize| names.get(at).and_then(|name| StreamId::from_name(name));
-        Self::begin(stdio, terminal, |at| known(at).map(|id| hub.expect_again(id))).map(|(pumps, _)| pumps)
+        let expect = |at| known(at).map(|id| hub.expect_again(id));
+        Self::begin(hub, stdio, terminal, expect).map(|(pumps, _)| pumps)
     }
 
     /// `expect` answers for stdin, stdout, stderr by their numbers.
     fn begin(
+        hub: &Hub,
         stdio: Stdio,
         terminal: bool,
         expect: impl Fn(usize) -> Option<Expected>,
@@ -246,6 +270,7 @@ impl Pumps {
                 Output::Null => continue,
                 // Read-write: opening never waits for the reader, and a reader that restarts breaks nothing.
                 Output::Fifo(path) => Sink::Fifo(Fifo::open(&path)?),
+                Output::Stream(name) => Sink::Stream(Remote::new(&hub.desk, &name)),
                 Output::Logged {
                     log,
                     stream,
@@ -271,6 +296,7 @@ impl Pumps {
         let source = match stdio.stdin {
             Input::Null => None,
             Input::Fifo(path) => Some(open_input_fifo(&path)?),
+            Input::Stream(name) => Some(Source::Stream(Remote::new(&hub.desk, &name))),
             Input::Descriptor(fd) => Some(Source::Descriptor(fd)),
             Input::Channel(receiver) => Some(Source::Channel(receiver)),
         };
@@ -372,6 +398,7 @@ enum Sink {
     /// What has no reader any more is discarded, and the process goes on.
     Nowhere,
     Fifo(Fifo),
+    Stream(Remote),
     Logged {
         log: Arc<Mutex<Writer>>,
         stream: &'static str,
@@ -386,6 +413,7 @@ impl Sink {
     async fn write(&mut self, bytes: &[u8]) {
         match self {
             Self::Nowhere => {}
+            Self::Stream(stream) => stream.write_all(bytes).await,
             Self::Fifo(fifo) => {
                 if let Err(error) = fifo.write_all(bytes).await {
                     log::debug!("output has nowhere to go: {error}");
@@ -427,15 +455,21 @@ impl Sink {
         }
     }
 
-    fn finish(&mut self) {
-        if let Self::Logged {
-            log, stream, lines, ..
-        } = self
-        {
-            let _ = log
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .flush(stream, lines);
+    async fn finish(self) {
+        match self {
+            Self::Nowhere | Self::Fifo(_) => {}
+            Self::Stream(stream) => stream.end().await,
+            Self::Logged {
+                log,
+                stream,
+                mut lines,
+                ..
+            } => {
+                let _ = log
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .flush(stream, &mut lines);
+            }
         }
     }
 }
@@ -464,7 +498,7 @@ async fn pump_output(expected: Expected, mut sink: Sink, give_up: watch::Receive
             Ok(n) => sink.write(buffer.get(..n).unwrap_or_default()).await,
         }
     }
-    sink.finish();
+    sink.finish().await;
 }
 
 enum Source {
@@ -472,6 +506,7 @@ enum Source {
         receiver: pipe::Receiver,
         keep_open: pipe::Sender,
     },
+    Stream(Remote),
     Descriptor(OwnedFd),
     Channel(mpsc::Receiver<Vec<u8>>),
 }
@@ -518,6 +553,23 @@ async fn pump_input(
                             return;
                         }
                     }
+                }
+            }
+            let _ = stream.shutdown().await;
+        }
+        Source::Stream(mut remote) => {
+            let mut is_last = false;
+            loop {
+                let piece = tokio::select! {
+                    piece = remote.read(is_last) => piece,
+                    _ = close.wait_for(|closed| *closed), if !is_last => {
+                        is_last = true;
+                        continue;
+                    }
+                };
+                let Some(piece) = piece else { break };
+                if stream.write_all(&piece).await.is_err() {
+                    return;
                 }
             }
             let _ = stream.shutdown().await;

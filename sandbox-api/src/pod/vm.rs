@@ -11,6 +11,7 @@
 use super::agent::{Agent, EventsServer};
 use super::guest::Guest;
 use super::machine::{self, Machine, MachineConfig};
+use super::streaming::divert;
 use super::streams::Hub;
 use super::task::{Served, TaskService};
 use super::vigil::END_BECOMES_KNOWN;
@@ -235,12 +236,13 @@ impl PodVm {
             accept_streams(streams, &hub);
         }
         let guest: Arc<dyn Guest> = Arc::<Machine>::clone(&self.machine);
+        let desk = Arc::clone(hub.desk());
         let service = TaskService::new(guest, agent, hub, reasons(self.machine.dead()), patience);
         let listener = SocketPath::of(socket)
             .and_then(|short| tokio::net::UnixListener::bind(short.path()))
             .map_err(io_error("make the pod's task.sock"))?;
         let mut server = Server::new()
-            .add_listener(Listener::from(listener))
+            .add_listener(Listener::new(divert(listener, desk)))
             .register_service(cloister_protocol::create_task(Arc::new(Served(Arc::clone(
                 &service,
             )))));

@@ -76,6 +76,15 @@ fn may_lower_oom_score() -> bool {
 }
 
 fn handler(dir: &impl std::fmt::Display, name: &str) -> String {
+    if name == "cloister-stream" {
+        return r#"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.cloister-stream]
+  runtime_type = "io.containerd.cloister.v1"
+  sandboxer = "cloister-clone"
+  io_type = "streaming"
+"#
+        .into();
+    }
     format!(
         r#"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]

@@ -33,12 +33,14 @@ pub use stream::{PortForward, Stream, Streamed};
 use std::time::Duration;
 
 /// The handlers that a node can have. Pods of `cloister` boot, those of `cloister-clone` are cloned from a template, those of
-/// `cloister-pool` take clones that were made ahead, those of `cloister-idle` give back their caches after 4 s of rest, those of `cloister-worker` have a worker each, and two of
+/// `cloister-stream` too, with stdio through the Streaming service; those of `cloister-pool` take clones that were made ahead, those of
+/// `cloister-idle` give back their caches after 4 s of rest, those of `cloister-worker` have a worker each, and two of
 /// `cloister-workers` share one.
-pub const HANDLERS: [&str; 8] = [
+pub const HANDLERS: [&str; 9] = [
     "runc",
     "cloister",
     "cloister-clone",
+    "cloister-stream",
     "cloister-pool",
     "cloister-idle",
     "cloister-worker",
