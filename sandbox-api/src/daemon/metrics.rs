@@ -15,7 +15,7 @@
 //!  Metrics::watch ──▶ alive: read at each scrape ──drop(Watch)──▶ gone: added to the sums once
 //! ```
 
-use super::steps::{POD_START, POD_START_ERRORS, POD_START_STEPS};
+use super::steps::{ERRORS, OPERATIONS};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, prometheus_text};
 use prometheus_client::metrics::MetricType;
@@ -299,14 +299,16 @@ impl Metrics {
             }
             metrics.pods_started(sandboxer);
         }
-        for outcome in ["ok", "error"] {
-            metrics.operations(POD_START, outcome);
-        }
-        for phase in POD_START_STEPS {
-            metrics.phases(POD_START, phase);
-        }
-        for kind in POD_START_ERRORS {
-            metrics.errors(POD_START, kind);
+        for (operation, steps) in OPERATIONS {
+            for outcome in ["ok", "error"] {
+                metrics.operations(operation, outcome);
+            }
+            for phase in steps {
+                metrics.phases(operation, phase);
+            }
+            for kind in ERRORS {
+                metrics.errors(operation, kind);
+            }
         }
         metrics
     }

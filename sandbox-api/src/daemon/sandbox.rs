@@ -510,7 +510,7 @@ impl Sandbox {
         if begins {
             abandoned.0 = Some(self);
             self.lives.store(true, Ordering::Relaxed);
-            let steps = Steps::new(&node.metrics, POD_START, &self.labels(), traceparent);
+            let steps = Steps::new(&node.metrics, POD_START, &self.labels(), None, traceparent);
             let life = Arc::clone(self).live(Arc::clone(node), steps);
             tokio::spawn(life.instrument(self.span()));
         }
@@ -806,6 +806,10 @@ impl Sandbox {
                 pod: pod.clone(),
                 id: container.to_owned(),
             })
+        });
+        let (metrics, pod) = (node.metrics.clone(), self.labels());
+        service.follow_steps(move |operation, container, parent| {
+            Box::new(Steps::new(&metrics, operation, &pod, Some(container), parent))
         });
         service.follow_limits(start, room.cpus, sizing);
         if let Some(resizer) = service.resizer().filter(|_| start != plan.size()) {

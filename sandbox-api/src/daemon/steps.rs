@@ -9,6 +9,7 @@
 
 use super::metrics::{Metrics, PodLabels};
 use super::telemetry::remote_parent;
+use crate::pod::task::{CREATE, CREATE_STEPS, START, START_STEPS, Timed};
 use std::time::{Duration, Instant};
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
@@ -25,8 +26,16 @@ pub const POD_START_STEPS: [&str; 7] = [
     "serve",
     "grow",
 ];
-/// The codes it fails with.
-pub const POD_START_ERRORS: [&str; 2] = ["internal", CANCELLED];
+/// All operations with their steps.
+pub const OPERATIONS: [(&str, &[&str]); 3] = [
+    (POD_START, &POD_START_STEPS),
+    (CREATE, &CREATE_STEPS),
+    (START, &START_STEPS),
+];
+/// The codes they fail with.
+pub const ERRORS: [&str; 2] = [INTERNAL, CANCELLED];
+/// The code of an operation that was not possible.
+const INTERNAL: &str = "internal";
 /// The code of an operation that its caller gave up.
 const CANCELLED: &str = "cancelled";
 
@@ -53,11 +62,12 @@ pub struct Steps {
 }
 
 impl Steps {
-    /// Begins an operation on a pod; `traceparent` is the caller's header of that name.
+    /// Begins an operation on a pod, or on a container of it; `traceparent` is the caller's header of that name.
     pub fn new(
         metrics: &Metrics,
         operation: &'static str,
         pod: &PodLabels,
+        container: Option<&str>,
         traceparent: Option<&str>,
     ) -> Self {
         let span = tracing::info_span!(
@@ -68,6 +78,7 @@ impl Steps {
             pod_id = pod.id,
             pod_name = pod.pod,
             pod_namespace = pod.namespace,
+            container_id = container,
         );
         // It fails where there are no traces.
         let _ = span.set_parent(remote_parent(traceparent));
@@ -114,6 +125,19 @@ impl Steps {
     }
 }
 
+impl Timed for Steps {
+    fn next(&mut self, step: &'static str) {
+        Self::next(self, step);
+    }
+
+    fn done(self: Box<Self>, failure: Option<&str>) {
+        match failure {
+            None => drop(Self::done(*self)),
+            Some(why) => self.failed(INTERNAL, why),
+        }
+    }
+}
+
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -139,7 +163,7 @@ mod tests {
     fn each_way_out_is_counted() {
         let metrics = metrics();
         let steps = || {
-            let mut steps = Steps::new(&metrics, POD_START, &PodLabels::default(), Some("nonsense"));
+            let mut steps = Steps::new(&metrics, POD_START, &PodLabels::default(), None, Some("nonsense"));
             steps.next("network");
             steps.next("boot");
             steps

@@ -395,12 +395,12 @@ mod tests {
         let default = tracing::subscriber::set_default(subscriber);
         let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         async {
-            let mut steps = Steps::new(&metrics(), "pod_start", &labels(), Some(traceparent));
+            let mut steps = Steps::new(&metrics(), "pod_start", &labels(), None, Some(traceparent));
             steps.next("network");
             tokio::task::yield_now().await;
             steps.next("boot");
             steps.done();
-            let mut steps = Steps::new(&metrics(), "pod_start", &labels(), None);
+            let mut steps = Steps::new(&metrics(), "pod_start", &labels(), None, None);
             steps.next("network");
             steps.failed("internal", "no such bridge");
         }

@@ -11,7 +11,7 @@ use super::shelf::Shelf;
 use super::snapshot::{self, Card, Snapshot, Taker};
 use super::state::{self, Alive, Network, Pods, Record, Status};
 use super::streams::{Input, Output, Stdio};
-use super::task::{self, Adopted, New, TaskService};
+use super::task::{self, Adopted, New, TaskService, Untimed};
 use super::template::{self, Kind};
 use super::terminal;
 use super::vigil;
@@ -460,7 +460,7 @@ async fn start(
     };
     let create = async {
         service
-            .create_container(new)
+            .create_container(new, &mut Untimed)
             .await
             .map_err(agent_error("failed to create the container"))?;
         if let Some(address) = network.address {

@@ -138,6 +138,34 @@ pub struct Listed {
     pub execs: usize,
 }
 
+/// The steps of an operation on a container, as whoever times them keeps them. Dropped, it was given up.
+pub trait Timed: Send {
+    /// The step before ends, and this one begins.
+    fn next(&mut self, step: &'static str);
+    /// All went well, or not: why.
+    fn done(self: Box<Self>, failure: Option<&str>);
+}
+
+/// Nobody times it.
+pub struct Untimed;
+
+impl Timed for Untimed {
+    fn next(&mut self, _: &'static str) {}
+    fn done(self: Box<Self>, _: Option<&str>) {}
+}
+
+/// Begins to time an operation, by its name, on a container, as part of the trace of this header.
+type Timing = Box<dyn Fn(&'static str, &str, Option<&str>) -> Box<dyn Timed> + Send + Sync>;
+
+/// The host's and the guest's half of Create.
+pub const CREATE: &str = "container_create";
+/// Its steps: the specification and the root file system; what is shared and attached; the guest's half.
+pub const CREATE_STEPS: [&str; 3] = ["root", "share", "guest"];
+/// Start of a container, to its first process.
+pub const START: &str = "container_start";
+/// Its steps.
+pub const START_STEPS: [&str; 1] = ["guest"];
+
 /// See the module.
 pub struct TaskService {
     guest: Arc<dyn Guest>,
@@ -150,6 +178,7 @@ pub struct TaskService {
     /// Root file systems of containers whose Create brings none, by id.
     prepared: Mutex<HashMap<String, Vec<api::Mount>>>,
     started: OnceLock<Started>,
+    timing: OnceLock<Timing>,
     checkpoint: OnceLock<Checkpoint>,
     volumes: Volumes,
     disks: Disks,
@@ -261,6 +290,7 @@ impl TaskService {
             containers: Mutex::default(),
             prepared: Mutex::default(),
             started: OnceLock::new(),
+            timing: OnceLock::new(),
             checkpoint: OnceLock::new(),
             disks,
             resizer: OnceLock::new(),
@@ -271,6 +301,21 @@ impl TaskService {
     /// itself, of the exec; what it answers hears of the process's end. Only the first call counts.
     pub fn follow_processes(&self, started: impl Fn(&str, &str) -> Box<dyn Running> + Send + Sync + 'static) {
         let _ = self.started.set(Box::new(started));
+    }
+
+    /// Has the creation and the start of containers timed. Only the first call counts.
+    pub fn follow_steps(
+        &self,
+        timing: impl Fn(&'static str, &str, Option<&str>) -> Box<dyn Timed> + Send + Sync + 'static,
+    ) {
+        let _ = self.timing.set(Box::new(timing));
+    }
+
+    fn timed(&self, operation: &'static str, id: &str, parent: Option<&str>) -> Box<dyn Timed> {
+        match self.timing.get() {
+            Some(timing) => timing(operation, id, parent),
+            None => Box::new(Untimed),
+        }
     }
 
     /// Has snapshots of the pod be taken by `checkpoint`. Only the first call counts.
@@ -346,11 +391,42 @@ impl TaskService {
         self.dead.borrow().is_some()
     }
 
+    async fn create_task(
+        self: &Arc<Self>,
+        request: api::CreateTaskRequest,
+        steps: &mut dyn Timed,
+    ) -> Result<u32> {
+        if !request.checkpoint.is_empty() {
+            return Err(status(
+                Code::UNIMPLEMENTED,
+                "restoring a checkpoint is not supported",
+            ));
+        }
+        steps.next("root");
+        let (request, spec, root) = blocking(move || {
+            let spec = read_spec(&request.bundle)?;
+            let root = mount_root(&request)?;
+            Ok((request, spec, root))
+        })
+        .await?;
+        let stdio = Stdio::from_request(&request.stdin, &request.stdout, &request.stderr)
+            .map_err(|e| status(Code::INVALID_ARGUMENT, e.to_string()))?;
+        let new = New {
+            id: request.id,
+            bundle: request.bundle,
+            spec,
+            root,
+            stdio,
+            terminal: request.terminal,
+        };
+        self.create_container(new, steps).await
+    }
+
     /// The host half of Create, then the guest's. Answers the pid in the guest.
     ///
     /// # Errors
     /// AlreadyExists, InvalidArgument, or what the agent says; nothing is then left.
-    pub async fn create_container(self: &Arc<Self>, new: New) -> Result<u32> {
+    pub async fn create_container(self: &Arc<Self>, new: New, steps: &mut dyn Timed) -> Result<u32> {
         check_id(&new.id)?;
         let annotation = |key| {
             let annotations = new.spec.annotations().as_ref();
@@ -379,7 +455,7 @@ impl TaskService {
             containers.insert(new.id.clone(), Arc::clone(&container));
         }
         let id = new.id.clone();
-        let result = self.create_in(&container, new).await;
+        let result = self.create_in(&container, new, steps).await;
         if result.is_err() {
             lock(&self.containers).remove(&id);
             self.part_with(&id, &container).await;
@@ -387,7 +463,13 @@ impl TaskService {
         result
     }
 
-    async fn create_in(self: &Arc<Self>, container: &Arc<Container>, new: New) -> Result<u32> {
+    async fn create_in(
+        self: &Arc<Self>,
+        container: &Arc<Container>,
+        new: New,
+        steps: &mut dyn Timed,
+    ) -> Result<u32> {
+        steps.next("share");
         let New {
             id,
             bundle,
@@ -451,6 +533,7 @@ impl TaskService {
             }),
             ..Default::default()
         };
+        steps.next("guest");
         let response = self
             .vigil
             .over(self.agent.task.create(no_deadline(), &request))
@@ -1098,6 +1181,15 @@ fn read_spec(bundle: &str) -> Result<Spec> {
     serde_json::from_slice(&bytes).map_err(|e| status(Code::INVALID_ARGUMENT, format!("{what}: {e}")))
 }
 
+fn failure<T>(result: &Result<T>) -> Option<String> {
+    result.as_ref().err().map(ToString::to_string)
+}
+
+/// The trace that a caller tells of.
+fn trace(context: &TtrpcContext) -> Option<String> {
+    context.metadata.get("traceparent")?.first().cloned()
+}
+
 /// The service as ttrpc serves it.
 pub struct Served(pub Arc<TaskService>);
 
@@ -1105,10 +1197,11 @@ pub struct Served(pub Arc<TaskService>);
 impl api::Task for Served {
     async fn create(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         mut request: api::CreateTaskRequest,
     ) -> Result<api::CreateTaskResponse> {
         let service = Arc::clone(&self.0);
+        let parent = trace(context);
         if request.rootfs.is_empty() {
             request.rootfs = lock(&service.prepared)
                 .get(&request.id)
@@ -1116,29 +1209,10 @@ impl api::Task for Served {
                 .unwrap_or_default();
         }
         let work = async move {
-            if !request.checkpoint.is_empty() {
-                return Err(status(
-                    Code::UNIMPLEMENTED,
-                    "restoring a checkpoint is not supported",
-                ));
-            }
-            let (request, spec, root) = blocking(move || {
-                let spec = read_spec(&request.bundle)?;
-                let root = mount_root(&request)?;
-                Ok((request, spec, root))
-            })
-            .await?;
-            let stdio = Stdio::from_request(&request.stdin, &request.stdout, &request.stderr)
-                .map_err(|e| status(Code::INVALID_ARGUMENT, e.to_string()))?;
-            let new = New {
-                id: request.id,
-                bundle: request.bundle,
-                spec,
-                root,
-                stdio,
-                terminal: request.terminal,
-            };
-            service.create_container(new).await
+            let mut steps = service.timed(CREATE, &request.id, parent.as_deref());
+            let created = service.create_task(request, &mut *steps).await;
+            steps.done(failure(&created).as_deref());
+            created
         };
         Ok(api::CreateTaskResponse {
             pid: through(work).await?,
@@ -1146,9 +1220,19 @@ impl api::Task for Served {
         })
     }
 
-    async fn start(&self, _: &TtrpcContext, request: api::StartRequest) -> Result<api::StartResponse> {
+    async fn start(&self, context: &TtrpcContext, request: api::StartRequest) -> Result<api::StartResponse> {
         let service = Arc::clone(&self.0);
-        let work = async move { service.start_process(&request.id, &request.exec_id).await };
+        let parent = trace(context);
+        let work = async move {
+            if !request.exec_id.is_empty() {
+                return service.start_process(&request.id, &request.exec_id).await;
+            }
+            let mut steps = service.timed(START, &request.id, parent.as_deref());
+            steps.next("guest");
+            let started = service.start_process(&request.id, "").await;
+            steps.done(failure(&started).as_deref());
+            started
+        };
         Ok(api::StartResponse {
             pid: through(work).await?,
             ..Default::default()

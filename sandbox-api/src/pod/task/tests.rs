@@ -315,7 +315,7 @@ async fn life_of_a_container() {
     };
     assert_eq!(
         bed.service
-            .create_container(new("c1", &root, output))
+            .create_container(new("c1", &root, output), &mut Untimed)
             .await
             .unwrap(),
         42
@@ -334,7 +334,7 @@ async fn life_of_a_container() {
     assert_eq!(sent.mounts().as_ref().unwrap().len(), 6);
     let again = bed
         .service
-        .create_container(new("c1", &root, Output::Null))
+        .create_container(new("c1", &root, Output::Null), &mut Untimed)
         .await
         .unwrap_err();
     assert!(again.to_string().contains("already exists"), "{again}");
@@ -396,7 +396,7 @@ async fn a_refused_container_leaves_nothing() {
     let root = Root::new();
     let error = bed
         .service
-        .create_container(new("refused", &root, Output::Null))
+        .create_container(new("refused", &root, Output::Null), &mut Untimed)
         .await
         .unwrap_err();
     assert!(error.to_string().contains("OCI runtime create failed"), "{error}");
@@ -405,7 +405,7 @@ async fn a_refused_container_leaves_nothing() {
     for id in ["", "../x", "a/b", "-a", &"x".repeat(200)] {
         assert!(
             bed.service
-                .create_container(new(id, &root, Output::Null))
+                .create_container(new(id, &root, Output::Null), &mut Untimed)
                 .await
                 .is_err(),
             "{id}"
@@ -439,7 +439,7 @@ async fn files_of_the_host_that_hang_hold_up_nobody_else() {
     let root = Root::new();
     let (service, container) = (Arc::clone(&bed.service), new("c1", &root, Output::Null));
     let create = async move {
-        service.create_container(container).await.unwrap();
+        service.create_container(container, &mut Untimed).await.unwrap();
     };
     assert!(others_go_on(&bed, create).await);
     let service = Arc::clone(&bed.service);
@@ -469,7 +469,7 @@ async fn pid_namespace_of_second(shares: bool) -> String {
         let mut linux = new.spec.linux().clone().unwrap();
         linux.set_namespaces(Some(serde_json::from_value(namespaces.clone()).unwrap()));
         new.spec.set_linux(Some(linux));
-        bed.service.create_container(new).await.unwrap();
+        bed.service.create_container(new, &mut Untimed).await.unwrap();
     }
     let sent: serde_json::Value = serde_json::from_slice(&lock(&bed.agent.created)[1].options.value).unwrap();
     sent["linux"]["namespaces"][0]["path"]
@@ -493,7 +493,7 @@ async fn answers_after_the_vm_died() {
     let bed = bed().await;
     let root = Root::new();
     bed.service
-        .create_container(new("c1", &root, Output::Null))
+        .create_container(new("c1", &root, Output::Null), &mut Untimed)
         .await
         .unwrap();
     let exec = api::ExecProcessRequest {
@@ -591,7 +591,7 @@ async fn processes_are_followed_while_they_run() {
     });
     let running = || lock(&followed.running).clone();
     bed.service
-        .create_container(new("c1", &root, Output::Null))
+        .create_container(new("c1", &root, Output::Null), &mut Untimed)
         .await
         .unwrap();
     assert_eq!(running(), [""; 0]);
@@ -636,7 +636,7 @@ async fn a_slow_agent_that_answers_a_ping_keeps_its_vm() {
     let bed = patient_bed(Duration::from_millis(30)).await;
     let root = Root::new();
     bed.service
-        .create_container(new("a", &root, Output::Null))
+        .create_container(new("a", &root, Output::Null), &mut Untimed)
         .await
         .unwrap();
     bed.agent.silent.store(true, Ordering::Relaxed);
@@ -655,7 +655,7 @@ async fn an_agent_that_does_not_answer_loses_its_vm() {
     let bed = patient_bed(Duration::from_millis(30)).await;
     let root = Root::new();
     bed.service
-        .create_container(new("a", &root, Output::Null))
+        .create_container(new("a", &root, Output::Null), &mut Untimed)
         .await
         .unwrap();
     bed.agent.silent.store(true, Ordering::Relaxed);
@@ -673,7 +673,7 @@ async fn a_broken_connection_to_the_agent_loses_its_vm() {
     let mut bed = bed().await;
     let root = Root::new();
     bed.service
-        .create_container(new("a", &root, Output::Null))
+        .create_container(new("a", &root, Output::Null), &mut Untimed)
         .await
         .unwrap();
     bed.server.disconnect().await;
@@ -695,7 +695,7 @@ async fn containers_with_the_same_volume_have_it_once() {
     for (id, options) in [("a", &["bind"][..]), ("b", &["bind"]), ("c", &["bind", "ro"])] {
         let mut new = new(id, &root, Output::Null);
         new.spec.set_mounts(mounts(options));
-        bed.service.create_container(new).await.unwrap();
+        bed.service.create_container(new, &mut Untimed).await.unwrap();
     }
     let sources: Vec<String> = lock(&bed.agent.created)
         .iter()
@@ -780,12 +780,12 @@ async fn a_vm_follows_the_limits_of_its_containers() {
     let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
     // It has room for one that is small, and for one without limits.
     bed.service
-        .create_container(limited("a", &root, 64, 50_000))
+        .create_container(limited("a", &root, 64, 50_000), &mut Untimed)
         .await
         .unwrap();
     assert_eq!(bed.seen(), (1, 0, words(&[])));
     bed.service
-        .create_container(limited("b", &root, 256, 100_000))
+        .create_container(limited("b", &root, 256, 100_000), &mut Untimed)
         .await
         .unwrap();
     // 64 + 256 + 64 of overhead.
@@ -822,7 +822,7 @@ async fn an_update_names_nothing_of_the_hosts() {
     let bed = bed().await;
     let root = Root::new();
     bed.service
-        .create_container(new("a", &root, Output::Null))
+        .create_container(new("a", &root, Output::Null), &mut Untimed)
         .await
         .unwrap();
     let json = serde_json::json!({"cpu": {"shares": 512, "cpus": "62-63", "mems": "1"},
@@ -840,7 +840,7 @@ async fn what_a_vm_cannot_become_is_refused_and_changes_nothing() {
     let root = Root::new();
     // It starts all the same, in what there is.
     bed.service
-        .create_container(limited("huge", &root, 100_000, 900_000))
+        .create_container(limited("huge", &root, 100_000, 900_000), &mut Untimed)
         .await
         .unwrap();
     bed.seen();
@@ -942,7 +942,7 @@ async fn a_device_that_the_host_does_not_have_is_named() {
     let linux = serde_json::json!({"devices": [{"path": "/dev/volume", "type": "b", "major": 5000, "minor": 1}],
         "resources": {"devices": [{"allow": true, "type": "b", "major": 5000, "minor": 1, "access": "rwm"}]}});
     new.spec.set_linux(Some(serde_json::from_value(linux).unwrap()));
-    let error = bed.service.create_container(new).await.unwrap_err();
+    let error = bed.service.create_container(new, &mut Untimed).await.unwrap_err();
     assert!(error.to_string().contains("block device 5000:1"), "{error}");
     assert!(lock(&bed.service.containers).is_empty() && lock(&bed.agent.created).is_empty());
 }
@@ -957,4 +957,59 @@ async fn without_an_id_stats_are_the_vms() {
         .unwrap();
     let metrics = api::Metrics::parse_from_bytes(&answer.stats.value).unwrap();
     assert_eq!(metrics.memory.usage, 26 << 20);
+}
+
+struct Recorder(Arc<Mutex<Vec<String>>>, String);
+impl Timed for Recorder {
+    fn next(&mut self, step: &'static str) {
+        self.1 += &format!(" {step}");
+    }
+    fn done(self: Box<Self>, failure: Option<&str>) {
+        let outcome = failure.map_or("ok", |_| "failed");
+        lock(&self.0).push(format!("{} {outcome}", self.1));
+    }
+}
+
+#[tokio::test]
+async fn what_is_done_to_containers_is_timed_as_part_of_the_callers_trace() {
+    let bed = bed().await;
+    let timed = Arc::new(Mutex::new(Vec::new()));
+    let kept = Arc::clone(&timed);
+    bed.service.follow_steps(move |operation, id, parent| {
+        let begin = format!("{} {operation} {id}:", parent.unwrap_or("-"));
+        Box::new(Recorder(Arc::clone(&kept), begin))
+    });
+    let served = Served(Arc::clone(&bed.service));
+    let bundle = Root::new();
+    std::fs::create_dir(bundle.0.join("rootfs")).unwrap();
+    let config = serde_json::to_vec(&spec()).unwrap();
+    std::fs::write(bundle.0.join("config.json"), config).unwrap();
+    let context = TtrpcContext {
+        metadata: HashMap::from([("traceparent".to_owned(), vec!["trace".to_owned()])]),
+        ..Default::default()
+    };
+    let mut request = api::CreateTaskRequest {
+        id: "c1".into(),
+        bundle: bundle.0.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    api::Task::create(&served, &context, request.clone())
+        .await
+        .unwrap();
+    let start = api::StartRequest {
+        id: "c1".into(),
+        ..Default::default()
+    };
+    api::Task::start(&served, &TtrpcContext::default(), start)
+        .await
+        .unwrap();
+    request.bundle = "/nowhere".into();
+    request.id = "c2".into();
+    api::Task::create(&served, &context, request).await.unwrap_err();
+    let expected = [
+        "trace container_create c1: root share guest ok",
+        "- container_start c1: guest ok",
+        "trace container_create c2: root failed",
+    ];
+    assert_eq!(*lock(&timed), expected);
 }
