@@ -160,7 +160,7 @@ template = "node"
 }
 
 /// The bridge that pods of the node are on.
-pub(super) const BRIDGE: &str = "cri-e2e0";
+pub const BRIDGE: &str = "cri-e2e0";
 
 /// Of the pods' network: a bridge with addresses of both kinds, and the node's ports mapped to pods.
 pub fn cni(dir: &Path) -> String {

@@ -21,13 +21,13 @@ mod pod;
 mod runtime;
 mod stream;
 
-pub use config::{cni, containerd_with_runc};
+pub use config::{BRIDGE, cni, containerd_with_runc};
 pub use container::{Container, Output, Security, args, script, security};
 pub use k8s_cri::v1 as api;
 pub use log::Line;
 pub use node::{End, Node, PeerHandler, containerd_bin};
 pub use pod::Pod;
-pub use runtime::{Runtime, code};
+pub use runtime::{Runtime, code, k8s};
 pub use stream::{PortForward, Stream, Streamed};
 
 use std::time::Duration;

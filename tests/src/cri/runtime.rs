@@ -32,6 +32,14 @@ pub fn code<T>(answer: Result<T, tonic::Status>) -> String {
     }
 }
 
+/// What is asked of containerd's own services, of which CRI's pods and containers are in this namespace.
+pub fn k8s<T>(message: T) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    let namespace = tonic::metadata::MetadataValue::from_static("k8s.io");
+    request.metadata_mut().insert("containerd-namespace", namespace);
+    request
+}
+
 impl Runtime {
     /// Of the containerd whose socket and pods' logs are in this folder; to be called in a runtime.
     pub fn new(dir: &Path, handler: &'static str, handlers: &[&'static str]) -> Self {
@@ -68,9 +76,14 @@ impl Runtime {
         self.0.handlers.iter().map(of).collect()
     }
 
+    /// containerd, with all its services.
+    pub fn containerd(&self) -> Channel {
+        self.0.channel.clone()
+    }
+
     /// The runtime service itself.
     pub fn cri(&self) -> RuntimeServiceClient<Channel> {
-        RuntimeServiceClient::new(self.0.channel.clone()).max_decoding_message_size(64 << 20)
+        RuntimeServiceClient::new(self.containerd()).max_decoding_message_size(64 << 20)
     }
 
     /// A name that no other pod or container of the node has.

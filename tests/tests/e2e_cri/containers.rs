@@ -1,8 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The life of containers.
 
-use cloister_tests::cri::{Container, Outcome, Pod, Runtime, USER, api, args, code, ensure, script};
+use crate::mounts::mount;
+use cloister_tests::cri::{
+    Container, Outcome, Pod, Runtime, USER, api, args, code, ensure, eventually, k8s, script,
+};
+use containerd_client::services::v1::tasks_client::TasksClient;
+use containerd_client::services::v1::{GetRequest, PauseTaskRequest, ResumeTaskRequest};
+use containerd_client::types::v1::Status;
+use futures_util::future::join;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 async fn listed(runtime: &Runtime, filter: api::ContainerFilter) -> Outcome<Vec<String>> {
     let request = api::ListContainersRequest { filter: Some(filter) };
@@ -284,6 +292,54 @@ pub async fn several(runtime: &Runtime) -> Outcome<Value> {
     )
 }
 
+/// As kubelets start the containers of a pod, one after the other, and again those that fail; what they have in common is a volume.
+pub async fn restart(runtime: &Runtime) -> Outcome<Value> {
+    let pod = Pod::run(runtime, Pod::config(runtime)).await?;
+    let dir = runtime.folder("restart")?;
+    std::fs::write(dir.join("steps"), "")?;
+    let named = |name: &str, attempt: u32, mut config: api::ContainerConfig| {
+        config.metadata = Some(api::ContainerMetadata {
+            name: name.to_owned(),
+            attempt,
+        });
+        config.mounts = vec![mount(&dir, "/work")];
+        config
+    };
+    let step = |name: &str, attempt: u32| {
+        let text = format!(
+            "cat /work/steps; echo {name} begins >>/work/steps; sleep 0.5; echo {name} ends >>/work/steps"
+        );
+        named(name, attempt, script(&text))
+    };
+    let mut seen = Vec::new();
+    // Init containers: none begins before the one before it has ended.
+    for name in ["init-1", "init-2"] {
+        seen.push(json!(pod.output(step(name, 0)).await?));
+    }
+    // One that never starts is in nobody's way, not even in its own once it is mended.
+    let broken = pod
+        .create(named("broken", 0, args(&["/no/such/program"])))
+        .await?;
+    seen.push(json!([code(broken.start().await), end(&broken).await?]));
+    seen.push(json!(pod.output(step("other", 0)).await?));
+    broken.remove().await?;
+    seen.push(json!(pod.output(step("broken", 1)).await?));
+    // One that fails, and is removed before the next attempt.
+    for attempt in 0..3 {
+        let text = format!(
+            "[ -e /mark ] || echo a new root; touch /mark; tail -n 1 /work/steps; echo attempt {attempt} >>/work/steps; exit 3"
+        );
+        let container = pod.start(named("worker", attempt, script(&text))).await?;
+        let end = end(&container).await?;
+        container.remove().await?;
+        // Its log is there for who asks why.
+        seen.push(json!([end, container.log()?]));
+    }
+    let steps = std::fs::read_to_string(dir.join("steps"))?;
+    pod.remove().await?;
+    Ok(json!({ "seen": seen, "steps": steps }))
+}
+
 /// The end of a container's first process ends the others.
 pub async fn first_process(runtime: &Runtime) -> Outcome<Value> {
     let pod = &runtime.shared().await?.pod;
@@ -312,4 +368,161 @@ pub async fn terminal(runtime: &Runtime) -> Outcome<Value> {
     );
     config.tty = true;
     Ok(json!(pod.output(config).await?))
+}
+
+/// Paused and resumed by containerd's own clients (`ctr task pause`), for CRI knows nothing of it; and killed while paused.
+pub async fn paused(runtime: &Runtime) -> Outcome<Value> {
+    let pod = &runtime.shared().await?.pod;
+    let container = pod
+        .start(script("i=0; while :; do i=$((i + 1)); echo $i; sleep 0.1; done"))
+        .await?;
+    let mut tasks = TasksClient::new(runtime.containerd());
+    let container_id = container.id.clone();
+    let pause = PauseTaskRequest {
+        container_id: container_id.clone(),
+    };
+    let resume = ResumeTaskRequest { container_id };
+    let mut seen = serde_json::Map::new();
+    for turn in ["first", "second"] {
+        goes_on(&container).await?;
+        let running = task_status(&container).await?;
+        let paused = code(tasks.pause(k8s(pause.clone())).await);
+        let status = task_status(&container).await?;
+        let in_cri = container.status().await?.state().as_str_name();
+        stands_still(&container).await?;
+        let resumed = code(tasks.resume(k8s(resume.clone())).await);
+        let after = task_status(&container).await?;
+        seen.insert(
+            turn.to_owned(),
+            json!([running, paused, status, in_cri, resumed, after]),
+        );
+    }
+    goes_on(&container).await?;
+    // Not paused twice, nor resumed without having been.
+    let again = [
+        tasks.resume(k8s(resume.clone())).await.is_ok(),
+        tasks.pause(k8s(pause.clone())).await.is_ok(),
+        tasks.pause(k8s(pause.clone())).await.is_ok(),
+    ];
+    container.stop(0).await?;
+    let said = container.log()?.stdout;
+    let is_whole = said
+        .lines()
+        .zip(1..)
+        .all(|(line, number)| line == number.to_string());
+    ensure(is_whole, format_args!("lines are missing: {said}"))?;
+    seen.insert("again".into(), json!(again));
+    seen.insert("killed".into(), end(&container).await?);
+    container.remove().await?;
+    Ok(seen.into())
+}
+
+/// What containerd's task service says of one.
+async fn task_status(container: &Container) -> Outcome<&'static str> {
+    let mut tasks = TasksClient::new(container.pod.runtime.containerd());
+    // It gives the runtime two seconds to say so, which can be too few on an emulated node.
+    eventually("the status of a task", async || {
+        let request = GetRequest {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
+        let answer = tasks.get(k8s(request)).await?.into_inner();
+        let status = answer.process.unwrap_or_default().status();
+        Ok((status != Status::Unknown).then_some(status.as_str_name()))
+    })
+    .await
+}
+
+/// Waits until it has said more.
+async fn goes_on(container: &Container) -> Outcome {
+    let before = container.log_lines()?.len();
+    eventually("a line more", async || {
+        Ok((container.log_lines()?.len() > before).then_some(()))
+    })
+    .await
+}
+
+/// Waits until it says nothing more: what it said may still have been on the way.
+async fn stands_still(container: &Container) -> Outcome {
+    eventually("the last line", async || {
+        let before = container.log_lines()?.len();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        Ok((container.log_lines()?.len() == before).then_some(()))
+    })
+    .await
+}
+
+/// Stopped and removed by force while they run, and while they are in their grace.
+pub async fn removed_while_running(runtime: &Runtime) -> Outcome<Value> {
+    let pod = Pod::run(runtime, Pod::config(runtime)).await?;
+    let dir = runtime.folder("beat")?;
+    let deaf = async || -> Outcome<Container> {
+        let mut config =
+            script("trap '' TERM; while :; do echo beat >>/work/beat; echo ready; sleep 0.1; done");
+        config.mounts = vec![mount(&dir, "/work")];
+        let container = pod.start(config).await?;
+        container.says("ready").await?;
+        Ok(container)
+    };
+    let beats = || std::fs::metadata(dir.join("beat")).map(|file| file.len());
+    let soon = || tokio::time::sleep(Duration::from_secs(1));
+    let mut seen = serde_json::Map::new();
+
+    let removed = deaf().await?;
+    let code_of_removal = code(removed.remove().await);
+    let last = beats()?;
+    soon().await;
+    seen.insert(
+        "removed".into(),
+        json!([code_of_removal, code(removed.status().await), beats()? == last]),
+    );
+    // What it does on SIGTERM takes longer than it may, or not.
+    for (what, seconds, grace) in [("too slow", 600, 1), ("in time", 1, 300)] {
+        let text = format!("trap 'sleep {seconds}; exit 7' TERM; echo ready; while :; do sleep 0.1; done");
+        let container = pod.start(script(&text)).await?;
+        container.says("ready").await?;
+        container.stop(grace).await?;
+        seen.insert(what.to_owned(), end(&container).await?);
+    }
+    // Whoever is in haste does not wait for one who is not.
+    let container = deaf().await?;
+    let (slow, fast) = join(container.stop(300), async {
+        soon().await;
+        container.stop(0).await
+    })
+    .await;
+    seen.insert(
+        "in haste".into(),
+        json!([code(slow), code(fast), end(&container).await?]),
+    );
+    let container = deaf().await?;
+    let (slow, removed) = join(container.stop(300), async {
+        soon().await;
+        container.remove().await
+    })
+    .await;
+    // The first may find it gone.
+    ensure(
+        slow.is_ok() || code(slow.clone()) == "NotFound",
+        format_args!("{slow:?}"),
+    )?;
+    seen.insert(
+        "removed in its grace".into(),
+        json!([code(removed), code(container.status().await)]),
+    );
+    let container = deaf().await?;
+    let (slow, stopped) = join(container.stop(300), async {
+        soon().await;
+        pod.stop().await
+    })
+    .await;
+    stopped?;
+    let last = beats()?;
+    soon().await;
+    seen.insert(
+        "pod stopped in its grace".into(),
+        json!([code(slow), end(&container).await?, beats()? == last]),
+    );
+    pod.remove().await?;
+    Ok(seen.into())
 }

@@ -2,6 +2,7 @@
 //! Commands run in a container to their end.
 
 use cloister_tests::cri::{Outcome, Runtime, args, code, security};
+use futures_util::future::join;
 use serde_json::{Value, json};
 
 /// What it says and how it ends.
@@ -43,6 +44,39 @@ pub async fn process(runtime: &Runtime) -> Outcome<Value> {
     container.stop(0).await?;
     container.remove().await?;
     Ok(json!(seen.good()?.lines().collect::<Vec<_>>()))
+}
+
+/// It is ended by a signal: its own, one that another process sends, one that its child gets.
+pub async fn signals(runtime: &Runtime) -> Outcome<Value> {
+    let shared = runtime.shared().await?;
+    let mut seen = serde_json::Map::new();
+    for signal in ["HUP", "INT", "ABRT", "KILL", "SEGV", "TERM", "USR1"] {
+        let output = shared
+            .exec_script(&format!("kill -{signal} $$; echo goes on"))
+            .await?;
+        seen.insert(signal.to_owned(), json!(output));
+    }
+    for (number, signal) in [(4323, "TERM"), (4324, "KILL")] {
+        let sleep = format!("sleep {number}");
+        // Not before it is there.
+        let kill = format!("until pkill -{signal} -f -x '{sleep}'; do sleep 0.1; done");
+        let (target, sender) = join(
+            shared.exec(&["sleep", &number.to_string()]),
+            shared.exec_script(&kill),
+        )
+        .await;
+        seen.insert(format!("{signal} of another"), json!([target?, sender?]));
+    }
+    let handled = shared
+        .exec_script("trap 'echo handled; exit 7' TERM; kill -TERM $$; sleep 1; echo goes on")
+        .await?;
+    let child = shared
+        .exec_script("sh -c 'kill -KILL $$'; echo child $?; exec sh -c 'kill -TERM $$'")
+        .await?;
+    seen.insert("handled".into(), json!(handled));
+    // A shell may say so on stderr, in its own words.
+    seen.insert("child".into(), json!([child.code, child.stdout]));
+    Ok(seen.into())
 }
 
 /// It is ended when its time is up, and the container lives on.

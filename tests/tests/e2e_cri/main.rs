@@ -51,20 +51,20 @@ macro_rules! cases {
 }
 
 const CASES: &[Case] = cases! {
-    pods { life ends_its_containers unknown sysctls at_once }
-    containers { life exit_codes that_cannot_start stop process surroundings root_is_its_own several first_process terminal }
-    exec { output process timeout orphan at_once }
+    pods { life ends_its_containers unknown sysctls at_once events }
+    containers { life exit_codes that_cannot_start stop process surroundings root_is_its_own several restart first_process terminal paused removed_while_running }
+    exec { output process timeout orphan at_once signals }
     streams { exec_pipes exec_terminal attach attach_terminal port_forward }
     logs { lines complete reopen }
     files { names nodes_dns shared_memory }
     mounts { writable_and_not live_updates shared_by_containers nested propagation termination_log image_volume file_operations }
     security { users capabilities restrictions seccomp privileged devices reported_user }
     namespaces { processes shared_processes in_common of_the_node }
-    network { addresses reach between_pods host_port }
+    network { addresses reach between_pods host_port service dns }
     resources { given changed out_of_memory processes }
     size { follows_containers follows_the_pod }
     block_volumes { written_and_read read_only not_there }
-    stats { of_a_container of_a_pod }
+    stats { of_a_container of_a_pod listed }
 };
 
 /// What `make test` runs, a few of each kind, for it has little time. `make cri` runs all.

@@ -10,7 +10,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-fn mount(host: &Path, container: &str) -> api::Mount {
+/// A folder or file of the node.
+pub fn mount(host: &Path, container: &str) -> api::Mount {
     api::Mount {
         host_path: host.display().to_string(),
         container_path: container.to_owned(),

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The network of pods.
 
-use cloister_tests::cri::{HANDLERS, Outcome, Pod, Runtime, api, ensure, eventually, script};
+use cloister_tests::cri::{BRIDGE, HANDLERS, Outcome, Pod, Runtime, api, ensure, eventually, script};
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// Asks a server of ours for its line.
@@ -69,7 +71,7 @@ pub async fn reach(runtime: &Runtime) -> Outcome<Value> {
             .await?;
         seen.insert(format!("{kind} within"), json!(inside));
     }
-    let datagram = std::net::UdpSocket::bind("0.0.0.0:0")?;
+    let datagram = UdpSocket::bind("0.0.0.0:0")?;
     datagram.set_read_timeout(Some(Duration::from_secs(20)))?;
     datagram.send_to(b"datagram", format!("{}:8201", network.ip))?;
     let mut bytes = [0; 64];
@@ -149,4 +151,160 @@ pub async fn host_port(runtime: &Runtime) -> Outcome<Value> {
     pod.remove().await?;
     let after = ask("127.0.0.1", port).is_err();
     Ok(json!({ "local": local, "hairpin": hairpin, "closed after": after }))
+}
+
+/// A program of the node, with this as its input.
+fn node(command: &[&str], input: &str) -> Outcome {
+    let mut process = Command::new(command[0])
+        .args(&command[1..])
+        .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+        .stdin(Stdio::piped())
+        .spawn()?;
+    if let Some(mut stdin) = process.stdin.take() {
+        stdin.write_all(input.as_bytes())?;
+    }
+    ensure(process.wait()?.success(), format_args!("{command:?}"))
+}
+
+/// A service as kube-proxy has them with nftables: an address that nobody has, translated on the node to that of a pod. It ends
+/// when dropped.
+struct Service {
+    table: String,
+    address: String,
+}
+
+impl Service {
+    const PORT: u16 = 80;
+
+    /// One for each handler at a time.
+    fn start(runtime: &Runtime, pod: &str, port: u16) -> Outcome<Self> {
+        let number = HANDLERS.iter().position(|&name| name == runtime.handler());
+        let service = Self {
+            table: format!("cri-e2e-{}", runtime.handler()),
+            address: format!("10.96.0.{}", number.ok_or("a handler without a number")? + 10),
+        };
+        // A client on the pod's own bridge must get its answer by the way of its question: so it is made the node's.
+        let rules = format!(
+            "table ip {table} {{
+                chain service {{ ip daddr {address} tcp dport {service_port} dnat to {pod}:{port}; }}
+                chain prerouting {{ type nat hook prerouting priority -100; jump service; }}
+                chain output {{ type nat hook output priority -100; jump service; }}
+                chain postrouting {{ type nat hook postrouting priority 90; ip daddr {pod} tcp dport {port} ct status dnat masquerade; }}
+            }}",
+            table = service.table,
+            address = service.address,
+            service_port = Self::PORT,
+        );
+        node(&["nft", "-f", "-"], &rules)?;
+        // A node without a way to the Internet has none to that address either.
+        let route = ["ip", "route", "replace", &service.address, "dev", BRIDGE];
+        node(&route, "")?;
+        Ok(service)
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        for command in [
+            &["nft", "delete", "table", "ip", &self.table][..],
+            &["ip", "route", "delete", &self.address, "dev", BRIDGE],
+        ] {
+            if let Err(error) = node(command, "") {
+                eprintln!("a service is left on the node: {error}");
+            }
+        }
+    }
+}
+
+/// From a pod, from the node and from the server itself to a server of each handler, by the address of a service.
+pub async fn service(runtime: &Runtime) -> Outcome<Value> {
+    let mut seen = serde_json::Map::new();
+    let client = runtime.shared().await?;
+    for other in runtime.siblings() {
+        let pod = Pod::run(&other, Pod::config(&other)).await?;
+        let server = pod.start(script("socat TCP-LISTEN:8600,fork,reuseaddr SYSTEM:'echo served $SOCAT_PEERADDR' & until ss -Hltn | grep -q 8600; do sleep 0.1; done; echo ready; wait")).await?;
+        server.says("ready").await?;
+        let service = Service::start(runtime, &pod.address().await?, 8600)?;
+        let ask_it = format!(
+            "socat -u TCP:{}:{},connect-timeout=60 STDOUT",
+            service.address,
+            Service::PORT
+        );
+        let from_pod = client.exec_script(&ask_it).await?;
+        let from_itself = server.exec_script(&ask_it).await?;
+        let from_node = eventually("an answer of the service", async || {
+            Ok(ask(&service.address, Service::PORT).ok())
+        })
+        .await?;
+        drop(service);
+        pod.remove().await?;
+        seen.insert(
+            format!("of {}", other.handler()),
+            json!([from_pod, from_itself, from_node]),
+        );
+    }
+    Ok(seen.into())
+}
+
+/// The one name that the node's name server knows.
+const NAME: &str = "service.e2e.test";
+
+/// What a name server that knows one name, and one IPv4 address of it, says to this.
+fn resolve(query: &[u8]) -> Option<Vec<u8>> {
+    let (mut name, mut at) = (Vec::new(), 12);
+    while let length @ 1.. = usize::from(*query.get(at)?) {
+        name.push(String::from_utf8_lossy(query.get(at + 1..=at + length)?).into_owned());
+        at += length + 1;
+    }
+    let question = query.get(12..at + 5)?;
+    let is_known = name.join(".").eq_ignore_ascii_case(NAME);
+    // Type A, class IN.
+    let is_answered = is_known && question.ends_with(&[0, 1, 0, 1]);
+    let mut answer = query[..2].to_vec();
+    // A response, recursion available; no error, or no such name. One question, as many answers, nothing else.
+    answer.extend([0x81, if is_known { 0x80 } else { 0x83 }]);
+    answer.extend([0, 1, 0, u8::from(is_answered), 0, 0, 0, 0]);
+    answer.extend(question);
+    if is_answered {
+        // The name in the question, A, IN, for a minute, four bytes.
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 53]);
+    }
+    Some(answer)
+}
+
+/// A name server on the node till the end of the test, one for all handlers: they ask at the same port.
+fn name_server(address: &str) -> Outcome {
+    static STARTED: OnceLock<Result<(), String>> = OnceLock::new();
+    let start = || {
+        let socket = UdpSocket::bind(format!("{address}:53")).map_err(|e| format!("{address}:53: {e}"))?;
+        std::thread::spawn(move || {
+            let mut query = [0; 512];
+            while let Ok((count, client)) = socket.recv_from(&mut query) {
+                if let Some(answer) = resolve(&query[..count]) {
+                    let _ = socket.send_to(&answer, client);
+                }
+            }
+        });
+        Ok(())
+    };
+    Ok(STARTED.get_or_init(start).clone()?)
+}
+
+/// A name is found through the pod's name server and search domain.
+pub async fn dns(runtime: &Runtime) -> Outcome<Value> {
+    let gateway = "ip route | awk '/^default/ { print $3 }'";
+    let gateway = runtime.shared().await?.exec_script(gateway).await?.good()?;
+    name_server(gateway.trim())?;
+    let mut config = Pod::config(runtime);
+    config.dns_config = Some(api::DnsConfig {
+        servers: vec![gateway.trim().to_owned()],
+        searches: vec!["nothing.test".to_owned(), "e2e.test".to_owned()],
+        options: vec!["ndots:5".to_owned()],
+    });
+    let pod = Pod::run(runtime, config).await?;
+    let text =
+        format!("for name in service {NAME} {NAME}. another; do getent hosts $name || echo $name: $?; done");
+    let output = pod.output(script(&text)).await?;
+    pod.remove().await?;
+    Ok(json!(output))
 }

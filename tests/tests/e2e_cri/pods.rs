@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The life of pods.
 
-use cloister_tests::cri::{Outcome, Pod, Runtime, api, args, code, ensure, script};
+use crate::mounts::mount;
+use cloister_tests::cri::{Outcome, Pod, Runtime, api, args, code, ensure, eventually, script};
 use serde_json::{Value, json};
+use std::sync::{Arc, Mutex};
+use tokio::task::JoinHandle;
 
 async fn listed(runtime: &Runtime, filter: api::PodSandboxFilter) -> Outcome<Vec<String>> {
     let request = api::ListPodSandboxRequest { filter: Some(filter) };
@@ -200,4 +203,118 @@ pub async fn at_once(runtime: &Runtime) -> Outcome<Value> {
     let outputs = futures_util::future::join_all(lives).await;
     let outputs: Outcome<Vec<String>> = outputs.into_iter().collect();
     Ok(json!(outputs?))
+}
+
+/// What containerd tells as it happens, of all pods of the node.
+struct Events {
+    seen: Arc<Mutex<Vec<api::ContainerEventResponse>>>,
+    reader: JoinHandle<Result<(), tonic::Status>>,
+}
+
+impl Events {
+    async fn listen(runtime: &Runtime) -> Outcome<Self> {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (mut cri, all) = (runtime.cri(), Arc::clone(&seen));
+        // Read all the time: who listens and does not read holds containerd up.
+        let reader = tokio::spawn(async move {
+            let answer = cri.get_container_events(api::GetEventsRequest {}).await?;
+            let mut stream = answer.into_inner();
+            while let Some(event) = stream.message().await? {
+                all.lock().unwrap().push(event);
+            }
+            Ok(())
+        });
+        let events = Self { seen, reader };
+        // The answer comes with the first event: nothing else says that containerd knows of us.
+        let pod = &runtime.shared().await?.pod;
+        eventually("a first event", async || {
+            pod.create(args(&["true"])).await?.remove().await?;
+            Ok((!events.so_far()?.is_empty()).then_some(()))
+        })
+        .await?;
+        Ok(events)
+    }
+
+    fn so_far(&self) -> Outcome<Vec<api::ContainerEventResponse>> {
+        ensure(!self.reader.is_finished(), "containerd tells no more events")?;
+        Ok(self.seen.lock().unwrap().clone())
+    }
+
+    /// Waits until a container, or a pod by its own id, has come so far.
+    async fn until(&self, id: &str, kind: api::ContainerEventType) -> Outcome {
+        eventually(kind.as_str_name(), async || {
+            let found = self
+                .so_far()?
+                .iter()
+                .any(|event| event.container_id == id && event.container_event_type() == kind);
+            Ok(found.then_some(()))
+        })
+        .await
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// The events of a pod's whole life, as a kubelet listens to them (`EventedPLEG`), with what they say of pod and containers.
+pub async fn events(runtime: &Runtime) -> Outcome<Value> {
+    use api::ContainerEventType::{ContainerDeletedEvent as Deleted, ContainerStoppedEvent as Stopped};
+    let events = Events::listen(runtime).await?;
+    let pod = Pod::run(runtime, Pod::config(runtime)).await?;
+    let dir = runtime.folder("events")?;
+    let start = async |name: &str, text: &str| {
+        let mut config = script(text);
+        config.mounts = vec![mount(&dir, "/work")];
+        config.metadata = Some(api::ContainerMetadata {
+            name: name.to_owned(),
+            attempt: 0,
+        });
+        pod.start(config).await
+    };
+    let stopped = start("stopped", "trap 'exit 7' TERM; echo ready; sleep infinity & wait").await?;
+    stopped.says("ready").await?;
+    let ends = start("ends", "until [ -e /work/end ]; do sleep 0.1; done; exit 3").await?;
+    std::fs::write(dir.join("end"), "")?;
+    // Each step waits for the one before it: these events may come later than the answers.
+    events.until(&ends.id, Stopped).await?;
+    stopped.stop(300).await?;
+    events.until(&stopped.id, Stopped).await?;
+    stopped.remove().await?;
+    pod.stop().await?;
+    events.until(&pod.id, Stopped).await?;
+    // With the container that is still there.
+    pod.remove().await?;
+    events.until(&pod.id, Deleted).await?;
+    let mut seen = Vec::new();
+    for event in events.so_far()? {
+        let whose = [("pod", &pod.id), ("stopped", &stopped.id), ("ends", &ends.id)];
+        let whose = whose.into_iter().find(|(_, id)| **id == event.container_id);
+        let Some((whose, _)) = whose else { continue };
+        let status = event.pod_sandbox_status.as_ref();
+        ensure(
+            event.created_at > 0 && status.is_none_or(|status| status.id == pod.id),
+            format_args!("{event:?}"),
+        )?;
+        let mut containers: Vec<String> = event
+            .containers_statuses
+            .iter()
+            .map(|status| {
+                let name = status.metadata.as_ref().map_or("", |metadata| &metadata.name);
+                format!(
+                    "{name} {} {} {}",
+                    status.state().as_str_name(),
+                    status.exit_code,
+                    status.reason
+                )
+            })
+            .collect();
+        containers.sort();
+        let kind = event.container_event_type().as_str_name();
+        let state = status.map(|status| status.state().as_str_name());
+        seen.push(json!([whose, kind, state, containers]));
+    }
+    Ok(json!(seen))
 }

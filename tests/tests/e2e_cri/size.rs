@@ -4,7 +4,7 @@
 
 use cloister_protocol::protobuf::Message as _;
 use cloister_sandbox_api::daemon::uds;
-use cloister_tests::cri::{Container, Outcome, Pod, Runtime, api, args, ensure, eventually};
+use cloister_tests::cri::{Container, Outcome, Pod, Runtime, api, args, ensure, eventually, k8s};
 use containerd_client::services::v1::sandbox::controller_client::ControllerClient;
 use containerd_client::services::v1::sandbox::{ControllerMetricsRequest, ControllerUpdateRequest};
 use serde_json::{Value, json};
@@ -132,7 +132,7 @@ pub async fn follows_the_pod(runtime: &Runtime) -> Outcome<Value> {
                 fields: vec!["extensions".into()],
                 ..Default::default()
             };
-            controller.update(k8s(request)?).await?;
+            controller.update(k8s(request)).await?;
             if mib > 256 {
                 let large = machine(&container).await?;
                 ensure(
@@ -147,7 +147,7 @@ pub async fn follows_the_pod(runtime: &Runtime) -> Outcome<Value> {
             sandbox_id: pod.id.clone(),
             ..Default::default()
         };
-        let metrics = controller.metrics(k8s(request)?).await?.into_inner().metrics;
+        let metrics = controller.metrics(k8s(request)).await?.into_inner().metrics;
         let data = metrics.and_then(|metrics| metrics.data).unwrap_or_default();
         ensure(
             data.type_url == "io.containerd.cgroups.v2.Metrics",
@@ -164,12 +164,4 @@ pub async fn follows_the_pod(runtime: &Runtime) -> Outcome<Value> {
     }
     pod.remove().await?;
     Ok(Value::Null)
-}
-
-fn k8s<T>(message: T) -> Outcome<tonic::Request<T>> {
-    let mut request = tonic::Request::new(message);
-    request
-        .metadata_mut()
-        .insert("containerd-namespace", "k8s.io".parse()?);
-    Ok(request)
 }

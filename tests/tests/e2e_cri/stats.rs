@@ -81,6 +81,80 @@ pub async fn of_a_container(runtime: &Runtime) -> Outcome<Value> {
     }))
 }
 
+/// Which containers and pods a list has, and of which containers it tells what they use.
+pub async fn listed(runtime: &Runtime) -> Outcome<Value> {
+    let pod = Pod::run(runtime, Pod::config(runtime)).await?;
+    let mut ids = Vec::new();
+    for name in ["first", "second", "ended", "created"] {
+        let mut config = script(if name == "ended" {
+            "exit 0"
+        } else {
+            "sleep infinity"
+        });
+        config.metadata = Some(api::ContainerMetadata {
+            name: name.into(),
+            attempt: 0,
+        });
+        let container = pod.create(config).await?;
+        if name != "created" {
+            container.start().await?;
+        }
+        if name == "ended" {
+            container.ended().await?;
+        }
+        ids.push(container.id);
+    }
+    let containers = async |id: &str, pod: &str| -> Outcome<Vec<(String, bool)>> {
+        let request = api::ListContainerStatsRequest {
+            filter: Some(api::ContainerStatsFilter {
+                id: id.into(),
+                pod_sandbox_id: pod.into(),
+                ..Default::default()
+            }),
+        };
+        let stats = runtime
+            .cri()
+            .list_container_stats(request)
+            .await?
+            .into_inner()
+            .stats;
+        let named =
+            |stats: api::ContainerStats| Some((stats.attributes?.metadata?.name, stats.cpu.is_some()));
+        let mut names: Vec<_> = stats.into_iter().filter_map(named).collect();
+        names.sort();
+        Ok(names)
+    };
+    let request = api::ListPodSandboxStatsRequest {
+        filter: Some(api::PodSandboxStatsFilter {
+            id: pod.id.clone(),
+            ..Default::default()
+        }),
+    };
+    let pods = runtime
+        .cri()
+        .list_pod_sandbox_stats(request)
+        .await?
+        .into_inner()
+        .stats;
+    let pods: Vec<_> = pods
+        .into_iter()
+        .map(|stats| stats.attributes.unwrap_or_default().id == pod.id)
+        .collect();
+    let mut seen = json!({
+        "of the pod": containers("", &pod.id).await?,
+        "by id": containers(&ids[0], "").await?,
+        "by both": containers(&ids[1], &pod.id).await?,
+        "of another pod": containers(&ids[0], &runtime.shared().await?.pod.id).await?,
+        "ended": containers(&ids[2], "").await?,
+        "unknown": containers("nothing", "").await?,
+        "pods": pods,
+    });
+    pod.stop().await?;
+    seen["once stopped"] = json!(containers("", &pod.id).await?);
+    pod.remove().await?;
+    Ok(seen)
+}
+
 /// Of a pod, with its network.
 pub async fn of_a_pod(runtime: &Runtime) -> Outcome<Value> {
     let mut config = Pod::config(runtime);
