@@ -71,9 +71,7 @@ const CASES: &[Case] = cases! {
 const FEW: &[&str] = &[
     "pods::life",
     "pods::unknown",
-    "pods::sysctls",
     "containers::life",
-    "containers::exit_codes",
     "containers::process",
     "containers::terminal",
     "exec::output",
