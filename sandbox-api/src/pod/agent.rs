@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The agent as the host sees it: it calls once to say that it is ready and then sends its events, and it is called for
-//! everything else. What comes from it is the guest's word: of its events those that an agent of ours sends go on.
+//! everything else. What comes from it is the guest's word: of its events those go on that an agent of ours sends, about what
+//! this pod has.
 
+use super::members::Members;
 use super::task;
+use cloister_devices::rate_limit::RateLimit;
 use cloister_protocol::containerd_shim_protos::protobuf::well_known_types::empty::Empty;
 use cloister_protocol::events::{
     Envelope, Events, ForwardRequest, TASK_CREATE_EVENT_TOPIC, TASK_DELETE_EVENT_TOPIC,
     TASK_EXEC_ADDED_EVENT_TOPIC, TASK_EXEC_STARTED_EVENT_TOPIC, TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC,
-    TASK_PAUSED_EVENT_TOPIC, TASK_RESUMED_EVENT_TOPIC, TASK_START_EVENT_TOPIC, TaskOOM, create_events,
+    TASK_PAUSED_EVENT_TOPIC, TASK_RESUMED_EVENT_TOPIC, TASK_START_EVENT_TOPIC, TaskDelete, TaskExecAdded,
+    TaskExecStarted, TaskExit, TaskOOM, create_events,
 };
 use cloister_protocol::pod::{PodClient, Ready};
 use cloister_protocol::protobuf::Message as _;
@@ -73,14 +77,16 @@ pub struct EventsServer {
     pub ready: watch::Receiver<Option<Ready>>,
     /// All other events.
     pub events: mpsc::Receiver<Envelope>,
+    /// Whom they may be about.
+    pub members: Arc<Members>,
 }
 
 impl EventsServer {
-    /// Serves the connections that come out of `accepted`.
+    /// Serves the connections that come out of `accepted`, of the VM called `name`.
     ///
     /// # Errors
     /// ttrpc's.
-    pub async fn start(accepted: mpsc::Receiver<StdStream>) -> ttrpc::Result<Self> {
+    pub async fn start(name: &str, accepted: mpsc::Receiver<StdStream>) -> ttrpc::Result<Self> {
         let (ready_sender, ready) = watch::channel(None);
         let (event_sender, events) = mpsc::channel(MAX_EVENTS);
         let connections = futures_util::stream::unfold(accepted, |mut accepted| async move {
@@ -90,9 +96,13 @@ impl EventsServer {
                 .and_then(|()| UnixStream::from_std(stream));
             Some((connected, accepted))
         });
+        let members = Arc::<Members>::default();
         let service = Service {
+            name: name.to_owned(),
             ready: ready_sender,
             events: event_sender,
+            members: Arc::clone(&members),
+            complaints: RateLimit::new(),
         };
         let mut server = Server::new()
             .add_listener(Listener::new(connections))
@@ -102,6 +112,7 @@ impl EventsServer {
             server,
             ready,
             events,
+            members,
         })
     }
 
@@ -113,8 +124,11 @@ impl EventsServer {
 }
 
 struct Service {
+    name: String,
     ready: watch::Sender<Option<Ready>>,
     events: mpsc::Sender<Envelope>,
+    members: Arc<Members>,
+    complaints: RateLimit,
 }
 
 #[async_trait::async_trait]
@@ -126,8 +140,19 @@ impl Events for Service {
         if envelope.topic == READY_TOPIC {
             let ready = Ready::parse_from_bytes(&envelope.event.get_or_default().value).unwrap_or_default();
             self.ready.send_replace(Some(ready));
-        } else if !is_of_agent(&envelope) {
+            return Ok(Empty::new());
+        }
+        let Some((container, exec)) = subject(&envelope) else {
             log::debug!("an event of the guest that is none of its agent's was dropped");
+            return Ok(Empty::new());
+        };
+        // containerd takes its word, whichever pod the container is of.
+        if !self.members.has(&container, &exec) {
+            let what = format_args!(
+                "event {} was dropped: the pod has no container {container:?} with a process {exec:?}",
+                envelope.topic
+            );
+            self.complaints.warn(&self.name, what);
         } else if self.events.try_send(envelope).is_err() {
             log::debug!("an event of the guest was dropped");
         }
@@ -135,22 +160,38 @@ impl Events for Service {
     }
 }
 
-/// Whether an agent of ours could have sent it: containerd refuses other topics, and its clients believe what they read.
-fn is_of_agent(envelope: &Envelope) -> bool {
+/// The container that an event is about, and the exec, empty if it is the container itself. None if no agent of ours could
+/// have sent it: containerd refuses other topics, and its clients believe what they read.
+fn subject(envelope: &Envelope) -> Option<(String, String)> {
     let event = envelope.event.get_or_default();
-    let topic = TOPICS.iter().find(|(topic, _)| *topic == envelope.topic);
-    let fits = topic.is_some_and(|(_, name)| event.type_url == format!("{EVENTS_PACKAGE}.{name}"));
+    let value = &event.value;
+    let (_, name) = TOPICS.iter().find(|(topic, _)| *topic == envelope.topic)?;
+    if event.type_url != format!("{EVENTS_PACKAGE}.{name}") || value.len() > MAX_EVENT {
+        return None;
+    }
     // The id is the first field of all of these messages, and a TaskOOM's only one.
-    let names_container = || {
-        TaskOOM::parse_from_bytes(&event.value).is_ok_and(|event| task::check_id(&event.container_id).is_ok())
+    let container = TaskOOM::parse_from_bytes(value).ok()?.container_id;
+    let process = match *name {
+        "TaskExit" => TaskExit::parse_from_bytes(value).ok()?.id,
+        "TaskDelete" => TaskDelete::parse_from_bytes(value).ok()?.id,
+        "TaskExecAdded" => TaskExecAdded::parse_from_bytes(value).ok()?.exec_id,
+        "TaskExecStarted" => TaskExecStarted::parse_from_bytes(value).ok()?.exec_id,
+        _ => String::new(),
     };
-    fits && event.value.len() <= MAX_EVENT && names_container()
+    // A container's own process has its name, or none.
+    let exec = if process == container {
+        String::new()
+    } else {
+        process
+    };
+    let sound = |id: &str| task::check_id(id).is_ok();
+    (sound(&container) && (exec.is_empty() || sound(&exec))).then_some((container, exec))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use cloister_protocol::events::{EventsClient, TaskCreate, TaskExit};
+    use cloister_protocol::events::{EventsClient, TaskCreate};
     use cloister_protocol::protobuf::MessageField;
     use cloister_protocol::protobuf::well_known_types::any::Any;
 
@@ -166,14 +207,17 @@ mod tests {
 
     #[test]
     fn a_guest_sends_its_agents_events_and_no_others() {
-        let is_taken = |topic: &str, event| {
-            is_of_agent(&Envelope {
+        let about = |topic: &str, event| {
+            subject(&Envelope {
                 topic: topic.into(),
                 event: MessageField::some(event),
                 ..Default::default()
             })
         };
-        assert!(is_taken("/tasks/exit", exit_of("c1")));
+        let is_taken = |topic: &str, event| about(topic, event).is_some();
+        let told = |container: &str, exec: &str| Some((container.to_owned(), exec.to_owned()));
+        assert_eq!(about("/tasks/exit", exit_of("c1")), told("c1", "e1"));
+        assert_eq!(about("/tasks/exit", exit_of("e1")), told("e1", ""));
         for topic in [
             "/tasks/oom",
             "/tasks/",
@@ -218,7 +262,7 @@ mod tests {
     #[tokio::test]
     async fn ready_and_events() {
         let (sender, accepted) = mpsc::channel(4);
-        let mut server = EventsServer::start(accepted).await.unwrap();
+        let mut server = EventsServer::start("pod", accepted).await.unwrap();
         let (ours, theirs) = StdStream::pair().unwrap();
         sender.send(ours).await.unwrap();
         let client = EventsClient::new(Client::new(socket(theirs).unwrap()));
@@ -250,9 +294,25 @@ mod tests {
         )
         .await;
         assert_eq!(server.ready.borrow().as_ref().unwrap().version, "7");
-        forward("/tasks/", exit_of("c1")).await;
+        server.members.enter("c1", "");
+        let oom_of = |container: &str| {
+            let oom = TaskOOM {
+                container_id: container.into(),
+                ..Default::default()
+            };
+            cloister_protocol::pack(EVENTS_PACKAGE, &oom).unwrap()
+        };
+        // Of another pod: the container, or the process, whose name is a container's as well as an exec's.
+        forward("/tasks/oom", oom_of("c2")).await;
+        forward("/tasks/exit", exit_of("c2")).await;
         forward("/tasks/exit", exit_of("c1")).await;
-        assert_eq!(server.events.recv().await.unwrap().topic, "/tasks/exit");
+        forward("/tasks/", exit_of("c1")).await;
+        server.members.enter("c1", "e1");
+        forward("/tasks/exit", exit_of("c1")).await;
+        forward("/tasks/oom", oom_of("c1")).await;
+        let mut next = async || subject(&server.events.recv().await.unwrap()).unwrap();
+        assert_eq!(next().await, ("c1".to_owned(), "e1".to_owned()));
+        assert_eq!(next().await, ("c1".to_owned(), String::new()));
         server.stop().await;
     }
 }

@@ -10,6 +10,7 @@ pub mod guest;
 pub mod host;
 pub mod log;
 pub mod machine;
+pub mod members;
 pub mod pool;
 pub mod resize;
 pub mod rewrite;

@@ -18,6 +18,7 @@ use super::agent::Agent;
 use super::devices::{self, Number};
 use super::disks::{self, Disks};
 use super::guest::{Guest, ShareOptions};
+use super::members::Members;
 use super::resize::{self, Resizer};
 use super::rewrite::{self, Share};
 use super::size::{Limits, Size, Sizing};
@@ -175,6 +176,8 @@ pub struct TaskService {
     dead: watch::Receiver<Option<String>>,
     vigil: Vigil,
     containers: Mutex<HashMap<String, Arc<Container>>>,
+    /// The same for those who look at the agent's events.
+    members: Arc<Members>,
     /// Root file systems of containers whose Create brings none, by id.
     prepared: Mutex<HashMap<String, Vec<api::Mount>>>,
     started: OnceLock<Started>,
@@ -270,12 +273,14 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + '
 }
 
 impl TaskService {
-    /// A service for the containers of `guest`, whose agent is ready. `dead` becomes the reason when the VM ends. An agent
-    /// that leaves calls unanswered for `patience` is asked whether it is there (see [`Vigil`]).
+    /// A service for the containers of `guest`, whose agent is ready. `members` is kept as its events need it. `dead` becomes
+    /// the reason when the VM ends. An agent that leaves calls unanswered for `patience` is asked whether it is there (see
+    /// [`Vigil`]).
     pub fn new(
         guest: Arc<dyn Guest>,
         agent: Agent,
         hub: Arc<Hub>,
+        members: Arc<Members>,
         dead: watch::Receiver<Option<String>>,
         patience: Duration,
     ) -> Arc<Self> {
@@ -288,6 +293,7 @@ impl TaskService {
             hub,
             dead,
             containers: Mutex::default(),
+            members,
             prepared: Mutex::default(),
             started: OnceLock::new(),
             timing: OnceLock::new(),
@@ -387,6 +393,12 @@ impl TaskService {
         })
     }
 
+    fn forget(&self, id: &str) {
+        let mut containers = lock(&self.containers);
+        containers.remove(id);
+        self.members.leave(id, "");
+    }
+
     fn is_dead(&self) -> bool {
         self.dead.borrow().is_some()
     }
@@ -453,11 +465,12 @@ impl TaskService {
                 ));
             }
             containers.insert(new.id.clone(), Arc::clone(&container));
+            self.members.enter(&new.id, "");
         }
         let id = new.id.clone();
         let result = self.create_in(&container, new, steps).await;
         if result.is_err() {
-            lock(&self.containers).remove(&id);
+            self.forget(&id);
             self.part_with(&id, &container).await;
         }
         result
@@ -588,6 +601,7 @@ impl TaskService {
         let process = self.watch(&container, &id, "", names, streams, terminal, pumps);
         process.pid.store(pid, Ordering::Relaxed);
         let _ = process.started.set(clock::now());
+        self.members.enter(&id, "");
         lock(&self.containers).insert(id, container);
         Ok(())
     }
@@ -911,10 +925,12 @@ impl TaskService {
         let (pumps, streams) =
             Pumps::start(&self.hub, stdio, request.terminal).map_err(|e| unknown("stdio", e))?;
         [request.stdin, request.stdout, request.stderr] = streams.clone();
-        let response = self
+        self.members.enter(&request.id, &request.exec_id);
+        let answer = self
             .vigil
             .over(self.agent.task.exec(no_deadline(), &request))
-            .await?;
+            .await;
+        let response = answer.inspect_err(|_| self.members.leave(&request.id, &request.exec_id))?;
         self.watch(
             &container,
             &request.id,
@@ -995,9 +1011,10 @@ impl TaskService {
         };
         if request.exec_id.is_empty() {
             self.part_with(&request.id, &container).await;
-            lock(&self.containers).remove(&request.id);
+            self.forget(&request.id);
         } else {
             lock(&container.processes).remove(&request.exec_id);
+            self.members.leave(&request.id, &request.exec_id);
         }
         Ok(response)
     }

@@ -123,7 +123,7 @@ impl PodVm {
         let streams = machine
             .listen(STREAM_PORT)
             .map_err(io_error("listen to the agent"))?;
-        let events = EventsServer::start(accepted)
+        let events = EventsServer::start(machine.cell().name(), accepted)
             .await
             .map_err(agent_error("serve the agent's events"))?;
         Ok(Self {
@@ -237,7 +237,12 @@ impl PodVm {
         }
         let guest: Arc<dyn Guest> = Arc::<Machine>::clone(&self.machine);
         let desk = Arc::clone(hub.desk());
-        let service = TaskService::new(guest, agent, hub, reasons(self.machine.dead()), patience);
+        let events = self.events.as_ref();
+        let members = events
+            .map(|events| Arc::clone(&events.members))
+            .unwrap_or_default();
+        let dead = reasons(self.machine.dead());
+        let service = TaskService::new(guest, agent, hub, members, dead, patience);
         let listener = SocketPath::of(socket)
             .and_then(|short| tokio::net::UnixListener::bind(short.path()))
             .map_err(io_error("make the pod's task.sock"))?;

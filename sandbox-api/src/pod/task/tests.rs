@@ -247,7 +247,7 @@ async fn patient_bed(patience: Duration) -> Bed {
     let (die, dead) = watch::channel(None);
     let client = Agent::over(guest.connect(cloister_protocol::AGENT_PORT).unwrap()).unwrap();
     let as_guest: Arc<dyn Guest> = Arc::<FakeGuest>::clone(&guest);
-    let service = TaskService::new(as_guest, client, Arc::clone(&hub), dead, patience);
+    let service = TaskService::new(as_guest, client, Arc::clone(&hub), Arc::default(), dead, patience);
     Bed {
         service,
         agent,
@@ -327,6 +327,7 @@ async fn life_of_a_container() {
         *lock(&bed.guest.attached),
         HashMap::from([("rootfs-c1".to_owned(), true), ("vol-0-c1".to_owned(), true)])
     );
+    assert!(bed.service.members.has("c1", "") && !bed.service.members.has("c2", ""));
     let created = lock(&bed.agent.created)[0].clone();
     assert_eq!(created.rootfs[0].source, "/run/cloister/shared/rootfs-c1");
     assert_eq!((created.stdin.as_str(), created.stderr.as_str()), ("", ""));
@@ -503,6 +504,7 @@ async fn answers_after_the_vm_died() {
     };
     bed.service.exec_process(exec.clone()).await.unwrap();
     assert!(bed.service.exec_process(exec).await.is_err());
+    assert!(bed.service.members.has("c1", "e1") && !bed.service.members.has("c1", "e2"));
     bed.die.send_replace(Some("triple fault".into()));
     for exec in ["", "e1"] {
         assert_eq!(
