@@ -178,7 +178,7 @@ pub struct Profile {
     /// Longest time a VM may take until its agent is ready.
     #[serde(with = "seconds")]
     pub init_timeout: Duration,
-    /// Longest time an agent may leave a call unanswered, and then a ping: see [`crate::pod::vigil`].
+    /// Longest time an agent may leave a call unanswered, and then a ping: see [`crate::pod::vigil`] and [`super::watchdog`].
     #[serde(with = "seconds")]
     pub answer_timeout: Duration,
     /// After how much rest a guest gives back its caches; 0: never. See [`super::idle`].

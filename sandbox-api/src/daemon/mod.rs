@@ -39,6 +39,7 @@ pub mod telemetry;
 pub mod uds;
 pub mod usage;
 pub mod vm_metrics;
+pub mod watchdog;
 pub mod workers;
 
 use args::Asked;
@@ -169,6 +170,7 @@ async fn serve(config: Config) -> Result<(), Error> {
     let operators = uds::listen(&admin_socket).map_err(in_listening(&admin_socket))?;
     tokio::spawn(admin::serve(operators, std::sync::Arc::clone(&node)));
     tokio::spawn(program_pages::keep_small(node.change()));
+    tokio::spawn(watchdog::watch(std::sync::Arc::clone(&node)));
     let listener = uds::listen(&socket).map_err(in_listening(&socket))?;
     log::info!("listening on {}", socket.display());
     notify(sd_notify::NotifyState::Ready);

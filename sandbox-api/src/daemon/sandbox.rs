@@ -608,12 +608,17 @@ impl Sandbox {
     /// # Errors
     /// It has no VM.
     pub async fn usage(&self) -> Result<Metrics, Arc<Error>> {
-        let cell = self.cell.get().and_then(Weak::upgrade);
-        let service = self.service.get().filter(|_| self.phase() == Phase::Ready);
-        match cell.zip(service) {
+        match self.running() {
             Some((cell, service)) => Ok(usage::of(&cell, service).await),
             None => Err(self.wrong_phase("measured")),
         }
+    }
+
+    /// Its VM and its Task service, while it takes containers.
+    pub fn running(&self) -> Option<(Arc<Cell>, &Arc<TaskService>)> {
+        let cell = self.cell.get().and_then(Weak::upgrade);
+        let service = self.service.get().filter(|_| self.phase() == Phase::Ready);
+        cell.zip(service)
     }
 
     /// Waits for the end of the VM, or of a pod that never had one.

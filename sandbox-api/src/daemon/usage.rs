@@ -11,7 +11,7 @@ use cloister_protocol::containerd_shim_protos::cgroups_v2::metrics::{
 use cloister_protocol::protobuf::MessageField;
 use cloister_protocol::task::Metrics;
 use cloister_vmm::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 /// Adds fields of one message to another's.
@@ -37,13 +37,35 @@ pub async fn of(cell: &Cell, service: &TaskService) -> Metrics {
 /// For how long its vCPUs have run, with what the host does in their threads.
 pub fn vcpu_time(cell: &Cell) -> Duration {
     let threads = cell.vcpu_threads().into_iter();
-    Duration::from_nanos(threads.filter_map(cpu_time).fold(0, u64::saturating_add))
+    let ran = threads.filter_map(|thread| Some(cpu_times(thread)?.ran));
+    ran.fold(Duration::ZERO, Duration::saturating_add)
 }
 
-/// Nanoseconds for which a thread of this process has run.
-fn cpu_time(thread: i32) -> Option<u64> {
+/// For how long each of its vCPUs' threads has run, or has waited for a processor to run on.
+pub fn vcpus_wanted(cell: &Cell) -> HashMap<i32, Duration> {
+    let threads = cell.vcpu_threads().into_iter();
+    let wanted = |thread| {
+        let times = cpu_times(thread)?;
+        Some((thread, times.ran.saturating_add(times.queued)))
+    };
+    threads.filter_map(wanted).collect()
+}
+
+/// Of a thread of this process (Documentation/scheduler/sched-stats.rst).
+struct CpuTimes {
+    ran: Duration,
+    /// Ready to run, without a processor.
+    queued: Duration,
+}
+
+fn cpu_times(thread: i32) -> Option<CpuTimes> {
     let text = std::fs::read_to_string(format!("/proc/self/task/{thread}/schedstat")).ok()?;
-    text.split_ascii_whitespace().next()?.parse().ok()
+    let mut numbers = text.split_ascii_whitespace();
+    let mut next = || Some(Duration::from_nanos(numbers.next()?.parse().ok()?));
+    Some(CpuTimes {
+        ran: next()?,
+        queued: next()?,
+    })
 }
 
 /// What the containers' cgroups count, added up. Averages and limits have no sum, and are left out.
@@ -112,9 +134,9 @@ mod tests {
     fn a_thread_has_run() {
         let own = rustix::thread::gettid().as_raw_nonzero().get();
         // The kernel adds up at its ticks and when another thread gets its turn.
-        while cpu_time(own).unwrap() == 0 {
+        while cpu_times(own).unwrap().ran.is_zero() {
             std::thread::yield_now();
         }
-        assert_eq!(cpu_time(i32::MAX), None);
+        assert!(cpu_times(i32::MAX).is_none());
     }
 }

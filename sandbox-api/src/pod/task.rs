@@ -375,6 +375,16 @@ impl TaskService {
         self.resizer.get()
     }
 
+    /// How often the agent has answered a call.
+    pub fn answers(&self) -> u64 {
+        self.vigil.answers()
+    }
+
+    /// Asks the agent for a sign of life (see [`Vigil::ask`]).
+    pub async fn ask(&self) {
+        self.vigil.ask().await;
+    }
+
     fn container(&self, id: &str) -> Result<Arc<Container>> {
         lock(&self.containers)
             .get(id)

@@ -3,15 +3,17 @@
 //!
 //! An idle pod is not asked for anything: a timer would wake it. Instead each call is watched. One that stays unanswered for
 //! [`Vigil::patience`] has the agent asked for a sign of life; without one for as long again, or when the connection
-//! breaks though the VM did not end, the VM is ended. Containers then are reported dead as after any other end of a VM.
+//! breaks though the VM did not end, the VM is ended. So is one that looks as if it hung (see [`Vigil::ask`]), and gives no sign
+//! of life for so long. Containers then are reported dead as after any other end of a VM.
 
 use super::guest::Guest;
 use cloister_protocol::pod::{PingRequest, PodClient};
-use cloister_protocol::ttrpc::context::with_duration;
+use cloister_protocol::ttrpc::context::{Context, with_duration};
 use cloister_protocol::ttrpc::{self, Code, Error};
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -27,6 +29,7 @@ pub struct Vigil {
     /// Why the VM ended, once it has.
     dead: watch::Receiver<Option<String>>,
     patience: Duration,
+    answers: AtomicU64,
 }
 
 impl Vigil {
@@ -42,6 +45,38 @@ impl Vigil {
             agent,
             dead,
             patience,
+            answers: AtomicU64::new(0),
+        }
+    }
+
+    /// How often the agent has answered.
+    pub fn answers(&self) -> u64 {
+        self.answers.load(Ordering::Relaxed)
+    }
+
+    fn note_answer(&self) {
+        self.answers.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Asks for a sign of life of a VM that may hang, though nobody needs anything of it.
+    pub async fn ask(&self) {
+        let request = PingRequest::new();
+        loop {
+            let ping = self.agent.ping(Context::default(), &request);
+            match tokio::time::timeout(self.patience, ping).await {
+                Ok(Err(error)) if !matches!(error, Error::RpcStatus(_)) => {
+                    self.broken(&error).await;
+                    return;
+                }
+                Ok(_) => return self.note_answer(),
+                Err(_) if self.guest.stands_still() => {}
+                Err(_) => {
+                    let seconds = self.patience.as_secs();
+                    return self.guest.give_up(format!(
+                        "it hangs: a vCPU ran without a pause, and its agent left a ping unanswered for {seconds} s"
+                    ));
+                }
+            }
         }
     }
 
@@ -56,7 +91,10 @@ impl Vigil {
                 Ok(Err(error)) if !matches!(error, Error::RpcStatus(_)) => {
                     return Err(self.broken(&error).await);
                 }
-                Ok(answer) => return answer,
+                Ok(answer) => {
+                    self.note_answer();
+                    return answer;
+                }
                 // Nobody can answer while a snapshot is taken.
                 Err(_) if self.guest.stands_still() => {}
                 Err(_) => {

@@ -671,6 +671,19 @@ async fn an_agent_that_does_not_answer_loses_its_vm() {
 }
 
 #[tokio::test]
+async fn who_looks_as_if_it_hung_and_gives_no_sign_of_life_loses_its_vm() {
+    let bed = patient_bed(Duration::from_millis(300)).await;
+    bed.service.ask().await;
+    assert_eq!(bed.service.answers(), 1);
+    assert_eq!(*lock(&bed.guest.given_up), None);
+    bed.agent.deaf.store(true, Ordering::Relaxed);
+    bed.service.ask().await;
+    assert_eq!(bed.service.answers(), 1);
+    let why = lock(&bed.guest.given_up).clone().unwrap();
+    assert!(why.contains("hangs"), "{why}");
+}
+
+#[tokio::test]
 async fn a_broken_connection_to_the_agent_loses_its_vm() {
     let mut bed = bed().await;
     let root = Root::new();
