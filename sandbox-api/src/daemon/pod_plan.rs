@@ -202,7 +202,9 @@ struct UpdatedResources {
 struct UpdatedLimits {
     cpu_period: i64,
     cpu_quota: i64,
+    cpu_shares: i64,
     memory_limit_in_bytes: i64,
+    unified: Option<HashMap<String, String>>,
 }
 
 impl From<UpdatedLimits> for LinuxContainerResources {
@@ -210,7 +212,9 @@ impl From<UpdatedLimits> for LinuxContainerResources {
         Self {
             cpu_period: limits.cpu_period,
             cpu_quota: limits.cpu_quota,
+            cpu_shares: limits.cpu_shares,
             memory_limit_in_bytes: limits.memory_limit_in_bytes,
+            unified: limits.unified.unwrap_or_default(),
             ..Default::default()
         }
     }
@@ -236,6 +240,7 @@ pub fn limits(resources: &LinuxContainerResources) -> Limits {
         resources.cpu_period,
         resources.memory_limit_in_bytes,
     )
+    .requesting(resources.cpu_shares, &resources.unified)
 }
 
 /// The RuntimeClass's overhead, if it has one.
@@ -301,6 +306,31 @@ mod tests {
     }
 
     #[test]
+    fn sizes_follow_requests_where_there_are_no_limits() {
+        let profile = Profile::default();
+        let plan = |cpu_quota, cpu_shares, memory_min: u64| {
+            let mut config = resources(cpu_quota, 0);
+            let said = config.linux.as_mut().and_then(|linux| linux.resources.as_mut());
+            let said = said.unwrap();
+            said.cpu_shares = cpu_shares;
+            said.unified = HashMap::from([("memory.min".to_owned(), memory_min.to_string())]);
+            PodPlan::new(config, &profile)
+        };
+        let plain = plan(0, 2, 0).unwrap();
+        assert_eq!(
+            (plain.cpus, plain.memory),
+            (profile.default_vcpus, profile.default_memory.0)
+        );
+        let large = plan(0, 2560, 1 << 30).unwrap();
+        assert_eq!(
+            (large.cpus, large.memory),
+            (3, (1 << 30) + profile.overhead.memory.0)
+        );
+        assert_eq!(plan(50_000, 2560, 0).unwrap().cpus, 1);
+        assert!(matches!(plan(0, 262_144, 0), Err(Refusal::TooMuch(_))));
+    }
+
+    #[test]
     fn an_update_says_what_the_pod_may_use() {
         let read = |json: &str| {
             read_update(&Any {
@@ -310,7 +340,8 @@ mod tests {
         };
         let json = r#"{"Overhead":{"memory_limit_in_bytes":9},"Resources":{"cpu_period":100000,"cpu_quota":50000,
             "cpu_shares":2,"memory_limit_in_bytes":1234,"unified":{"a":"b"}}}"#;
-        let expected = (Limits::new(50_000, 100_000, 1234), Some(9));
+        let said = Limits::new(50_000, 100_000, 1234).requesting(2, &HashMap::new());
+        let expected = (said, Some(9));
         assert_eq!(read(json).unwrap(), Some(expected));
         assert_eq!(read(r#"{"Overhead":null,"Resources":null}"#).unwrap(), None);
         assert_eq!(

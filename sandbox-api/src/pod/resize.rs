@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //! A pod's VM follows what its containers may use.
 //!
-//! It has what the pod as a whole was promised, or what its containers' limits add up to if that is more ([`Sizing`]); never
-//! less than it started with, never more than the sandboxer allows. It grows before the guest's cgroups allow more, and
-//! shrinks after they allow less:
+//! It has what the pod as a whole was promised, or what its containers' limits and requests add up to if that is more
+//! ([`Sizing`]); never less than it started with, never more than the sandboxer allows. It grows before the guest's cgroups
+//! allow more, and shrinks after they allow less:
 //!
 //! ```text
 //!  change() ──▶ larger? vCPUs made and set online, memory plugged ──▶ the cgroup's limits ──▶ settle() ──▶ smaller?

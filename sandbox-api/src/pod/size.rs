@@ -6,9 +6,10 @@
 //!  memory     = what the limits add up to, and the overhead, in steps of a huge page
 //! ```
 //! Those without a limit share what the sandboxer gives a pod without one: it is counted once, whatever their number, and
-//! has the overhead in it already.
+//! has the overhead in it already. If they request more than that together, they have what they request.
 
 use oci_spec::runtime::{LinuxResources, Spec};
+use std::collections::HashMap;
 
 /// RAM comes in steps of a huge page.
 pub const STEP: u64 = 2 << 20;
@@ -18,6 +19,10 @@ const LEAST: u64 = 64 << 20;
 const PERIOD: u64 = 100_000;
 /// Parts of a processor that quotas are added up in.
 const PARTS: u64 = 1_000_000;
+/// CPU shares by which kubelet says that one processor is requested.
+const SHARES: u64 = 1024;
+/// In cgroup v2's terms, memory that is requested: kubelet says so with its feature MemoryQoS.
+const MEMORY_REQUEST: &str = "memory.min";
 
 /// Processors and memory of a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,7 +33,7 @@ pub struct Size {
     pub memory: u64,
 }
 
-/// What a container, or all of a pod's, may use. Nothing said is no limit.
+/// What a container, or all of a pod's, may use, and what it requests. Nothing said is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Microseconds of CPU time in each period.
@@ -37,10 +42,25 @@ pub struct Limits {
     period: Option<u64>,
     /// Bytes.
     memory: Option<u64>,
+    /// Parts of a [`SHARES`]th of a processor that are requested.
+    shares: Option<u64>,
+    /// Bytes that are requested.
+    requested_memory: Option<u64>,
 }
 
 fn positive(number: i64) -> Option<u64> {
     u64::try_from(number).ok().filter(|number| *number > 0)
+}
+
+/// What cgroup v2's keys say of requested memory.
+fn requested_memory(unified: &HashMap<String, String>) -> Option<u64> {
+    unified.get(MEMORY_REQUEST)?.trim().parse().ok()
+}
+
+/// A fraction of a processor in [`PARTS`], rounded down: a third and two thirds are one.
+fn parts(number: u64, of: u64) -> u64 {
+    let parts = u128::from(number) * u128::from(PARTS) / u128::from(of.max(1));
+    u64::try_from(parts).unwrap_or(u64::MAX)
 }
 
 impl Limits {
@@ -50,6 +70,17 @@ impl Limits {
             quota: positive(quota),
             period: positive(period),
             memory: positive(memory),
+            ..Self::default()
+        }
+    }
+
+    /// With what CRI says of requests: shares of processors, and keys of cgroup v2.
+    #[must_use]
+    pub fn requesting(self, shares: i64, unified: &HashMap<String, String>) -> Self {
+        Self {
+            shares: positive(shares),
+            requested_memory: requested_memory(unified).filter(|bytes| *bytes > 0),
+            ..self
         }
     }
 
@@ -75,15 +106,29 @@ impl Limits {
                 .filter(|period| *period > 0)
                 .or(self.period),
             memory: change(self.memory, memory.and_then(|memory| memory.limit())),
+            shares: cpu
+                .and_then(|cpu| cpu.shares())
+                .filter(|shares| *shares > 0)
+                .or(self.shares),
+            // Unlike the others it is a number's text: 0 is one that was named.
+            requested_memory: resources
+                .unified()
+                .as_ref()
+                .and_then(requested_memory)
+                .or(self.requested_memory)
+                .filter(|bytes| *bytes > 0),
         }
     }
 
-    /// Processors, in [`PARTS`], rounded down: a third and two thirds are one.
+    /// Processors that it may use, in [`PARTS`].
     fn cpu_parts(&self) -> Option<u64> {
         let period = self.period.unwrap_or(PERIOD);
-        let parts = |quota: u64| u128::from(quota) * u128::from(PARTS) / u128::from(period);
-        self.quota
-            .map(|quota| u64::try_from(parts(quota)).unwrap_or(u64::MAX))
+        self.quota.map(|quota| parts(quota, period))
+    }
+
+    /// Processors that it requests, in [`PARTS`].
+    fn requested_parts(&self) -> u64 {
+        self.shares.map_or(0, |shares| parts(shares, SHARES))
     }
 }
 
@@ -145,28 +190,39 @@ impl Sizing {
     /// What a VM needs for all of these together.
     pub fn demand(&self, limits: impl IntoIterator<Item = Limits>) -> Demand {
         let (mut parts, mut memory) = (0_u64, 0_u64);
+        // Of those without limits.
+        let (mut requested_parts, mut requested_memory) = (0_u64, 0_u64);
         let (mut any, mut no_cpu, mut no_memory) = (false, false, false);
         for limits in limits {
             any = true;
             match limits.cpu_parts() {
                 Some(more) => parts = parts.saturating_add(more),
-                None => no_cpu = true,
+                None => {
+                    no_cpu = true;
+                    requested_parts = requested_parts.saturating_add(limits.requested_parts());
+                }
             }
             match limits.memory {
                 Some(more) => memory = memory.saturating_add(more),
-                None => no_memory = true,
+                None => {
+                    no_memory = true;
+                    let more = limits.requested_memory.unwrap_or(0);
+                    requested_memory = requested_memory.saturating_add(more);
+                }
             }
         }
         if !any {
             return Demand::default();
         }
         if no_cpu {
-            parts = parts.saturating_add(u64::from(self.default.cpus).saturating_mul(PARTS));
+            let default = u64::from(self.default.cpus).saturating_mul(PARTS);
+            parts = parts.saturating_add(requested_parts.max(default));
         }
-        let beside = if no_memory {
-            self.default.memory
-        } else {
-            self.overhead
+        let requested = requested_memory.saturating_add(self.overhead);
+        let beside = match (no_memory, requested_memory) {
+            (false, _) => self.overhead,
+            (true, 0) => self.default.memory,
+            (true, _) => requested.max(self.default.memory),
         };
         let memory = memory
             .saturating_add(beside)
@@ -260,6 +316,39 @@ mod tests {
         assert_eq!(demand(&[Limits::new(0, 0, 1)]).1, 66);
     }
 
+    fn unified(memory_min: &str) -> HashMap<String, String> {
+        HashMap::from([(MEMORY_REQUEST.to_owned(), memory_min.to_owned())])
+    }
+
+    #[test]
+    fn requests_count_where_there_is_no_limit() {
+        let request = |limits: Limits, shares: i64, mib: u64| {
+            limits.requesting(shares, &unified(&(mib * MIB).to_string()))
+        };
+        // What kubelet says where nothing is requested.
+        assert_eq!(demand(&[request(of(0, 0), 2, 0)]), (1, 256));
+        assert_eq!(demand(&[of(0, 0).requesting(-1, &unified("max"))]), (1, 256));
+        // The default is enough, up to what it is; the overhead is beside what is requested.
+        assert_eq!(demand(&[request(of(0, 0), 1024, 192)]), (1, 256));
+        assert_eq!(demand(&[request(of(0, 0), 1025, 193)]), (2, 258));
+        assert_eq!(demand(&[request(of(0, 0), 2560, 1000)]), (3, 1064));
+        // Together.
+        let small = request(of(0, 0), 1536, 128);
+        assert_eq!(demand(&[small, small, of(0, 0)]), (3, 320));
+        // Limits win, each for its own.
+        assert_eq!(demand(&[request(of(50_000, 64), 4096, 1000)]), (1, 128));
+        assert_eq!(demand(&[request(of(150_000, 0), 4096, 1000)]), (2, 1064));
+        assert_eq!(
+            demand(&[of(150_000, 100), request(of(0, 0), 2048, 300)]),
+            (4, 464)
+        );
+        let sizing = sizing();
+        let too_many = sizing.demand([request(of(0, 0), 9 * 1024, 0)]);
+        assert_eq!(sizing.check(too_many).unwrap_err().key, "max_vcpus");
+        let too_much = sizing.demand([request(of(0, 0), 0, 4096)]);
+        assert_eq!(sizing.check(too_much).unwrap_err().key, "max_memory");
+    }
+
     /// Numbers without an order, always the same ones.
     fn numbers() -> impl Iterator<Item = i64> {
         let mut state = 0x9e37_79b9_7f4a_7c15_u64;
@@ -278,9 +367,12 @@ mod tests {
         let sizing = sizing();
         for _ in 0..20_000 {
             let mut next = || numbers.next().unwrap();
-            let mut all: Vec<Limits> = (0..next().unsigned_abs() % 5)
-                .map(|_| Limits::new(next(), next(), next()))
-                .collect();
+            let count = next().unsigned_abs() % 5;
+            let mut any = || {
+                let limits = Limits::new(next(), next(), next());
+                limits.requesting(next(), &unified(&next().to_string()))
+            };
+            let mut all: Vec<Limits> = (0..count).map(|_| any()).collect();
             let before = sizing.demand(all.iter().copied());
             // The order does not count.
             assert_eq!(sizing.demand(all.iter().rev().copied()), before);
@@ -296,7 +388,7 @@ mod tests {
                 .fold(0_u64, |sum, one| sum.saturating_add(one.memory.unwrap_or(0)));
             assert!(before.memory >= sum);
             // One more container never needs less.
-            all.push(Limits::new(next(), next(), next()));
+            all.push(any());
             let after = sizing.demand(all.iter().copied());
             assert_eq!(after.max(before), after, "{all:?}");
         }
@@ -307,8 +399,14 @@ mod tests {
         let updated = |limits: Limits, json: &str| limits.updated(&serde_json::from_str(json).unwrap());
         let before = Limits::new(50_000, 200_000, 1000);
         assert_eq!(updated(before, "{}"), before);
-        let nothing = r#"{"memory":{"limit":0},"cpu":{"quota":0,"period":0,"shares":7}}"#;
+        let nothing =
+            r#"{"memory":{"limit":0},"cpu":{"quota":0,"period":0,"shares":0},"unified":{"memory.max":"1"}}"#;
         assert_eq!(updated(before, nothing), before);
+        let requested = updated(before, r#"{"cpu":{"shares":7},"unified":{"memory.min":"9"}}"#);
+        assert_eq!(requested, before.requesting(7, &unified("9")));
+        assert_eq!(updated(requested, nothing), requested);
+        let none = updated(requested, r#"{"unified":{"memory.min":"0"}}"#);
+        assert_eq!((none.shares, none.requested_memory), (Some(7), None));
         let quota = updated(before, r#"{"cpu":{"quota":100000}}"#);
         assert_eq!(quota, Limits::new(100_000, 200_000, 1000));
         let unlimited = updated(before, r#"{"memory":{"limit":-1},"cpu":{"quota":-1}}"#);

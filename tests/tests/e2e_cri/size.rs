@@ -161,6 +161,20 @@ pub async fn follows_the_pod(runtime: &Runtime) -> Outcome<Value> {
             && memory.usage_limit == 256 << 20
             && memory.anon > 0;
         ensure(sound, format_args!("{usage:?}"))?;
+        // Requests without limits: two processors, and more than the default memory.
+        let mut config = Pod::config(runtime);
+        config.linux.get_or_insert_default().resources = Some(api::LinuxContainerResources {
+            cpu_shares: 2048,
+            unified: [("memory.min".to_owned(), (400 * MIB).to_string())].into(),
+            ..Default::default()
+        });
+        let requesting = Pod::run(runtime, config).await?;
+        let asked = machine(&requesting.start(args(&["sleep", "infinity"])).await?).await?;
+        ensure(
+            asked.0 == 2 && asked.1 > small.1 + 150,
+            format_args!("{small:?}, with requests {asked:?}"),
+        )?;
+        requesting.remove().await?;
     }
     pod.remove().await?;
     Ok(Value::Null)
