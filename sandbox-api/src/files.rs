@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Small files that other processes read while they change, and sockets wherever they lie.
+//! Small files that other processes read while they change, and sockets wherever they lie, which admit root alone.
 
-use std::fs::{self, File};
+use rustix::fs::Mode;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+
+/// Connections that may wait to be accepted; the kernel takes less where its own limit is (`net.core.somaxconn`).
+const BACKLOG: i32 = 1024;
 
 /// Replaces a file as a whole: a reader sees the old bytes or the new ones, also after a crash.
 ///
@@ -31,6 +37,30 @@ pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
     result
 }
+
+/// Makes a folder, and those above it, for root alone. What is there stays as it is.
+///
+/// # Errors
+/// It cannot be made, or is something else.
+pub fn make_private_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Listens on a unix socket that is made for root alone, for a runtime to take: its calls do not block.
+///
+/// # Errors
+/// Something is there, or the socket cannot be made.
+pub fn listen(socket: &Path) -> io::Result<UnixListener> {
+    let short = SocketPath::of(socket)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // bind(2) makes the file with the mode of the socket, less the umask: there is no moment at which others may connect.
+    rustix::fs::fchmod(&listener, Mode::RUSR | Mode::WUSR)?;
+    rustix::net::bind(&listener, &SocketAddrUnix::new(short.path())?)?;
+    rustix::net::listen(&listener, BACKLOG)?;
+    Ok(listener.into())
+}
+
 /// A path of a unix socket that fits into a socket address (108 bytes), however deep its directory lies. Good for bind(2)
 /// and connect(2) in this process while it lives.
 #[derive(Debug)]
@@ -70,6 +100,7 @@ impl SocketPath {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_socket_lies_as_deep_as_one_likes() {
@@ -78,9 +109,11 @@ mod tests {
         std::fs::create_dir_all(&deep).unwrap();
         let socket = deep.join("a.sock");
         assert!(std::os::unix::net::UnixListener::bind(&socket).is_err());
-        let listener =
-            std::os::unix::net::UnixListener::bind(SocketPath::of(&socket).unwrap().path()).unwrap();
-        assert!(socket.exists());
+        let listener = listen(&socket).unwrap();
+        listener.set_nonblocking(false).unwrap();
+        let mode = std::fs::metadata(&socket).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "root alone may connect");
+        assert_eq!(listen(&socket).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         std::os::unix::net::UnixStream::connect(SocketPath::of(&socket).unwrap().path()).unwrap();
         listener.accept().unwrap();
         assert!(SocketPath::of(Path::new("/")).is_err());

@@ -4,11 +4,11 @@
 use super::http_server::{self, Body, Limits, Listener};
 use super::metrics::CONTENT_TYPE;
 use super::quantity::Listen;
-use crate::files::SocketPath;
+use crate::files::{self, SocketPath};
 use http::{Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::time::Duration;
 use tokio::net::{TcpListener, UnixListener};
@@ -65,9 +65,7 @@ async fn bind_unix(path: &Path) -> io::Result<UnixListener> {
         }
         std::fs::remove_file(path)?;
     }
-    let listener = UnixListener::bind(short.path())?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    UnixListener::from_std(files::listen(path)?)
 }
 
 async fn answer<S: Future<Output = String>>(
@@ -85,6 +83,7 @@ async fn answer<S: Future<Output = String>>(
 mod tests {
     use super::super::metrics::tests::metrics;
     use super::*;
+    use std::os::unix::fs::PermissionsExt;
     use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
     async fn exchange(mut stream: impl AsyncRead + AsyncWrite + Unpin, request: &str) -> String {

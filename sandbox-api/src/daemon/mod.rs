@@ -168,10 +168,12 @@ async fn serve(config: Config) -> Result<(), Error> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let operators = uds::listen(&admin_socket).map_err(in_listening(&admin_socket))?;
+    let listener = uds::listen(&socket)
+        .inspect_err(|_| drop(std::fs::remove_file(&admin_socket)))
+        .map_err(in_listening(&socket))?;
     tokio::spawn(admin::serve(operators, std::sync::Arc::clone(&node)));
     tokio::spawn(program_pages::keep_small(node.change()));
     tokio::spawn(watchdog::watch(std::sync::Arc::clone(&node)));
-    let listener = uds::listen(&socket).map_err(in_listening(&socket))?;
     log::info!("listening on {}", socket.display());
     notify(sd_notify::NotifyState::Ready);
 

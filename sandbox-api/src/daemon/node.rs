@@ -11,6 +11,7 @@ use super::pod_plan::PodPlan;
 use super::sandbox::{self, Phase, Record, Sandbox};
 use super::workers::{self, Worker, Workers};
 use crate::clock;
+use crate::files;
 use crate::pod::shelf::Shelf;
 use crate::pod::template::{SETTLE, Templates};
 use cloister_vmm::{CellHost, SpareConfig};
@@ -142,7 +143,7 @@ impl Node {
         let workers = Workers::new(&config, program);
         let node = Self::empty(config, cells, events, metrics, workers, None);
         let dir = node.dir();
-        std::fs::create_dir_all(&dir)?;
+        files::make_private_dir(&dir)?;
         // Of another kernel or agent, it may be. Clones live on without them.
         Shelf::of_workers(&node.config.state_dir).clear()?;
         let adopted = node.workers.adopt()?;
@@ -408,7 +409,7 @@ impl Only {
     /// Another daemon has it, or it cannot be used.
     pub fn take(state_dir: &Path) -> io::Result<Self> {
         use std::io::{Read, Seek, Write};
-        std::fs::create_dir_all(state_dir)?;
+        files::make_private_dir(state_dir)?;
         let mut file = std::fs::File::options()
             .read(true)
             .write(true)

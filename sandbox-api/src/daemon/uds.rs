@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //! gRPC over unix sockets, both ends.
 
+use crate::files;
 use hyper_util::rt::TokioIo;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use tokio::net::{UnixListener, UnixStream};
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -40,21 +41,50 @@ fn connector(
 /// Listens on `path` for root alone. A socket that is there is somebody's who died: the caller holds the daemon's lock.
 ///
 /// # Errors
-/// The socket cannot be made.
+/// Something else than a socket is there, which stays; or the socket cannot be made.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
     if let Some(parent) = path.parent() {
-        std::fs::create_dir_all(parent)?;
+        files::make_private_dir(parent)?;
     }
-    match std::fs::remove_file(path) {
-        Ok(()) => {}
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path)?,
+        Ok(_) => {
+            return Err(io::Error::other(
+                "something is there that is no socket; remove it",
+            ));
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(e),
     }
-    // Made without rights for others from the first moment on.
-    let mask = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-    let listener = UnixListener::bind(path);
-    rustix::process::umask(mask);
-    let listener = listener?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    UnixListener::from_std(files::listen(path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[tokio::test]
+    async fn a_socket_of_the_dead_is_replaced_and_nothing_else() {
+        let dir = std::env::temp_dir().join(format!("cloister-uds-{}", crate::ids::random_hex(4)));
+        let path = dir.join("new").join("s.sock");
+        let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        drop(listen(&path).unwrap());
+        assert_eq!((mode(path.parent().unwrap()), mode(&path)), (0o700, 0o600));
+        let listener = listen(&path).unwrap();
+        let (connected, accepted) = tokio::join!(UnixStream::connect(&path), listener.accept());
+        connected.unwrap();
+        accepted.unwrap();
+        for (target, what) in [(None, "a file"), (Some(&path), "a symbolic link to a socket")] {
+            let other = dir.join("other");
+            match target {
+                None => std::fs::write(&other, "mine").unwrap(),
+                Some(target) => std::os::unix::fs::symlink(target, &other).unwrap(),
+            }
+            let refused = listen(&other).unwrap_err().to_string();
+            assert!(refused.contains("no socket"), "{what}: {refused}");
+            std::fs::remove_file(&other).expect("it is left");
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
 }

@@ -23,7 +23,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::files::SocketPath;
+use crate::files;
 
 /// Largest content of a frame.
 const MAX_CONTENT: usize = 64 << 10;
@@ -154,7 +154,7 @@ impl Server {
     /// # Errors
     /// The socket cannot be made.
     pub fn start(path: &Path, interactive: bool) -> io::Result<Self> {
-        let listener = UnixListener::bind(SocketPath::of(path)?.path())?;
+        let listener = UnixListener::from_std(files::listen(path)?)?;
         let clients = Arc::new(Clients::default());
         let (sender, receiver) = mpsc::channel(INPUT_QUEUE);
         let (tell, attached) = watch::channel(false);

@@ -16,8 +16,6 @@ use crate::files;
 use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -114,23 +112,19 @@ pub struct Started {
 /// and nothing of the daemon's but the log is open in it.
 ///
 /// # Errors
-/// One of these cannot be made; nothing is left then.
+/// One of these cannot be made, in which folder the error says; nothing is left then.
 pub fn start(program: &Path, dir: &Path, about: &About, configuration: &str) -> io::Result<Started> {
-    let started = try_start(program, dir, about, configuration);
-    if started.is_err() {
+    try_start(program, dir, about, configuration).map_err(|error| {
         let _ = std::fs::remove_dir_all(dir);
-    }
-    started
+        io::Error::new(error.kind(), format!("{}: {error}", dir.display()))
+    })
 }
 
 fn try_start(program: &Path, dir: &Path, about: &About, configuration: &str) -> io::Result<Started> {
-    std::fs::DirBuilder::new()
-        .mode(0o700)
-        .recursive(true)
-        .create(dir)?;
+    files::make_private_dir(dir)?;
     files::replace(&config(dir), configuration.as_bytes())?;
     files::replace(&dir.join("worker.json"), &serde_json::to_vec_pretty(about)?)?;
-    let listen = |path: PathBuf| UnixListener::bind(path).map(|socket| Stdio::from(OwnedFd::from(socket)));
+    let listen = |path: PathBuf| files::listen(&path).map(|socket| Stdio::from(OwnedFd::from(socket)));
     // This does not copy the daemon's page tables (posix_spawn).
     let child = Command::new(program)
         .arg0(WORDS[0])
