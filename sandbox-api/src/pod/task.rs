@@ -23,11 +23,13 @@ use super::resize::{self, Resizer};
 use super::rewrite::{self, Share};
 use super::size::{Limits, Size, Sizing};
 use super::state::EXIT_KILLED;
+use super::streaming::divert;
 use super::streams::{Hub, Pumps, Stdio};
 use super::vigil::Vigil;
 use super::vm::QUICK;
 use super::volumes::Volumes;
 use crate::clock::{self, Millis};
+use crate::files;
 use crate::runtime::{image_mount, overlay};
 use crate::sync::lock;
 use async_trait::async_trait;
@@ -36,7 +38,8 @@ use cloister_protocol::protobuf::well_known_types::empty::Empty;
 use cloister_protocol::protobuf::well_known_types::timestamp::Timestamp;
 use cloister_protocol::protobuf::{EnumOrUnknown, Message as _, MessageField};
 use cloister_protocol::task as api;
-use cloister_protocol::ttrpc::asynchronous::TtrpcContext;
+use cloister_protocol::ttrpc::asynchronous::transport::Listener;
+use cloister_protocol::ttrpc::asynchronous::{Server, TtrpcContext};
 use cloister_protocol::ttrpc::context::{Context, with_duration};
 use cloister_protocol::ttrpc::{self, Code, Error};
 use cloister_protocol::{ETC_DIR, METRICS_PACKAGE, SHARED_DIR, SPEC_TYPE_URL, pack};
@@ -301,6 +304,18 @@ impl TaskService {
             disks,
             resizer: OnceLock::new(),
         })
+    }
+
+    /// A server of it, to be started, on a socket that is made for root alone. To be called in a runtime.
+    ///
+    /// # Errors
+    /// The socket cannot be made.
+    pub fn server(self: &Arc<Self>, socket: &Path) -> std::io::Result<Server> {
+        let listener = tokio::net::UnixListener::from_std(files::listen(socket)?)?;
+        let served = Arc::new(Served(Arc::clone(self)));
+        Ok(Server::new()
+            .add_listener(Listener::new(divert(listener, Arc::clone(self.hub.desk()))))
+            .register_service(cloister_protocol::create_task(served)))
     }
 
     /// Has `started` called for each process that starts from now on, with the ids of its container and, if it is not that
@@ -1131,27 +1146,27 @@ fn make_in(root: BorrowedFd<'_>, path: &Path, is_dir: bool) -> rustix::io::Resul
     Ok(())
 }
 
-/// The root file system as containerd describes it: one mount, not yet made.
+/// The root file system as containerd describes it: one mount, not yet made. A bundle's own is no symbolic link.
 fn mount_root(request: &api::CreateTaskRequest) -> Result<OwnedFd> {
-    let open = |path: &Path| {
-        rustix::fs::openat(
-            CWD,
-            path,
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .map_err(|e| {
-            unknown(
-                &format!("root file system {}", path.display()),
-                std::io::Error::from(e),
-            )
+    let open = |path: &Path, links: OFlags| {
+        let what = format!("root file system {}", path.display());
+        if !path.is_absolute() {
+            return Err(status(
+                Code::INVALID_ARGUMENT,
+                format!("{what}: not an absolute path"),
+            ));
+        }
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC | links;
+        rustix::fs::openat(CWD, path, flags, Mode::empty()).map_err(|e| match e {
+            Errno::NOTDIR | Errno::LOOP => status(Code::INVALID_ARGUMENT, format!("{what}: not a directory")),
+            e => unknown(&what, std::io::Error::from(e)),
         })
     };
     match request.rootfs.as_slice() {
-        [] => open(&Path::new(&request.bundle).join("rootfs")),
+        [] => open(&Path::new(&request.bundle).join("rootfs"), OFlags::NOFOLLOW),
         [mount] if mount.type_ == "overlay" => overlay::mount_options(&mount.options)
             .map_err(|e| unknown("root file system", crate::error::chain(&e))),
-        [mount] if mount.type_ == "bind" => open(Path::new(&mount.source)),
+        [mount] if mount.type_ == "bind" => open(Path::new(&mount.source), OFlags::empty()),
         [mount] if image_mount::TYPES.contains(&mount.type_.as_str()) => {
             image_mount::mount(&mount.type_, Path::new(&mount.source), &mount.options).map_err(|e| {
                 unknown(
@@ -1182,11 +1197,20 @@ fn read_spec(bundle: &str) -> Result<Spec> {
             format!("bundle {bundle:?} is not an absolute path without \"..\""),
         ));
     }
+    let not_a_bundle = || {
+        status(
+            Code::INVALID_ARGUMENT,
+            format!("{what}: a bundle is a directory with a regular file config.json, not symbolic links"),
+        )
+    };
     let failed = |e: Errno| match e {
         Errno::NOENT => status(Code::NOT_FOUND, format!("{what}: {e}")),
-        Errno::LOOP | Errno::NOTDIR => status(
+        // ENXIO: it is a socket.
+        Errno::LOOP | Errno::NOTDIR | Errno::NXIO => not_a_bundle(),
+        // A zero in it, or too many bytes.
+        Errno::INVAL | Errno::NAMETOOLONG => status(
             Code::INVALID_ARGUMENT,
-            format!("{what}: a bundle is a directory with a file config.json, not symbolic links"),
+            format!("bundle {bundle:?} is not a path: {e}"),
         ),
         e => unknown(&what, std::io::Error::from(e)),
     };
@@ -1194,6 +1218,11 @@ fn read_spec(bundle: &str) -> Result<Spec> {
     let dir = rustix::fs::openat(CWD, path, flags | OFlags::DIRECTORY, Mode::empty()).map_err(failed)?;
     let file =
         rustix::fs::openat(&dir, "config.json", flags | OFlags::NONBLOCK, Mode::empty()).map_err(failed)?;
+    // A fifo's writer, or a device, would be waited for.
+    let kind = rustix::fs::fstat(&file).map_err(failed)?.st_mode;
+    if FileType::from_raw_mode(kind) != FileType::RegularFile {
+        return Err(not_a_bundle());
+    }
     let mut bytes = Vec::new();
     std::fs::File::from(file)
         .take(MAX_SPEC + 1)
@@ -1425,5 +1454,7 @@ impl api::Task for Served {
     }
 }
 
+#[cfg(test)]
+mod bad_input_tests;
 #[cfg(test)]
 mod tests;

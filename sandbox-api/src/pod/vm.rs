@@ -11,14 +11,11 @@
 use super::agent::{Agent, EventsServer};
 use super::guest::Guest;
 use super::machine::{self, Machine, MachineConfig};
-use super::streaming::divert;
 use super::streams::Hub;
-use super::task::{Served, TaskService};
+use super::task::TaskService;
 use super::vigil::END_BECOMES_KNOWN;
-use crate::files::SocketPath;
 use cloister_protocol::pod::{ConfigureRequest, PowerOffRequest, Ready, SetTimeRequest};
 use cloister_protocol::ttrpc::asynchronous::Server;
-use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use cloister_protocol::ttrpc::context::with_duration;
 use cloister_protocol::{AGENT_PORT, EVENTS_PORT, STREAM_PORT, events::Envelope, ttrpc};
 use cloister_vmm::{CellHost, StopReason};
@@ -236,21 +233,14 @@ impl PodVm {
             accept_streams(streams, &hub);
         }
         let guest: Arc<dyn Guest> = Arc::<Machine>::clone(&self.machine);
-        let desk = Arc::clone(hub.desk());
         let events = self.events.as_ref();
         let members = events
             .map(|events| Arc::clone(&events.members))
             .unwrap_or_default();
         let dead = reasons(self.machine.dead());
         let service = TaskService::new(guest, agent, hub, members, dead, patience);
-        let listener = SocketPath::of(socket)
-            .and_then(|short| tokio::net::UnixListener::bind(short.path()))
-            .map_err(io_error("make the pod's task.sock"))?;
-        let mut server = Server::new()
-            .add_listener(Listener::new(divert(listener, desk)))
-            .register_service(cloister_protocol::create_task(Arc::new(Served(Arc::clone(
-                &service,
-            )))));
+        let server = service.server(socket);
+        let mut server = server.map_err(io_error("make the pod's task.sock"))?;
         server.start().await.map_err(agent_error("serve task.sock"))?;
         self.server = Some((server, socket.to_owned()));
         Ok(service)

@@ -15,9 +15,9 @@ use std::sync::atomic::AtomicBool;
 use tokio::sync::mpsc;
 
 /// Plays the VM: connections to the agent, the shared directory.
-struct FakeGuest {
+pub(super) struct FakeGuest {
     dial: mpsc::Sender<UnixStream>,
-    attached: Mutex<HashMap<String, bool>>,
+    pub(super) attached: Mutex<HashMap<String, bool>>,
     given_up: Mutex<Option<String>>,
     vcpus: Mutex<u8>,
     pluggable: u64,
@@ -79,8 +79,8 @@ impl Guest for FakeGuest {
 
 /// Plays the agent: notes what it is asked, and ends processes when told.
 #[derive(Default)]
-struct FakeAgent {
-    created: Mutex<Vec<api::CreateTaskRequest>>,
+pub(super) struct FakeAgent {
+    pub(super) created: Mutex<Vec<api::CreateTaskRequest>>,
     execs: Mutex<Vec<api::ExecProcessRequest>>,
     exit: watch::Sender<Option<u32>>,
     /// Answers nothing but Wait any more; not even a ping if so.
@@ -205,16 +205,16 @@ impl api::Task for FakeServed {
     }
 }
 
-struct Bed {
-    service: Arc<TaskService>,
-    agent: Arc<FakeAgent>,
-    guest: Arc<FakeGuest>,
+pub(super) struct Bed {
+    pub(super) service: Arc<TaskService>,
+    pub(super) agent: Arc<FakeAgent>,
+    pub(super) guest: Arc<FakeGuest>,
     hub: Arc<Hub>,
     die: watch::Sender<Option<String>>,
     server: ttrpc::asynchronous::Server,
 }
 
-async fn bed() -> Bed {
+pub(super) async fn bed() -> Bed {
     patient_bed(crate::pod::vigil::PATIENCE).await
 }
 
@@ -267,9 +267,9 @@ fn spec() -> Spec {
     .unwrap()
 }
 
-struct Root(PathBuf);
+pub(super) struct Root(pub(super) PathBuf);
 impl Root {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let path = std::env::temp_dir().join(format!("cloister-root-{}", crate::ids::random_hex(6)));
         std::fs::create_dir(&path).unwrap();
         Self(path)
