@@ -992,6 +992,8 @@ impl Made {
 mod tests {
     use super::super::metrics::tests::metrics;
     use super::*;
+    use rustix::mount::{MountFlags, MountPropagationFlags};
+    use rustix::thread::UnshareFlags;
 
     fn sandbox(profile: Profile) -> Arc<Sandbox> {
         let record = Record {
@@ -1009,6 +1011,32 @@ mod tests {
         };
         let counted = metrics().pod(&record.sandboxer);
         Sandbox::new("/nowhere".into(), profile, record, counted, EventLog::default())
+    }
+
+    /// On a file system that has room for a folder and no file in it. Needs root.
+    #[test]
+    fn without_a_record_there_is_no_folder() {
+        let full = || {
+            // SAFETY: nothing of this thread, which ends with the test, is another's.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }.unwrap();
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            rustix::mount::mount_change("/", private).unwrap();
+            rustix::mount::mount("test", "/mnt", "tmpfs", MountFlags::empty(), c"nr_inodes=2").unwrap();
+            let profile = Profile::default();
+            let record = sandbox(profile.clone()).record();
+            let counted = metrics().pod(&record.sandboxer);
+            let created = Sandbox::create("/mnt/a".into(), profile, record, counted, EventLog::default());
+            let told = created.err().unwrap();
+            assert!(
+                told.to_string()
+                    .starts_with("sandbox a: cannot write /mnt/a/sandbox.json: "),
+                "{told}"
+            );
+            let code = tonic::Status::from(&told).code();
+            assert_eq!(code, tonic::Code::ResourceExhausted);
+            assert_eq!(std::fs::read_dir("/mnt").unwrap().count(), 0);
+        };
+        std::thread::spawn(full).join().unwrap();
     }
 
     #[tokio::test]

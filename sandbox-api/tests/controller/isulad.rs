@@ -90,7 +90,7 @@ fn json(text: &str) -> Option<Any> {
 
 impl Bed {
     /// A call as iSulad makes it, without metadata.
-    async fn call<Q, A>(&self, method: &str, request: Q) -> Result<A, Status>
+    pub(super) async fn call<Q, A>(&self, method: &str, request: Q) -> Result<A, Status>
     where
         Q: Message + 'static,
         A: Message + Default + 'static,

@@ -60,7 +60,7 @@ impl Bed {
         kill_process(pid, Signal::KILL).unwrap();
     }
 
-    async fn without_workers(&self) {
+    pub(super) async fn without_workers(&self) {
         eventually("the end of the workers", async || self.workers().await.is_empty()).await;
         let left = std::fs::read_dir(self.dir.join("state/workers")).unwrap().count();
         assert_eq!(left, 0);

@@ -15,7 +15,7 @@ use super::process::Cgroup;
 use super::{Wanted, Worker, cgroup};
 use crate::clock::Millis;
 use http::{HeaderMap, Request, Response, Uri};
-use http_body_util::{BodyExt, Collected, Full, Limited};
+use http_body_util::{BodyExt, Collected, Full, LengthLimitError, Limited};
 use hyper::body::Bytes;
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -94,6 +94,15 @@ impl Answer {
     }
 }
 
+/// Why a request did not come whole, with the code that gRPC has for it.
+fn unread(error: &(dyn std::error::Error + 'static)) -> Status {
+    if error.is::<LengthLimitError>() {
+        Status::resource_exhausted(format!("the request is larger than {MAX_MESSAGE} bytes"))
+    } else {
+        Status::cancelled(format!("the request broke off: {error}"))
+    }
+}
+
 impl Worker {
     /// Hands a request on.
     async fn call(&self, call: &Call) -> Result<Answer, String> {
@@ -119,7 +128,7 @@ impl Router {
         let (head, body) = request.into_parts();
         let bytes = match Limited::new(body, MAX_MESSAGE).collect().await {
             Ok(body) => body.to_bytes(),
-            Err(error) => return Status::out_of_range(error.to_string()).into_http(),
+            Err(error) => return unread(&*error).into_http(),
         };
         let call = Call {
             uri: head.uri,
