@@ -254,6 +254,7 @@ mod tests {
     use super::*;
     use k8s_cri::v1::{
         LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption, PodSandboxMetadata,
+        UserNamespace,
     };
 
     fn with_linux(linux: LinuxPodSandboxConfig) -> PodSandboxConfig {
@@ -366,28 +367,34 @@ mod tests {
                 .to_string()
         };
         let node = NamespaceMode::Node.into();
-        let options = NamespaceOption::default;
-        assert!(
-            refused(NamespaceOption {
-                network: node,
-                ..options()
-            })
-            .contains("hostNetwork")
-        );
-        assert!(
-            refused(NamespaceOption {
-                pid: node,
-                ..options()
-            })
-            .contains("hostPID")
-        );
-        assert!(
-            refused(NamespaceOption {
-                ipc: node,
-                ..options()
-            })
-            .contains("hostIPC")
-        );
+        let network = NamespaceOption {
+            network: node,
+            ..Default::default()
+        };
+        let pid = NamespaceOption {
+            pid: node,
+            ..Default::default()
+        };
+        let ipc = NamespaceOption {
+            ipc: node,
+            ..Default::default()
+        };
+        let users = NamespaceOption {
+            userns_options: Some(UserNamespace {
+                mode: NamespaceMode::Pod.into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        for (options, name) in [
+            (network, "hostNetwork"),
+            (pid, "hostPID"),
+            (ipc, "hostIPC"),
+            (users, "hostUsers: false"),
+        ] {
+            let told = refused(options);
+            assert!(told.starts_with(name), "{told}");
+        }
     }
 
     #[test]

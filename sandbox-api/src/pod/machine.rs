@@ -12,8 +12,8 @@ use cloister_protocol::SHARED_TAG;
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::image::Image;
 use cloister_vmm::{
-    Boot, Cell, CellConfig, CellHost, CellState, DeviceConfig, DeviceHandle, HugePages, KernelBoot,
-    PlugError, SpareConfig, StopReason,
+    AttachError, Boot, Cell, CellConfig, CellHost, CellState, DeviceConfig, DeviceHandle, HugePages,
+    KernelBoot, PlugError, SpareConfig, StopReason,
 };
 use std::collections::HashMap;
 use std::fs::File;
@@ -436,7 +436,7 @@ impl Guest for Machine {
             queues: 1,
         };
         let attached = self.cell.attach_block(config);
-        let (slot, _) = attached.map_err(|e| io::Error::other(crate::error::chain(&e)))?;
+        let (slot, _) = attached.map_err(|e| io::Error::other(not_attached(&e)))?;
         u32::try_from(slot).map_err(io::Error::other)
     }
 
@@ -445,6 +445,16 @@ impl Guest for Machine {
         self.cell
             .detach_block(slot)
             .map_err(|e| io::Error::other(crate::error::chain(&e)))
+    }
+}
+
+/// Why a disk was not attached, in the words of the configuration.
+fn not_attached(error: &AttachError) -> String {
+    match error {
+        AttachError::NoneFree => {
+            "the pod has as many as the block_volumes of its sandboxer allow at once".to_owned()
+        }
+        error => crate::error::chain(error),
     }
 }
 
@@ -552,4 +562,16 @@ fn watch_end(cell: &Arc<Cell>) -> io::Result<watch::Receiver<Option<StopReason>>
         }
     });
     Ok(receiver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_has_too_many_disks_hears_which_key_says_so() {
+        assert!(not_attached(&AttachError::NoneFree).contains("block_volumes"));
+        let gone = AttachError::Stopped;
+        assert_eq!(not_attached(&gone), gone.to_string());
+    }
 }

@@ -103,6 +103,8 @@ pub fn for_guest(spec: &mut Spec, id: &str, targets: &[u32]) -> Result<Vec<Share
             without_cpuset(resources);
         }
         linux.set_mount_label(None);
+        // As the memory nodes among the limits.
+        linux.set_memory_policy(None);
         // containerd writes it as mount(8) does; the specification's word, which is recursive as well, is what libcontainer takes.
         let propagation = linux.rootfs_propagation().clone();
         linux.set_rootfs_propagation(propagation.map(|word| word.trim_start_matches('r').to_owned()));
@@ -225,8 +227,14 @@ fn refuse(spec: &Spec) -> Result<(), String> {
             "{what} is not supported in a pod with a virtual machine of its own"
         ))
     };
+    let is_mapped = |mount: &Mount| {
+        let mut options = mount.options().iter().flatten();
+        mount.uid_mappings().is_some()
+            || mount.gid_mappings().is_some()
+            || options.any(|option| matches!(option.as_str(), "idmap" | "ridmap"))
+    };
     for mount in spec.mounts().iter().flatten() {
-        if mount.uid_mappings().is_some() || mount.gid_mappings().is_some() {
+        if is_mapped(mount) {
             return unsupported(&format!(
                 "the ID-mapped mount on {}",
                 mount.destination().display()
@@ -240,6 +248,9 @@ fn refuse(spec: &Spec) -> Result<(), String> {
         .is_some_and(|word| word.ends_with("shared"))
     {
         return unsupported("mount propagation from the container to the host (Bidirectional)");
+    }
+    if linux.net_devices().is_some() {
+        return unsupported("linux.netDevices");
     }
     if linux.intel_rdt().is_some() {
         return unsupported("linux.intelRdt");
@@ -327,7 +338,7 @@ mod tests {
 
     #[test]
     fn processors_and_memory_nodes_are_the_guests() {
-        let limits = r#""resources":{"cpu":{"quota":200000,"cpus":"62-63","mems":"1"},
+        let limits = r#""memoryPolicy":{"mode":"MPOL_BIND","nodes":"1"},"resources":{"cpu":{"quota":200000,"cpus":"62-63","mems":"1"},
             "unified":{"cpuset.cpus":"62-63","memory.high":"1"}},"cgroupsPath""#;
         let text = SPEC.replace(r#""cgroupsPath""#, limits);
         let mut spec: Spec = serde_json::from_str(&text).unwrap();
@@ -335,6 +346,7 @@ mod tests {
         let left = serde_json::to_value(spec.linux().as_ref().unwrap().resources()).unwrap();
         let expected = serde_json::json!({"cpu": {"quota": 200_000}, "unified": {"memory.high": "1"}});
         assert_eq!(left, expected);
+        assert!(spec.linux().as_ref().unwrap().memory_policy().is_none());
     }
 
     #[test]
@@ -383,15 +395,58 @@ mod tests {
             let text = SPEC.replace(from, to);
             for_guest(&mut serde_json::from_str(&text).unwrap(), "c1", &[]).unwrap_err()
         };
-        assert!(
-            refused(r#"{"type":"mount"}"#, r#"{"type":"mount"},{"type":"user"}"#).contains("user namespace")
-        );
-        assert!(refused("/srv/data", "/dev/kmsg").contains("/dev/kmsg"));
-        let device = r#""devices":[{"path":"/dev/gpu0","type":"c","major":195,"minor":0}],"cgroupsPath""#;
-        assert!(refused(r#""cgroupsPath""#, device).contains("/dev/gpu0"));
-        assert!(refused(r#""cgroupsPath""#, r#""intelRdt":{},"cgroupsPath""#).contains("intelRdt"));
-        let shared = r#""rootfsPropagation":"rshared","cgroupsPath""#;
-        assert!(refused(r#""cgroupsPath""#, shared).contains("Bidirectional"));
+        let (linux, mapping) = (r#""cgroupsPath""#, r#"[{"containerID":0,"hostID":9,"size":1}]"#);
+        for (from, to, name) in [
+            (
+                r#"{"type":"mount"}"#,
+                r#"{"type":"mount"},{"type":"user"}"#,
+                "a user namespace",
+            ),
+            ("/srv/data", "/dev/kmsg", "/dev/kmsg"),
+            (
+                linux,
+                r#""devices":[{"path":"/dev/gpu0","type":"c","major":195,"minor":0}]"#,
+                "/dev/gpu0",
+            ),
+            (linux, r#""netDevices":{"eth1":{}}"#, "linux.netDevices"),
+            (linux, r#""intelRdt":{}"#, "linux.intelRdt"),
+            (
+                linux,
+                r#""seccomp":{"defaultAction":"SCMP_ACT_NOTIFY","listenerPath":"/run/l.sock"}"#,
+                "linux.seccomp.listenerPath",
+            ),
+            (linux, r#""rootfsPropagation":"rshared""#, "(Bidirectional)"),
+            (linux, r#""rootfsPropagation":"shared""#, "(Bidirectional)"),
+            (
+                r#""options":["rbind","ro"]"#,
+                &format!(r#""uidMappings":{mapping},"options":["rbind"]"#),
+                "the ID-mapped mount on /data",
+            ),
+            (
+                r#""options":["rbind","ro"]"#,
+                &format!(r#""gidMappings":{mapping},"options":["rbind"]"#),
+                "the ID-mapped mount on /data",
+            ),
+            (
+                r#"["rbind","ro"]"#,
+                r#"["rbind","idmap"]"#,
+                "the ID-mapped mount on /data",
+            ),
+            (
+                r#"["rbind","ro"]"#,
+                r#"["rbind","ridmap"]"#,
+                "the ID-mapped mount on /data",
+            ),
+        ] {
+            // Members of the specification's `linux` go before the one that is there.
+            let to = if from == linux {
+                format!("{to},{linux}")
+            } else {
+                to.to_owned()
+            };
+            let told = refused(from, &to);
+            assert!(told.contains(name), "{to}: {told}");
+        }
     }
 
     #[test]
