@@ -184,6 +184,8 @@ fn fit_process(process: &mut Map<String, Value>, terminal: bool) -> Option<(u16,
     process.insert("terminal".to_owned(), terminal.into());
     process.remove("apparmorProfile");
     process.remove("selinuxLabel");
+    // Processors of the host's; all of the guest's are the container's.
+    process.remove("execCPUAffinity");
     if process.get("noNewPrivileges") == Some(&Value::Bool(false)) {
         // libcontainer takes "present" for "true" when it decides how to load a seccomp profile.
         process.remove("noNewPrivileges");
@@ -245,6 +247,7 @@ mod tests {
 
     const SPEC: &str = r#"{"ociVersion":"1.1.0","hostname":"h","root":{"path":"rootfs","readonly":true},"future":[1],
         "process":{"terminal":false,"cwd":"/","args":["sh"],"user":{"uid":0,"gid":0},"apparmorProfile":"x",
+            "execCPUAffinity":{"initial":"62-63"},
             "noNewPrivileges":false,"consoleSize":{"width":100,"height":30}},
         "linux":{"cgroupsPath":"/k8s.io/./abc","namespaces":[{"type":"mount"},{"type":"uts","path":"/proc/1/ns/uts"}]}}"#;
 
@@ -261,6 +264,7 @@ mod tests {
         for gone in [
             "/hostname",
             "/process/apparmorProfile",
+            "/process/execCPUAffinity",
             "/process/noNewPrivileges",
         ] {
             assert_eq!(got.json.pointer(gone), None, "{gone}");
