@@ -65,6 +65,8 @@ const PIECE: usize = 32 << 10;
 const BEGIN_TIME: Duration = Duration::from_secs(10);
 /// How long more input may be on its way after CloseIO.
 const LAST_INPUT: Duration = Duration::from_secs(1);
+/// How long a client that was lost may take to connect again, to be told of the end.
+const COMES_AGAIN: Duration = Duration::from_secs(60);
 /// Names that may wait at a time, and their length.
 const MAX_WAITING: usize = 1024;
 const MAX_NAME: usize = 256;
@@ -103,6 +105,15 @@ impl Desk {
         }
         places.insert(name, Place::Connection(connection));
         Ok(())
+    }
+
+    /// The connection that waits under a name.
+    fn take(&self, name: &str) -> Option<Connection> {
+        let mut places = lock(&self.places);
+        match places.remove(name)? {
+            Place::Connection(connection) => Some(connection),
+            Place::Stream(_) => None,
+        }
     }
 
     /// The connection under a name, once there is one.
@@ -192,10 +203,14 @@ impl Remote {
         }
     }
 
-    /// Says that this was all.
+    /// Says that this was all. Of a client that is not there, and comes after a restart, nobody waits for it.
     pub async fn end(mut self) {
-        if let Some(connection) = &mut self.connection {
-            let _ = connection.write(DATA, REMOTE_CLOSED | NO_DATA, &[]).await;
+        match self.connection.take().or_else(|| self.desk.take(&self.name)) {
+            Some(connection) => connection.close().await,
+            None => {
+                let late = async move { self.desk.connection(&self.name).await.close().await };
+                tokio::spawn(tokio::time::timeout(COMES_AGAIN, late));
+            }
         }
     }
 
@@ -309,6 +324,11 @@ impl Connection {
             value: message.encode_to_vec(),
         };
         self.write(DATA, 0, &any.encode_to_vec()).await
+    }
+
+    /// Says that nothing more comes.
+    async fn close(mut self) {
+        let _ = self.write(DATA, REMOTE_CLOSED | NO_DATA, &[]).await;
     }
 
     /// Sends some of the bytes, and says how many.

@@ -166,6 +166,22 @@ async fn a_client_that_connects_again_gets_the_rest() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_says_nothing_ends_its_stream() {
+    let bed = bed().await;
+    let (_client, mut stream) = bed.open("there-stdout").await;
+    for name in ["there-stdout", "late-stdout"] {
+        let (pumps, ends) = bed.process("", name).await;
+        drop(ends);
+        tokio::time::timeout(Duration::from_secs(5), pumps.finish(Duration::from_secs(30)))
+            .await
+            .expect("nobody waits for a client that is not there");
+    }
+    assert!(matches!(stream.recv().await, Err(ttrpc::Error::Eof)));
+    let (_client, mut stream) = bed.open("late-stdout").await;
+    assert!(matches!(stream.recv().await, Err(ttrpc::Error::Eof)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn others_are_let_through_and_what_is_wrong_is_refused() {
     let mut bed = bed().await;
     let mut stream = bed

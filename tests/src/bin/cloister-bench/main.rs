@@ -104,7 +104,7 @@ fn host_conditions() -> String {
         read("/proc/cmdline").contains("kvm-host") || read("/sys/class/dmi/id/sys_vendor").contains("QEMU");
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     format!(
-        "{}, kernel {}, {processors} CPUs ({})",
+        "{}, kernel {}, {processors} CPUs ({}), cloister {}, guest kernel {}",
         if emulated {
             "emulated KVM host (QEMU TCG): ratios count, times do not"
         } else {
@@ -112,7 +112,19 @@ fn host_conditions() -> String {
         },
         read("/proc/sys/kernel/osrelease").trim(),
         model.unwrap_or("unknown processor"),
+        env!("CARGO_PKG_VERSION"),
+        guest_kernel().unwrap_or_else(|| "unknown".into()),
     )
+}
+
+/// What the guest's kernel says first of all when it boots.
+fn guest_kernel() -> Option<String> {
+    let image = std::fs::read(cloister_tests::e2e::guest_file("vmlinux")).ok()?;
+    let banner = b"Linux version ";
+    let at = image.windows(banner.len()).position(|bytes| bytes == banner)?;
+    let version = image.get(at.checked_add(banner.len())?..)?;
+    let version = version.split(|byte| *byte == b' ').next()?;
+    (version.len() < 64).then(|| String::from_utf8_lossy(version).into_owned())
 }
 
 /// The parts whose names start with `only`. If none does, it is the start of figures' names: the parts of that area, for the figures of
