@@ -2,7 +2,9 @@
 //! Images and the cells that are made of them.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
 use std::sync::Arc;
 
 use cloister_devices::net::{NetBackend, NetConfig};
@@ -571,6 +573,85 @@ fn a_disk_that_is_full_leaves_the_cell_as_it_was() {
     ));
 }
 
+/// Runs `test` on a folder with room for so many bytes, of a file system that only its thread sees.
+fn on_a_small_disk(bytes: usize, test: impl FnOnce(&Path) + Send) {
+    use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+    let folder = std::env::temp_dir().join(format!("cloister-small-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // SAFETY: no descriptors are taken apart; the thread's root and working folder are the same ones.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }
+                .expect("this test needs root");
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            mount_change("/", private).unwrap();
+            let size = std::ffi::CString::new(format!("size={bytes}")).unwrap();
+            mount("small", &folder, "tmpfs", MountFlags::empty(), size.as_c_str()).unwrap();
+            test(&folder);
+        });
+        let result = thread.join();
+        std::fs::remove_dir(&folder).unwrap();
+        result.unwrap();
+    });
+}
+
+#[test]
+fn a_disk_that_becomes_full_keeps_nothing_of_an_image() {
+    let _alone = alone();
+    let host = host();
+    let cell = paused(&host, counting());
+    // As much as there is room for; the image has other pages, too.
+    let most = GuestAddress(0x28_0000);
+    let fill = |byte| {
+        let ram = cell.ram().unwrap();
+        ram.write_slice(&[byte; 1 << 20], most).unwrap();
+    };
+    on_a_small_disk(1 << 20, |folder| {
+        let path = folder.join("image");
+        let names = || {
+            let entries = std::fs::read_dir(folder).unwrap();
+            let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name()).collect();
+            names
+        };
+        let assert_full = || {
+            let error = cell.save_image(&path).unwrap_err();
+            let LifecycleError::Image(error) = error else {
+                panic!("{error:?}");
+            };
+            let source = std::error::Error::source(&error).unwrap().to_string();
+            assert!(source.contains("No space left"), "{error}: {source}");
+        };
+        fill(7);
+        assert_full();
+        assert!(names().is_empty(), "{:?}", names());
+        assert_eq!(cell.state(), CellState::Paused);
+        cell.resume().unwrap();
+        goes_on(&cell);
+        cell.pause().unwrap();
+        // Nor is the room taken: there is enough for a smaller one, which a larger one does not replace in part.
+        fill(0);
+        cell.save_image(&path).unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        fill(7);
+        assert_full();
+        assert_eq!(names(), ["image"]);
+        assert!(std::fs::read(&path).unwrap() == whole);
+        let image = Image::open(File::open(&path).unwrap()).unwrap();
+        image.verify().unwrap();
+        goes_on_as_clone(&host, &image);
+    });
+    cell.resume().unwrap();
+    goes_on(&cell);
+}
+
+fn goes_on_as_clone(host: &CellHost, image: &Arc<Image>) {
+    let clone = Cell::create(clone_of(image), host).unwrap();
+    clone.start().unwrap();
+    goes_on(&clone);
+    clone.stop();
+    assert!(clone.wait_taken_down(PATIENCE));
+}
+
 fn file_with(content: &[u8]) -> File {
     let file = image::memory_file().unwrap();
     file.write_all_at(content, 0).unwrap();
@@ -626,6 +707,139 @@ fn damaged_and_foreign_images_are_refused() {
     assert!(matches!(damaged.verify(), Err(ImageError::Damaged { .. })));
 }
 
+/// Where the header is in an image.
+fn header_of(image: &[u8]) -> Range<usize> {
+    let length = u32::from_le_bytes(image[12..16].try_into().unwrap());
+    64..64 + usize::try_from(length).unwrap()
+}
+
+/// The image with another header, and its right checksum.
+fn forged(image: &[u8], change: impl FnOnce(&mut [u8])) -> File {
+    let mut content = image.to_vec();
+    let header = header_of(image);
+    change(&mut content[header.clone()]);
+    let sum = crc32fast::hash(&content[header]);
+    content[16..20].copy_from_slice(&sum.to_le_bytes());
+    file_with(&content)
+}
+
+/// Where a structure of KVM's is in a header that begins with these numbers: its length is in front of it.
+fn find(header: &[u8], length: u8, begin: [u32; 2]) -> usize {
+    let mut bytes = vec![length];
+    bytes.extend(begin.iter().flat_map(|number| number.to_le_bytes()));
+    let mut places = (0..header.len()).filter(|at| header[*at..].starts_with(&bytes));
+    let place = places.next().expect("it is not in the image") + 1;
+    assert_eq!(places.next(), None, "{begin:x?} is there twice");
+    place
+}
+
+/// Changes a number in a header.
+fn adapt(header: &mut [u8], at: usize, change: impl FnOnce(u32) -> u32) {
+    let bytes: &mut [u8; 4] = header[at..].first_chunk_mut().unwrap();
+    *bytes = change(u32::from_le_bytes(*bytes)).to_le_bytes();
+}
+
+#[test]
+fn an_image_of_another_processor_is_refused_by_name() {
+    // Where these are in a kvm_cpuid_entry2.
+    const FUNCTION: usize = 0;
+    const EAX: usize = 12;
+    const EBX: usize = 16;
+    const ECX: usize = 20;
+    let _alone = alone();
+    let host = host();
+    let file = image::memory_file().unwrap();
+    paused(&host, counting()).write_image(&file).unwrap();
+    let good = bytes_of(&file);
+    let open = |function, part, change: fn(u32) -> u32| {
+        let file = forged(&good, |header| {
+            let leaf = find(header, 40, [function, 0]);
+            adapt(header, leaf + part, change);
+        });
+        Image::open(file).unwrap()
+    };
+    let own = |function, part| {
+        let header = &good[header_of(&good)];
+        let at = find(header, 40, [function, 0]) + part;
+        u32::from_le_bytes(*header[at..].first_chunk().unwrap())
+    };
+    // A guest that has seen less than there is goes on.
+    let less = open(1, ECX, |ecx| ecx & !(1 << 30));
+    host.can_run(&less).unwrap();
+    goes_on_as_clone(&host, &less);
+
+    let missing = |leaf: &str, bits: u32| {
+        let first = (!bits).trailing_zeros();
+        format!("CPUID {leaf} bit {first} is missing here")
+    };
+    for (image, word) in [
+        (open(0, EBX, |ebx| !ebx), "the vendor is another".to_owned()),
+        (
+            open(1, EAX, |model| model ^ 0x10),
+            format!("family, model and stepping are {:#x} there", own(1, EAX) ^ 0x10),
+        ),
+        (open(1, ECX, |_| u32::MAX), missing("0x1.0 ECX", own(1, ECX))),
+        (open(7, EBX, |_| u32::MAX), missing("0x7.0 EBX", own(7, EBX))),
+        (
+            open(0x8000_0001, ECX, |_| u32::MAX),
+            missing("0x80000001.0 ECX", own(0x8000_0001, ECX)),
+        ),
+        (
+            open(0x8000_0008, FUNCTION, |_| 0x8fff_ffff),
+            "CPUID 0x8fffffff.0 is missing here".to_owned(),
+        ),
+    ] {
+        let create = Cell::create(clone_of(&image), &host).err().expect(&word);
+        for error in [host.can_run(&image).expect_err(&word), create] {
+            assert!(matches!(error, CreateError::Processor { .. }), "{error:?}");
+            let said = error.to_string();
+            assert!(said.contains(&word), "{said}: {word}");
+            let processor = image.processor();
+            assert_eq!(said.matches(&processor).count(), 2, "{said}: {processor}");
+        }
+    }
+}
+
+#[test]
+fn an_msr_that_cannot_be_set_here_is_named() {
+    // Where these are in a kvm_msr_entry.
+    const INDEX: usize = 0;
+    const DATA: usize = 8;
+    const EFER: u32 = 0xc000_0080;
+    const PAT: u32 = 0x277;
+    const NONE: u32 = 0x4b56_4dff;
+    let _alone = alone();
+    let host = host();
+    let file = image::memory_file().unwrap();
+    paused(&host, counting()).write_image(&file).unwrap();
+    let good = bytes_of(&file);
+    let refused = |index, data| {
+        let file = forged(&good, |header| {
+            let entry = find(header, 16, [PAT, 0]);
+            adapt(header, entry + INDEX, |_| index);
+            adapt(header, entry + DATA, |_| data);
+        });
+        let image = Image::open(file).unwrap();
+        Cell::create(clone_of(&image), &host).err()
+    };
+    // One that there is, with bits that there are not; and one that there is not.
+    let mut bad = vec![(EFER, 0xffff_f0ff)];
+    let ignores = std::fs::read_to_string("/sys/module/kvm/parameters/ignore_msrs");
+    if ignores.is_ok_and(|ignores| ignores.trim() == "N") {
+        bad.push((NONE, 1));
+    }
+    for (index, data) in bad {
+        let error = refused(index, data).unwrap_or_else(|| panic!("{index:#x}: {data:#x} was taken"));
+        let CreateError::State(source) = error else {
+            panic!("{error:?}");
+        };
+        let (said, msr) = (source.to_string(), format!("MSR {index:#x} cannot be set"));
+        assert!(said.contains(&msr), "{said}");
+    }
+    let none = refused(PAT, 0x0606_0606);
+    assert!(none.is_none(), "{none:?}");
+}
+
 /// Whoever makes the checksum right again gets an error or a cell, and never harms the host.
 #[test]
 fn forged_headers_are_refused_or_harmless() {
@@ -635,16 +849,11 @@ fn forged_headers_are_refused_or_harmless() {
     let file = image::memory_file().unwrap();
     cell.write_image(&file).unwrap();
     let good = bytes_of(&file);
-    let length = usize::try_from(u32::from_le_bytes(good[12..16].try_into().unwrap())).unwrap();
     let (mut opened, mut made) = (0, 0);
     // The numbers at its begin densely, the states behind them here and there.
-    for at in (0..200).chain((200..length).step_by(61)) {
+    for at in (0..200).chain((200..header_of(&good).len()).step_by(61)) {
         for change in [0x01, 0x7f, 0x80, 0xff] {
-            let mut content = good.clone();
-            content[64 + at] ^= change;
-            let sum = crc32fast::hash(&content[64..64 + length]);
-            content[16..20].copy_from_slice(&sum.to_le_bytes());
-            let Ok(image) = Image::open(file_with(&content)) else {
+            let Ok(image) = Image::open(forged(&good, |header| header[at] ^= change)) else {
                 continue;
             };
             opened += 1;
