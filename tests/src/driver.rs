@@ -34,7 +34,7 @@ use cloister_devices::virtio::{
     F_EVENT_IDX, F_INDIRECT_DESC, F_VERSION_1, Health, MmioTransport, RestoreError, VirtioDevice, status,
 };
 use cloister_devices::worker_pool::WorkerPool;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// How long to wait for what must happen.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
@@ -117,6 +117,23 @@ impl Machine {
             pool: Arc::new(WorkerPool::new(4).unwrap()),
             next: Cell::new(0x1_0000),
         }
+    }
+
+    /// Another machine whose RAM holds the same, as a clone's does.
+    #[must_use]
+    pub fn copy(&self) -> Self {
+        let size = |len: u64| usize::try_from(len).unwrap();
+        let ranges: Vec<_> = self
+            .ram
+            .iter()
+            .map(|region| (region.start_addr(), size(region.len())))
+            .collect();
+        let copy = Self::with_ram(Arc::new(GuestRam::from_ranges(&ranges).unwrap()));
+        for (start, len) in ranges {
+            copy.write(start.0, &self.read(start.0, len));
+        }
+        copy.next.set(self.next.get());
+        copy
     }
 
     /// Guest memory that nobody else uses, aligned to `align` (a power of two), zeroed or not.
@@ -248,6 +265,15 @@ impl VirtQueue {
             next_descriptor: 0,
             available_index: 0,
             seen_used: 0,
+        }
+    }
+
+    /// The same half of the same queue, in a [copy](Machine::copy) of the machine.
+    #[must_use]
+    pub fn in_copy(&self, machine: &Machine) -> Self {
+        Self {
+            ram: Arc::clone(&machine.ram),
+            ..self.clone()
         }
     }
 
@@ -623,6 +649,29 @@ impl<'m> Driver<'m> {
             let reasons = self.read32(register::INTERRUPT_STATUS);
             self.write32(register::INTERRUPT_ACK, reasons);
         }
+    }
+
+    /// Waits for the used buffers of all these chains, in whatever order they come, and a little longer for others. Answers
+    /// them in the order of `heads`; panics unless each came once, and nothing else.
+    pub fn wait_each_used(&mut self, queue: &mut VirtQueue, heads: &[u16]) -> Vec<Used> {
+        let name = self.health().name().to_owned();
+        let mut used = Vec::new();
+        while used.len() < heads.len() {
+            match self.wait_used(queue) {
+                Ok(one) => used.push(one),
+                Err(why) => panic!("{name}: {why:?}: {used:?} of {heads:?}"),
+            }
+        }
+        let more = self.wait_used_for(queue, Duration::from_millis(30));
+        assert_eq!(
+            more,
+            Err(NoReply::TimedOut),
+            "{name}: after {used:?} of {heads:?}"
+        );
+        let place = |head: &u16| used.iter().position(|used| used.head == u32::from(*head));
+        let places: Vec<_> = heads.iter().filter_map(place).collect();
+        assert_eq!(places.len(), heads.len(), "{name}: {used:?} of {heads:?}");
+        places.into_iter().map(|place| used[place]).collect()
     }
 
     /// Waits until the device has failed.

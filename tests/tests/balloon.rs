@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use cloister_devices::GuestRam;
 use cloister_devices::balloon::{Balloon, BalloonHandle, BalloonMetrics};
-use cloister_tests::driver::{Descriptor, Driver, Machine, TIMEOUT};
+use cloister_tests::driver::{Descriptor, Driver, Machine, TIMEOUT, VirtQueue};
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, mmap::MmapRegion};
 
 const INFLATE: usize = 0;
@@ -148,6 +148,78 @@ fn the_target_reaches_the_driver_and_its_answer_the_host() {
     let restored = Driver::restored(&machine, device, &saved).unwrap();
     assert_eq!((handle.target(), handle.actual()), (0x0102_0304, 77));
     drop(restored);
+}
+
+#[test]
+fn pages_in_flight_at_a_snapshot_are_given_back_once_by_each_copy() {
+    let machine = Machine::new();
+    let Fixture {
+        device,
+        metrics,
+        handle,
+    } = balloon(&machine);
+    handle.set_target(8);
+    let mut driver = Driver::new(&machine, device);
+    let mut queues = driver.start_with_event_idx(REPORTING, &[16, 16, 16]);
+    let first = (16 << 20) / PAGE;
+    let page = |n: u64| u32::try_from(first + n).unwrap();
+    machine.write(first * PAGE, &[7; 64 * 4096]);
+    let send = |queue: &mut VirtQueue, pages: &[u32]| {
+        let list = machine.allocate(4 * pages.len(), 16);
+        machine.write(list, &numbers(pages));
+        queue.add(&[Descriptor::readable(
+            list,
+            u32::try_from(4 * pages.len()).unwrap(),
+        )])
+    };
+    driver.request(&mut queues[INFLATE], &[&numbers(&[page(0), page(1)])], &[]);
+    driver.write_config(4, &2u32.to_le_bytes());
+
+    driver.transport.pause();
+    let inflating = [
+        send(&mut queues[INFLATE], &[page(10), page(11)]),
+        send(&mut queues[INFLATE], &[page(20)]),
+    ];
+    let deflating = [send(&mut queues[DEFLATE], &[page(0), page(1)])];
+    let report = |n| Descriptor::writable((first + n) * PAGE, 4 * 4096);
+    let reported = [queues[REPORT].add(&[report(30), report(40)])];
+    for queue in 0..3 {
+        driver.kick(queue);
+    }
+    let saved = driver.transport.save().unwrap();
+    assert_eq!(metrics.inflated_pages.get(), 2);
+    let copy = machine.copy();
+    let mut queues_there: Vec<VirtQueue> = queues.iter().map(|queue| queue.in_copy(&copy)).collect();
+    let there = balloon(&copy);
+    let mut clone = Driver::restored(&copy, there.device, &saved).unwrap();
+    let is_freed = |n| matches!(n, 0 | 1 | 10 | 11 | 20 | 30..34 | 40..44);
+    let check = |driver: &mut Driver<'_>,
+                 queues: &mut [VirtQueue],
+                 (metrics, handle): (&BalloonMetrics, &BalloonHandle),
+                 before: u64| {
+        assert_eq!(driver.wait_interrupt(TIMEOUT), 1);
+        driver.wait_each_used(&mut queues[INFLATE], &inflating);
+        driver.wait_each_used(&mut queues[DEFLATE], &deflating);
+        driver.wait_each_used(&mut queues[REPORT], &reported);
+        assert_eq!(metrics.inflated_pages.get(), before + 3);
+        assert_eq!(metrics.deflated_pages.get(), 2);
+        assert_eq!(metrics.reported_pages.get(), 8);
+        assert_eq!(metrics.bad_requests.get(), 0);
+        assert_eq!((handle.target(), handle.actual()), (8, 2));
+        for n in 0..64 {
+            let value = if is_freed(n) { 0 } else { 7 };
+            let content = driver.machine.read((first + n) * PAGE, 4096);
+            assert!(content == [value; 4096], "page {n}");
+        }
+        let list = numbers(&[page(50)]);
+        driver.request(&mut queues[INFLATE], &[&list], &[]);
+        assert_eq!(driver.machine.read((first + 50) * PAGE, 1), [0]);
+    };
+    check(&mut clone, &mut queues_there, (&there.metrics, &there.handle), 0);
+    // Nothing that the one gave back was the other's.
+    assert_eq!(machine.read((first + 10) * PAGE, 1), [7]);
+    driver.transport.resume().unwrap();
+    check(&mut driver, &mut queues, (&metrics, &handle), 2);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use cloister_devices::console::{Console, ConsoleConfig, ConsoleHandle, TerminalSize};
 use cloister_devices::output_tail::OutputTail;
-use cloister_tests::driver::{Descriptor, Driver, Machine, NoReply, wait_until};
+use cloister_tests::driver::{Descriptor, Driver, Machine, NoReply, TIMEOUT, VirtQueue, wait_until};
 
 const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
@@ -129,6 +129,51 @@ fn a_half_written_chain_goes_on_after_a_snapshot() {
 }
 
 #[test]
+fn output_and_buffers_in_flight_at_a_snapshot_are_used_once_by_each_copy() {
+    let machine = Machine::new();
+    let (device, host) = console(None);
+    let mut driver = Driver::new(&machine, Box::new(device));
+    let mut queues = driver.start_with_event_idx(0, &[16, 16]);
+    driver.request(&mut queues[TRANSMIT], &[b"before "], &[]);
+    driver.transport.pause();
+    let mut sent = Vec::new();
+    for text in ["one ", "two"] {
+        let address = machine.allocate(text.len(), 16);
+        machine.write(address, text.as_bytes());
+        let len = u32::try_from(text.len()).unwrap();
+        sent.push(queues[TRANSMIT].add(&[Descriptor::readable(address, len)]));
+    }
+    let input = machine.allocate(128, 16);
+    let buffers = [0, 64].map(|at| queues[RECEIVE].add(&[Descriptor::writable(input + at, 64)]));
+    driver.kick(0);
+    driver.kick(1);
+    let saved = driver.transport.save().unwrap();
+    let copy = machine.copy();
+    let mut queues_there: Vec<VirtQueue> = queues.iter().map(|queue| queue.in_copy(&copy)).collect();
+    let (device, host_there) = console(None);
+    let mut clone = Driver::restored(&copy, Box::new(device), &saved).unwrap();
+    driver.transport.resume().unwrap();
+    let check = |driver: &mut Driver<'_>, queues: &mut [VirtQueue], mut host: Host, before| {
+        assert_eq!(driver.wait_interrupt(TIMEOUT), 1);
+        driver.wait_each_used(&mut queues[TRANSMIT], &sent);
+        for (head, (at, text)) in buffers.iter().zip([(0, "first"), (64, "second")]) {
+            host.input.write_all(text.as_bytes()).unwrap();
+            let used = driver.wait_each_used(&mut queues[RECEIVE], &[*head]);
+            let len = usize::try_from(used[0].len).unwrap();
+            assert_eq!(driver.machine.read(input + at, len), text.as_bytes());
+        }
+        driver.request(&mut queues[TRANSMIT], &[b", three"], &[]);
+        let expected = format!("{before}one two, three");
+        let mut seen = vec![0; expected.len()];
+        host.output.read_exact(&mut seen).unwrap();
+        assert_eq!(String::from_utf8(seen).unwrap(), expected);
+        assert_eq!(host.tail.bytes(), expected.as_bytes(), "and no more");
+    };
+    check(&mut driver, &mut queues, host, "before ");
+    check(&mut clone, &mut queues_there, host_there, "");
+}
+
+#[test]
 fn a_sink_that_is_gone_does_not_stop_the_guest() {
     let machine = Machine::new();
     let (device, host) = console(None);
@@ -160,7 +205,7 @@ fn a_new_size_reaches_the_driver() {
         columns: 132,
         rows: 50,
     });
-    assert_eq!(driver.wait_interrupt(cloister_tests::driver::TIMEOUT), 2);
+    assert_eq!(driver.wait_interrupt(TIMEOUT), 2);
     assert_ne!(driver.read32(0xfc), generation);
     assert_eq!(driver.config::<4>(0), [132, 0, 50, 0]);
 }

@@ -151,6 +151,70 @@ fn what_is_plugged_outlives_a_reset_and_a_snapshot() {
 }
 
 #[test]
+fn requests_in_flight_at_a_snapshot_are_obeyed_once_by_each_copy() {
+    let machine = machine();
+    let (device, handle) = mem(&machine);
+    let mut driver = Driver::new(&machine, device);
+    let mut queue = driver.start(UNPLUGGED_INACCESSIBLE, &[16]).remove(0);
+    handle.set_requested(3 * BLOCK_SIZE);
+    assert_eq!(ask(&mut driver, &mut queue, PLUG, 0, 2), (ACK, 0));
+    let start = |block: u64| BASE + block * BLOCK_SIZE;
+    for block in 0..2 {
+        let address = GuestAddress(start(block));
+        machine.ram.write_slice(b"mine", address).unwrap();
+    }
+    // The change of the request is acknowledged, too.
+    while driver.wait_interrupt(Duration::from_millis(10)) != 0 {}
+
+    driver.transport.pause();
+    let mut heads = Vec::new();
+    let mut answers = Vec::new();
+    // In this order: there is room for the third block when the first has gone, and not for a fourth.
+    for (kind, block, count, answer) in [
+        (PLUG, 4, 1, (ACK, 0)),
+        (PLUG, 5, 1, (NACK, 0)),
+        (UNPLUG, 0, 1, (ACK, 0)),
+        (PLUG, 5, 1, (ACK, 0)),
+        (STATE, 0, 6, (ACK, 2)),
+        (STATE, 4, 2, (ACK, 0)),
+    ] {
+        let (asked, reply) = (machine.allocate(24, 8), machine.allocate(10, 8));
+        machine.write(asked, &request(kind, start(block), count));
+        let parts = [Descriptor::readable(asked, 24), Descriptor::writable(reply, 10)];
+        heads.push(queue.add(&parts));
+        answers.push((reply, answer));
+    }
+    driver.kick(0);
+    let saved = driver.transport.save().unwrap();
+    let copy = machine.copy();
+    let mut queue_there = queue.in_copy(&copy);
+    let (device, handle_there) = mem(&copy);
+    let mut clone = Driver::restored(&copy, device, &saved).unwrap();
+    assert_eq!(handle.plugged(), 2 * BLOCK_SIZE);
+    let check = |driver: &mut Driver<'_>, queue: &mut VirtQueue, handle: &MemHandle| {
+        assert_eq!(driver.wait_interrupt(TIMEOUT), 1);
+        for used in driver.wait_each_used(queue, &heads) {
+            assert_eq!(used.len, 10);
+        }
+        for (number, (reply, expected)) in answers.iter().enumerate() {
+            let reply = driver.machine.read(*reply, 10);
+            assert_eq!((reply[0], reply[8]), *expected, "request {number}");
+        }
+        assert_eq!(
+            (handle.requested(), handle.plugged()),
+            (3 * BLOCK_SIZE, 3 * BLOCK_SIZE)
+        );
+        assert_eq!(driver.machine.read(start(0), 4), [0; 4]);
+        assert_eq!(driver.machine.read(start(1), 4), b"mine");
+        assert_eq!(ask(driver, queue, STATE, 1, 1), (ACK, 0));
+    };
+    check(&mut clone, &mut queue_there, &handle_there);
+    assert_eq!(machine.read(start(0), 4), b"mine", "the other's block");
+    driver.transport.resume().unwrap();
+    check(&mut driver, &mut queue, &handle);
+}
+
+#[test]
 fn requests_against_the_rules_change_nothing() {
     let machine = machine();
     let (device, handle) = mem(&machine);

@@ -405,6 +405,103 @@ fn frames_around_a_snapshot_arrive() {
     assert_eq!(receive(&host), out);
 }
 
+/// Nothing has come, or is on its way.
+fn assert_silent(host: impl AsFd) {
+    std::thread::sleep(Duration::from_millis(30));
+    let flags = rustix::net::RecvFlags::DONTWAIT;
+    let received = rustix::net::recv(host, &mut [0u8; 2000][..], flags);
+    assert_eq!(received.map(|(len, _)| len), Err(rustix::io::Errno::AGAIN));
+}
+
+#[test]
+fn frames_buffers_and_commands_in_flight_at_a_snapshot_are_used_once_by_each_copy() {
+    const CONTROL: usize = 2;
+    const OTHER: [u8; 6] = [2, 0, 0, 7, 7, 7];
+    let machine = Machine::new();
+    let Fixture { device, host, .. } = net();
+    let mut driver = Driver::new(&machine, device);
+    let features = MAC | STATUS | CTRL_VQ | CTRL_RX | CTRL_MAC_ADDR;
+    let mut queues = driver.start_with_event_idx(features, &[16, 16, 16]);
+    let to = |mac: [u8; 6], seed| {
+        let mut frame = frame(100, seed);
+        frame[HEADER..HEADER + 6].copy_from_slice(&mac);
+        frame
+    };
+    // All stand somewhere else than at their beginning.
+    add_buffer(&machine, &mut queues[RECEIVE], &[2000]);
+    driver.kick(0);
+    driver.request(&mut queues[TRANSMIT], &[&frame(60, 1)], &[]);
+    assert_eq!(receive(&host), frame(60, 1));
+    send(&host, &to([2, 0, 0, 1, 2, 3], 2));
+    driver.wait_used(&mut queues[RECEIVE]).unwrap();
+    // No frames to others, from here on.
+    let reply = driver.request(&mut queues[CONTROL], &[&[0, 0], &[0]], &[1]);
+    assert_eq!(reply.buffers[0], [0]);
+
+    driver.transport.pause();
+    let mut sent = Vec::new();
+    for seed in 10..13 {
+        let out = frame(60, seed);
+        let address = machine.allocate(out.len(), 16);
+        machine.write(address, &out);
+        let len = u32::try_from(out.len()).unwrap();
+        sent.push(queues[TRANSMIT].add(&[Descriptor::readable(address, len)]));
+    }
+    let buffers = [(); 3].map(|()| {
+        let address = machine.allocate(2000, 16);
+        (
+            queues[RECEIVE].add(&[Descriptor::writable(address, 2000)]),
+            address,
+        )
+    });
+    // Another address, which the device knows only if it has taken this.
+    let (command, ack) = (machine.allocate(8, 16), machine.allocate(1, 16));
+    machine.write(command, &[&[1, 1], &OTHER[..]].concat());
+    machine.write(ack, &[0xff]);
+    let commands = [queues[CONTROL].add(&[Descriptor::readable(command, 8), Descriptor::writable(ack, 1)])];
+    for queue in 0..3 {
+        driver.kick(queue);
+    }
+    let saved = driver.transport.save().unwrap();
+    let copy = machine.copy();
+    let mut queues_there: Vec<VirtQueue> = queues.iter().map(|queue| queue.in_copy(&copy)).collect();
+    let there = net();
+    for host in [&host, &there.host] {
+        assert_silent(host);
+        // There before the device looks.
+        send(host, &to(OTHER, 20));
+        send(host, &to([2, 0, 0, 1, 2, 3], 21));
+        send(host, &to(OTHER, 22));
+    }
+    let mut clone = Driver::restored(&copy, there.device, &saved).unwrap();
+    driver.transport.resume().unwrap();
+    let check = |driver: &mut Driver<'_>, queues: &mut [VirtQueue], host: &OwnedFd| {
+        assert_eq!(driver.wait_interrupt(TIMEOUT), 1);
+        driver.wait_each_used(&mut queues[TRANSMIT], &sent);
+        for seed in 10..13 {
+            assert_eq!(receive(host), frame(60, seed));
+        }
+        assert_silent(host);
+        assert_eq!(driver.wait_each_used(&mut queues[CONTROL], &commands)[0].len, 1);
+        assert_eq!(driver.machine.read(ack, 1), [0]);
+        let [first, second, third] = buffers;
+        let came = driver.wait_each_used(&mut queues[RECEIVE], &[first.0, second.0]);
+        for ((_, address), (used, seed)) in [first, second].into_iter().zip(came.iter().zip([20, 22])) {
+            assert_eq!(used.len, 112);
+            assert_eq!(driver.machine.read(address + 12, 100), to(OTHER, seed)[12..]);
+        }
+        // What is left serves those that come later.
+        send(host, &to(OTHER, 23));
+        driver.wait_each_used(&mut queues[RECEIVE], &[third.0]);
+        assert_eq!(driver.machine.read(third.1 + 12, 100), to(OTHER, 23)[12..]);
+        driver.request(&mut queues[TRANSMIT], &[&frame(60, 30)], &[]);
+        assert_eq!(receive(host), frame(60, 30));
+        assert!(!driver.health().is_failed());
+    };
+    check(&mut driver, &mut queues, &host);
+    check(&mut clone, &mut queues_there, &there.host);
+}
+
 #[test]
 fn an_unplugged_card_drops_what_is_sent_and_goes_on_once_it_is_plugged_in() {
     let machine = Machine::new();

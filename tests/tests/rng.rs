@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use cloister_devices::rng::{BYTE_BUDGET, MAX_REQUEST, Rng};
-use cloister_tests::driver::{Descriptor, Driver, Machine, Reply};
+use cloister_tests::driver::{Descriptor, Driver, Machine, Reply, TIMEOUT, VirtQueue};
 
 #[test]
 fn entropy_arrives_in_every_part_of_a_request() {
@@ -53,6 +53,40 @@ fn a_full_queue_beyond_the_byte_budget_is_still_served_whole() {
     let total = 64 * MAX_REQUEST;
     assert!(total > BYTE_BUDGET);
     assert_eq!(metrics.bytes.get(), total as u64);
+}
+
+#[test]
+fn requests_in_flight_at_a_snapshot_are_answered_once_and_differently_in_each_copy() {
+    let machine = Machine::new();
+    let mut driver = Driver::new(&machine, Box::new(Rng::new()));
+    let mut queue = driver.start_with_event_idx(0, &[16]).remove(0);
+    driver.request(&mut queue, &[], &[8]);
+    driver.transport.pause();
+    let buffers: Vec<u64> = (0..5).map(|_| machine.allocate(64, 16)).collect();
+    let heads: Vec<u16> = buffers
+        .iter()
+        .map(|buffer| queue.add(&[Descriptor::writable(*buffer, 64)]))
+        .collect();
+    driver.kick(0);
+    let saved = driver.transport.save().unwrap();
+    let copy = machine.copy();
+    let mut queue_there = queue.in_copy(&copy);
+    let mut clone = Driver::restored(&copy, Box::new(Rng::new()), &saved).unwrap();
+    driver.transport.resume().unwrap();
+    let mut drawn = Vec::new();
+    let mut check = |driver: &mut Driver<'_>, queue: &mut VirtQueue| {
+        assert_eq!(driver.wait_interrupt(TIMEOUT), 1);
+        for used in driver.wait_each_used(queue, &heads) {
+            assert_eq!(used.len, 64);
+        }
+        drawn.extend(buffers.iter().map(|buffer| driver.machine.read(*buffer, 64)));
+        assert_eq!(driver.request(queue, &[], &[8]).len, 8);
+    };
+    check(&mut driver, &mut queue);
+    check(&mut clone, &mut queue_there);
+    drawn.sort();
+    drawn.dedup();
+    assert_eq!(drawn.len(), 10, "two were given the same");
 }
 
 #[test]

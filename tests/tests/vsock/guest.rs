@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use cloister_devices::virtio::VirtioDevice;
-use cloister_tests::driver::{Descriptor, Driver, Machine, TIMEOUT, VirtQueue};
+use cloister_tests::driver::{Descriptor, Driver, Machine, TIMEOUT, VirtQueue, wait_until};
 
 pub const GUEST_CID: u64 = 42;
 pub const HOST_CID: u64 = 2;
@@ -156,6 +156,30 @@ impl<'m> Guest<'m> {
     pub fn move_to(self, driver: Driver<'m>) -> Self {
         // The old device is taken away without a reset of what it shares with the new one.
         Self { driver, ..self }
+    }
+
+    /// The same guest in a copy of its machine.
+    pub fn copy<'n>(&self, driver: Driver<'n>) -> Guest<'n> {
+        let machine = driver.machine;
+        Guest {
+            rx: self.rx.in_copy(machine),
+            tx: self.tx.in_copy(machine),
+            event: self.event.in_copy(machine),
+            rx_buffers: self.rx_buffers,
+            tx_buffers: self.tx_buffers,
+            tx_free: self.tx_free.clone(),
+            arrived: self.arrived.clone(),
+            driver,
+        }
+    }
+
+    /// That the device has all rx buffers and has used all packets, each once.
+    pub fn assert_nothing_lost(&mut self) {
+        assert!(wait_until(|| self.tx_in_flight() == 0), "packets are left");
+        assert_eq!(self.tx.used_index(), self.tx.available_index());
+        while self.take_arrived() {}
+        let left = self.rx.available_index().wrapping_sub(self.rx.used_index());
+        assert_eq!(left, QUEUE);
     }
 
     /// Puts an rx buffer into the queue, without notifying.
@@ -319,7 +343,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    fn new(guest_port: u32, host_port: u32, packet: &Packet) -> Self {
+    pub fn new(guest_port: u32, host_port: u32, packet: &Packet) -> Self {
         Self {
             guest_port,
             host_port,

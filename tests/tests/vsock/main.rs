@@ -619,6 +619,99 @@ fn a_restored_guest_is_told_and_starts_anew() {
 }
 
 #[test]
+fn packets_in_flight_at_a_snapshot_are_used_once_by_the_original_and_refused_to_a_copy() {
+    let machine = Machine::new();
+    let (device, handle) = device();
+    let listener = handle.listen(PORT).unwrap();
+    let mut guest = Guest::start(&machine, device);
+    let event_buffer = machine.allocate(4, 4);
+    machine.write(event_buffer, &[0xff; 4]);
+    let event = guest.event.add(&[Descriptor::writable(event_buffer, 4)]);
+    let (mut stream, mut host) = connected(&mut guest, &handle, 7);
+    // One that the guest has half closed, and one that it has not answered yet.
+    let (mut half, mut half_host) = connected(&mut guest, &handle, 8);
+    half.shutdown(&mut guest, NO_SEND);
+    assert_eq!(half_host.read(&mut [0]).unwrap(), 0);
+    let mut asked = handle.connect(9).unwrap();
+    asked.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let request = guest.receive();
+    assert_eq!((request.op, request.dst_port), (op::REQUEST, 9));
+
+    guest.driver.transport.pause();
+    stream.send_some(&mut guest, b"from the guest");
+    guest.send(&Packet::new(op::RESPONSE, 9, request.src_port));
+    guest.send(&Packet::new(op::REQUEST, 20, PORT));
+    host.write_all(b"from the host").unwrap();
+    half_host.write_all(b"the answer").unwrap();
+    asked.write_all(b"first").unwrap();
+    let saved = guest.driver.transport.save().unwrap();
+    let copy = machine.copy();
+
+    // The copy knows none of its connections, and is told so; what it asks for is new.
+    let (device, handle_there) = device_with_cid(GUEST_CID);
+    let listener_there = handle_there.listen(PORT).unwrap();
+    let driver = Driver::restored(&copy, device, &saved).unwrap();
+    let mut clone = guest.copy(driver);
+    assert_eq!(clone.driver.wait_interrupt(TIMEOUT), 1);
+    let mut came: Vec<_> = (0..3)
+        .map(|_| clone.receive())
+        .map(|p| (p.dst_port, p.op))
+        .collect();
+    came.sort_unstable();
+    assert_eq!(came, [(7, op::RST), (9, op::RST), (20, op::RESPONSE)]);
+    let _accepted = listener_there.accept().unwrap();
+    clone.expect_silence();
+    let used = clone.driver.wait_used(&mut clone.event).unwrap();
+    assert_eq!((used.head, used.len), (event.into(), 4));
+    assert_eq!(copy.read(event_buffer, 4), [0; 4], "TRANSPORT_RESET");
+    clone.event.add(&[Descriptor::writable(event_buffer, 4)]);
+    clone.driver.kick(2);
+    let (mut again, mut other) = connected(&mut clone, &handle_there, 7);
+    again.send_some(&mut clone, b"anew");
+    let mut text = [0; 4];
+    other.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"anew");
+    clone.assert_nothing_lost();
+
+    // The original has noticed nothing.
+    guest.driver.transport.resume().unwrap();
+    let mut late = Stream::new(9, request.src_port, &request);
+    let mut answered = 0;
+    let mut deadline = TIMEOUT;
+    while let Some(packet) = guest.receive_for(deadline) {
+        match packet.dst_port {
+            7 => stream.handle(&mut guest, packet),
+            8 => half.handle(&mut guest, packet),
+            9 => late.handle(&mut guest, packet),
+            _ => {
+                assert_eq!((packet.dst_port, packet.op), (20, op::RESPONSE));
+                answered += 1;
+            }
+        }
+        if !stream.received.is_empty() && !half.received.is_empty() && !late.received.is_empty() {
+            // Does any of it come again?
+            deadline = Duration::from_millis(30);
+        }
+    }
+    assert_eq!(stream.received, b"from the host");
+    assert_eq!(half.received, b"the answer");
+    assert_eq!(late.received, b"first");
+    assert_eq!(answered, 1);
+    let _accepted = listener.accept().unwrap();
+    stream.send_some(&mut guest, b", again");
+    let mut text = [0; 21];
+    host.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"from the guest, again");
+    late.send_some(&mut guest, b"late");
+    let mut text = [0; 4];
+    asked.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"late");
+    assert_eq!(guest.event.used_index(), 0, "no TRANSPORT_RESET");
+    guest.assert_nothing_lost();
+    assert_asleep(&handle);
+}
+
+#[test]
 fn more_connections_than_allowed_are_refused() {
     let machine = Machine::new();
     let config = VsockConfig {
