@@ -3,24 +3,33 @@
 #![allow(clippy::unwrap_used)]
 
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cloister_devices::fs::{AttachOptions, DaxPlacement, DaxWindow, Fs, FsConfig, FsHandle};
 use cloister_devices::virtio::F_EVENT_IDX;
-use cloister_tests::driver::{Descriptor, Driver, Machine, NoReply, VirtQueue, register};
+use cloister_tests::driver::{
+    Descriptor, Driver, Machine, NoReply, TIMEOUT, VirtQueue, register, wait_until,
+};
 
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
+const WRITE: u32 = 16;
+const RELEASE: u32 = 18;
 const INIT: u32 = 26;
+const OPENDIR: u32 = 27;
+const READDIR: u32 = 28;
 const SETLKW: u32 = 33;
 const SETLK: u32 = 32;
 const CREATE: u32 = 35;
+const SETUPMAPPING: u32 = 48;
 
 const POSIX_LOCKS: u32 = 1 << 1;
+const MAP_ALIGNMENT: u32 = 1 << 26;
 
 /// The request queue.
 const REQUEST: usize = 1;
@@ -390,4 +399,262 @@ fn a_paused_device_answers_after_it_resumed_and_a_restored_one_goes_on() {
     assert_eq!(driver.wait_used(&mut copy).unwrap().len, 16 + 104);
     let (error, data) = call(&mut driver, &mut copy, READ, node, &read_args(fh, 4096));
     assert_eq!((error, &data[..]), (0, &b"hello"[..]));
+}
+
+/// A chain in guest memory: its head, and where its reply will be.
+fn publish(machine: &Machine, queue: &mut VirtQueue, message: &[u8], room: usize) -> (u16, u64) {
+    let input = machine.allocate(message.len(), 8);
+    machine.write(input, message);
+    let mut parts = vec![Descriptor::readable(input, u32::try_from(message.len()).unwrap())];
+    let output = machine.allocate(room, 8);
+    if room > 0 {
+        parts.push(Descriptor::writable(output, u32::try_from(room).unwrap()));
+    }
+    (queue.add(&parts), output)
+}
+
+/// The error in a reply.
+fn error_at(machine: &Machine, reply: u64) -> i32 {
+    i32::from_le_bytes(machine.read(reply + 4, 4).try_into().unwrap())
+}
+
+fn write_args(fh: u64, offset: u64, data: &[u8]) -> Vec<u8> {
+    let mut args = fh.to_le_bytes().to_vec();
+    args.extend(offset.to_le_bytes());
+    args.extend(words(&[u32::try_from(data.len()).unwrap(), 0, 0, 0, 0, 0]));
+    args.extend(data);
+    args
+}
+
+/// Maps the first page of a node, to read and to write.
+fn map_args(window_offset: u64) -> Vec<u8> {
+    [u64::MAX, 0, 4096, 3, window_offset]
+        .iter()
+        .flat_map(|number| number.to_le_bytes())
+        .collect()
+}
+
+/// The window as the guest sees it. The kernel looks, so that what is not there is an error and no signal.
+fn window_bytes(window: &DaxWindow, offset: u64) -> [u8; 4] {
+    let memory = std::fs::File::open("/proc/self/mem").unwrap();
+    let mut bytes = [0; 4];
+    memory
+        .read_exact_at(&mut bytes, window.host_address() + offset)
+        .unwrap();
+    bytes
+}
+
+/// What the guest writes there.
+fn write_window(window: &DaxWindow, offset: u64, bytes: &[u8]) {
+    let memory = std::fs::File::options()
+        .write(true)
+        .open("/proc/self/mem")
+        .unwrap();
+    memory
+        .write_all_at(bytes, window.host_address() + offset)
+        .unwrap();
+}
+
+/// A folder with what the test below works on.
+fn working_folder(name: &str) -> TempDir {
+    let directory = TempDir::new(name);
+    std::fs::write(directory.0.join("a"), vec![b'a'; 4096]).unwrap();
+    std::fs::write(directory.0.join("b"), vec![b'b'; 4096]).unwrap();
+    std::fs::write(directory.0.join("c"), "c").unwrap();
+    directory
+}
+
+fn device_with_window(machine: &Machine, directory: &TempDir) -> (Box<Fs>, Arc<DaxWindow>) {
+    let window = Arc::new(DaxWindow::new(4 << 20).unwrap());
+    let dax = DaxPlacement {
+        window: Arc::clone(&window),
+        base: 0x40_0000_0000,
+    };
+    let fs = Fs::new(FsConfig::default(), machine.pool.clone(), Some(dax)).unwrap();
+    let options = AttachOptions {
+        dax: true,
+        ..AttachOptions::default()
+    };
+    fs.handle().attach("d", &directory.fd(), options).unwrap();
+    (Box::new(fs), window)
+}
+
+/// Files and a folder are open, one is mapped, and requests of all sorts are under way when the file system is put away. Its
+/// copies stand on folders of their own, as those of containers do.
+#[test]
+fn copies_of_a_busy_file_system_answer_what_was_in_flight_and_share_nothing() {
+    let machine = Machine::new();
+    let folder = working_folder("busy");
+    let (fs, window) = device_with_window(&machine, &folder);
+    let mut driver = Driver::new(&machine, fs);
+    let mut queues = driver.start_with_event_idx(0, &[64, 64]);
+    let (node_a, node_b, node_c, fh_a, fh_b, listing, root);
+    {
+        let queue = &mut queues[REQUEST];
+        init(&mut driver, queue, MAP_ALIGNMENT);
+        root = lookup(&mut driver, queue, 1, "d").unwrap();
+        node_a = lookup(&mut driver, queue, root, "a").unwrap();
+        node_b = lookup(&mut driver, queue, root, "b").unwrap();
+        node_c = lookup(&mut driver, queue, root, "c").unwrap();
+        fh_a = open(&mut driver, queue, node_a, libc::O_RDWR);
+        fh_b = open(&mut driver, queue, node_b, libc::O_RDWR);
+        let (error, body) = call(&mut driver, queue, OPENDIR, root, &words(&[0, 0]));
+        assert_eq!(error, 0);
+        listing = u64::from_le_bytes(body[..8].try_into().unwrap());
+        assert_eq!(call(&mut driver, queue, SETUPMAPPING, node_a, &map_args(0)).0, 0);
+    }
+    assert_eq!(&window_bytes(&window, 0), b"aaaa");
+
+    driver.transport.pause();
+    let mut create = words(&[libc::O_RDWR.cast_unsigned(), 0o644, 0, 0]);
+    create.extend(b"new\0");
+    let requests = [
+        (READ, node_a, read_args(fh_a, 16)),
+        (WRITE, node_b, write_args(fh_b, 0, b"sent")),
+        (CREATE, root, create),
+        (SETUPMAPPING, node_b, map_args(4096)),
+        (GETATTR, node_a, vec![0; 16]),
+    ];
+    let published: Vec<_> = requests
+        .iter()
+        .zip(100..)
+        .map(|((opcode, node, args), unique)| {
+            let message = message(*opcode, unique, *node, args);
+            publish(&machine, &mut queues[REQUEST], &message, 16 + 256)
+        })
+        .collect();
+    let (heads, replies): (Vec<u16>, Vec<u64>) = published.into_iter().unzip();
+    let forget = message(FORGET, 0, node_c, &1u64.to_le_bytes());
+    let (forgets, _) = publish(&machine, &mut queues[0], &forget, 0);
+    driver.kick(0);
+    driver.kick(1);
+    let saved = driver.transport.save().unwrap();
+
+    let check = |driver: &mut Driver<'_>,
+                 queues: &mut [VirtQueue],
+                 folder: &TempDir,
+                 window: &DaxWindow,
+                 own: &[u8; 4]| {
+        let content = |name: &str| std::fs::read(folder.0.join(name)).unwrap();
+        let [hiprio, queue] = queues else { panic!() };
+        assert_eq!(driver.wait_interrupt(TIMEOUT), 1);
+        let used = driver.wait_each_used(queue, &heads);
+        driver.wait_each_used(hiprio, &[forgets]);
+        let machine = driver.machine;
+        for ((used, reply), unique) in used.iter().zip(&replies).zip(100u64..) {
+            let header = machine.read(*reply, 16);
+            assert_eq!(header[..4], used.len.to_le_bytes());
+            assert_eq!(header[4..8], [0; 4], "request {unique}");
+            assert_eq!(header[8..], unique.to_le_bytes());
+        }
+        assert_eq!(machine.read(replies[0] + 16, 16), [b'a'; 16]);
+        assert_eq!(&content("b")[..5], b"sentb");
+        assert!(content("new").is_empty());
+        assert_eq!(call(driver, queue, GETATTR, node_c, &[0; 16]).0, -libc::ESTALE);
+        // Its files, by the handles that were open and by the one that was asked for; read, written and mapped.
+        let created = machine.read(replies[2] + 16, 136);
+        let number = |at: usize| u64::from_le_bytes(created[at..at + 8].try_into().unwrap());
+        for (node, fh) in [(node_a, fh_a), (number(0), number(128))] {
+            assert_eq!(call(driver, queue, WRITE, node, &write_args(fh, 0, own)).0, 0);
+            let (error, data) = call(driver, queue, READ, node, &read_args(fh, 4));
+            assert_eq!((error, &data[..]), (0, &own[..]));
+        }
+        assert_eq!(
+            (&content("a")[..5], &content("new")[..]),
+            (&[own, &b"a"[..]].concat()[..], &own[..])
+        );
+        assert_eq!(&window_bytes(window, 0), own);
+        assert_eq!(&window_bytes(window, 4096), b"sent");
+        write_window(window, 4096, own);
+        assert_eq!(&content("b")[..5], [own, &b"b"[..]].concat());
+        let (error, names) = call(driver, queue, READDIR, root, &read_args(listing, 4000));
+        assert_eq!(error, 0);
+        for name in [&b"a\0"[..], b"b\0", b"c\0", b"new\0"] {
+            assert!(names.windows(name.len()).any(|part| part == name), "{names:?}");
+        }
+        // Closed here: the others still have theirs.
+        let mut release = fh_b.to_le_bytes().to_vec();
+        release.extend([0; 16]);
+        assert_eq!(call(driver, queue, RELEASE, node_b, &release).0, 0);
+        assert_eq!(
+            call(driver, queue, READ, node_b, &read_args(fh_b, 4)).0,
+            -libc::EBADF
+        );
+        let next = open(driver, queue, node_b, libc::O_RDONLY);
+        assert!(next > number(128), "a number is used again");
+        assert!(driver.failures().is_empty());
+    };
+    for own in [b"one1", b"two2"] {
+        let there = machine.copy();
+        let copy = working_folder(std::str::from_utf8(own).unwrap());
+        let (fs, window) = device_with_window(&there, &copy);
+        let mut queues: Vec<VirtQueue> = queues.iter().map(|queue| queue.in_copy(&there)).collect();
+        let mut clone = Driver::restored(&there, fs, &saved).unwrap();
+        check(&mut clone, &mut queues, &copy, &window, own);
+    }
+    // Nothing of all that is the template's, which goes on, too.
+    let content = |name: &str| std::fs::read(folder.0.join(name));
+    assert!(content("a").unwrap() == [b'a'; 4096] && content("b").unwrap() == [b'b'; 4096]);
+    assert!(content("new").is_err());
+    assert_eq!(&window_bytes(&window, 0), b"aaaa");
+    driver.transport.resume().unwrap();
+    check(&mut driver, &mut queues, &folder, &window, b"orig");
+}
+
+/// A request that the device has taken and could not answer yet.
+#[test]
+fn a_lock_that_waits_at_a_snapshot_is_interrupted_once() {
+    let machine = Machine::new();
+    let directory = TempDir::new("waits");
+    std::fs::write(directory.0.join("f"), "").unwrap();
+    let config = || FsConfig {
+        remote_locks: true,
+        ..FsConfig::default()
+    };
+    let (fs, handle) = device(&machine, &directory, config());
+    let mut driver = Driver::new(&machine, fs);
+    let mut queues = driver.start(0, &[64, 64]);
+    let queue = &mut queues[REQUEST];
+    init(&mut driver, queue, POSIX_LOCKS);
+    let root = lookup(&mut driver, queue, 1, "d").unwrap();
+    let node = lookup(&mut driver, queue, root, "f").unwrap();
+    let fh = open(&mut driver, queue, node, libc::O_RDWR);
+    let holder = std::fs::File::options()
+        .write(true)
+        .open(directory.0.join("f"))
+        .unwrap();
+    rustix::fs::fcntl_lock(&holder, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
+    let lock: Vec<u8> = [
+        &fh.to_le_bytes()[..],
+        &7u64.to_le_bytes(),
+        &0u64.to_le_bytes(),
+        &9u64.to_le_bytes(),
+        &words(&[libc::F_WRLCK.cast_unsigned(), 1, 0, 0]),
+    ]
+    .concat();
+    while driver.wait_interrupt(Duration::from_millis(10)) != 0 {}
+    let (head, reply) = publish(&machine, queue, &message(SETLKW, 3, node, &lock), 16);
+    driver.kick(1);
+    assert!(wait_until(|| handle.metrics().lock_waits > 0));
+    driver.transport.pause();
+    let saved = driver.transport.save().unwrap();
+    // The answer is in the snapshot, and so is its interrupt, which nobody has taken.
+    let copy = machine.copy();
+    let mut queue_there = queue.in_copy(&copy);
+    let (fs, _) = device(&copy, &directory, config());
+    let mut clone = Driver::restored(&copy, fs, &saved).unwrap();
+    driver.transport.resume().unwrap();
+    let check = |driver: &mut Driver<'_>, queue: &mut VirtQueue| {
+        assert_eq!(driver.wait_interrupt(TIMEOUT), 1);
+        assert_eq!(driver.wait_each_used(queue, &[head])[0].len, 16);
+        assert_eq!(error_at(driver.machine, reply), -libc::EINTR);
+    };
+    check(&mut driver, queue);
+    check(&mut clone, &mut queue_there);
+    // As its driver does, one asks again.
+    let (head, reply) = publish(&copy, &mut queue_there, &message(SETLKW, 4, node, &lock), 16);
+    clone.kick(1);
+    drop(holder);
+    clone.wait_each_used(&mut queue_there, &[head]);
+    assert_eq!(error_at(&copy, reply), 0);
 }
