@@ -527,6 +527,249 @@ fn discard(cells: impl IntoIterator<Item = PodVm>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::config::Trust;
+    use cloister_boot::x86_64::Description;
+    use cloister_vmm::{Boot, Cell, CellConfig, CellHostConfig, KernelBoot};
+    use std::os::unix::fs::FileExt;
+
+    /// A kernel that is none, and an initramfs, in a folder of their own.
+    struct Files(PathBuf);
+
+    impl Files {
+        fn new() -> Self {
+            let folder =
+                std::env::temp_dir().join(format!("cloister-template-{}", crate::ids::random_hex(4)));
+            std::fs::create_dir(&folder).unwrap();
+            std::fs::write(folder.join("initrd"), "initrd").unwrap();
+            std::fs::write(folder.join("kernel"), elf()).unwrap();
+            Self(folder)
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.join(name)
+        }
+
+        /// The kind of a pod of this namespace.
+        fn kind(&self, trust: Trust, namespace: &str) -> Option<Kind> {
+            self.kind_of(trust, namespace, |_| {})
+        }
+
+        fn kind_of(
+            &self,
+            trust: Trust,
+            namespace: &str,
+            adapt: impl FnOnce(&mut MachineConfig<'_>),
+        ) -> Option<Kind> {
+            let (kernel, initrd) = (self.path("kernel"), self.path("initrd"));
+            let mut config = MachineConfig {
+                name: "pod".to_owned(),
+                cpus: 1,
+                memory: 64 << 20,
+                huge_pages: HugePages::No,
+                dax: None,
+                kernel: &kernel,
+                initrd: &initrd,
+                kernel_args: &[],
+                nics: machine::unplugged(&[1]),
+                room: Room {
+                    cpus: 2,
+                    memory: 1 << 30,
+                    disks: 0,
+                },
+                origin: Origin::Boot,
+            };
+            adapt(&mut config);
+            Kind::of(&config, &trust.domain(namespace)?)
+        }
+    }
+
+    impl Drop for Files {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    /// The least that can be loaded: an ELF file of a page for 1 MiB, which halts.
+    fn elf() -> Vec<u8> {
+        let mut file = vec![0xf4; 0x2000];
+        file[..0x1000].fill(0);
+        let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &[0x7f, b'E', b'L', b'F', 2, 1, 1]);
+        put(16, &[2, 0, 62, 0]);
+        for (at, value) in [
+            (24, 0x10_0000u64),
+            (32, 64),
+            (64 + 8, 0x1000),
+            (64 + 24, 0x10_0000),
+            (64 + 32, 0x1000),
+            (64 + 40, 0x1000),
+        ] {
+            put(at, &value.to_le_bytes());
+        }
+        put(54, &[56, 0, 1, 0]);
+        put(64, &[1]);
+        file
+    }
+
+    fn templates() -> Templates {
+        Templates::new(CellHost::new(CellHostConfig::default()).expect("this test needs /dev/kvm"))
+    }
+
+    /// An image of a VM that has not run.
+    fn image(files: &Files, cells: &CellHost) -> Arc<Image> {
+        let boot = Boot::Kernel(KernelBoot {
+            kernel: File::open(files.path("kernel")).unwrap(),
+            initrd: None,
+            command_line: String::new(),
+            description: Description::MpTable,
+        });
+        let mut config = CellConfig::new("template", boot);
+        config.memory_mib = 4;
+        let cell = Cell::create(config, cells).unwrap();
+        let file = image::memory_file().unwrap();
+        cell.write_image(&file).unwrap();
+        image::seal(&file).unwrap();
+        Image::open(file).unwrap()
+    }
+
+    fn put(templates: &Templates, kind: &Kind, image: &Arc<Image>) {
+        let state = State::Ready(Arc::clone(image), Stock::default());
+        templates.lock().list.push((kind.clone(), state));
+    }
+
+    #[test]
+    fn only_those_who_trust_each_other_share_a_template() {
+        let (files, templates) = (Files::new(), templates());
+        let image = image(&files, &templates.cells);
+        let of = |trust, namespace| files.kind(trust, namespace);
+        let larger = |trust, namespace| {
+            let grown = |config: &mut MachineConfig<'_>| config.memory *= 2;
+            files.kind_of(trust, namespace, grown).unwrap()
+        };
+        assert_eq!(of(Trust::None, "one"), None, "no kind, no template");
+
+        let one = of(Trust::Namespace, "one").unwrap();
+        put(&templates, &one, &image);
+        let other = of(Trust::Namespace, "other").unwrap();
+        assert!(templates.find(&one).is_some());
+        assert!(templates.find(&of(Trust::Namespace, "one").unwrap()).is_some());
+        assert!(templates.find_smaller(&larger(Trust::Namespace, "one")).is_some());
+        assert!(templates.find(&other).is_none());
+        assert!(templates.take(&other).is_none());
+        assert!(
+            templates
+                .find_smaller(&larger(Trust::Namespace, "other"))
+                .is_none()
+        );
+        // Nor those of a profile that trusts the node, in a namespace of whatever name.
+        for namespace in ["one", NODE] {
+            let kind = of(Trust::Node, namespace).unwrap();
+            assert!(templates.find(&kind).is_none(), "{namespace}");
+            assert!(templates.find_smaller(&larger(Trust::Node, namespace)).is_none());
+        }
+
+        let node = of(Trust::Node, "one").unwrap();
+        put(&templates, &node, &image);
+        assert!(templates.find(&of(Trust::Node, "other").unwrap()).is_some());
+        assert!(templates.find_smaller(&larger(Trust::Node, "other")).is_some());
+        for namespace in ["other", NODE, "namespace one"] {
+            let kind = of(Trust::Namespace, namespace).unwrap();
+            assert!(templates.find(&kind).is_none(), "{namespace}");
+        }
+        // Workers clone from files: each kind has one of its own.
+        let names = [&one, &other, &node].map(Shelf::name);
+        assert!(names[0] != names[1] && names[1] != names[2] && names[0] != names[2]);
+        assert_eq!(
+            Shelf::name(&node),
+            Shelf::name(&of(Trust::Node, "other").unwrap())
+        );
+    }
+
+    #[tokio::test]
+    async fn a_template_of_files_that_were_replaced_is_used_no_more_and_built_anew() {
+        let (files, templates) = (Files::new(), templates());
+        let image = image(&files, &templates.cells);
+        let kind = || files.kind(Trust::Node, "").unwrap();
+        let ahead = || Ahead {
+            count: 0,
+            configuration: ConfigureRequest::new(),
+        };
+        let is_building = |kind: &Kind| matches!(templates.lock().state(kind), Some(State::Building));
+        // All that a package manager keeps when it replaces a file: name, size, the time of the last change.
+        let keeping_its_time = |path: &Path, change: &dyn Fn(&Path)| {
+            let before = std::fs::metadata(path).unwrap();
+            change(path);
+            let after = File::options().write(true).open(path).unwrap();
+            after.set_modified(before.modified().unwrap()).unwrap();
+            assert_eq!(after.metadata().unwrap().len(), before.len());
+        };
+        for name in ["kernel", "initrd"] {
+            let rename: &dyn Fn(&Path) = &|path| {
+                std::fs::copy(path, files.path("new")).unwrap();
+                std::fs::rename(files.path("new"), path).unwrap();
+            };
+            let write: &dyn Fn(&Path) = &|path| {
+                let file = File::options().write(true).open(path).unwrap();
+                file.write_all_at(b"!", file.metadata().unwrap().len() - 1)
+                    .unwrap();
+            };
+            for change in [rename, write] {
+                let before = kind();
+                templates.lock().list.clear();
+                put(&templates, &before, &image);
+                assert!(templates.find(&kind()).is_some());
+                // The clock of a file system may be as coarse as this.
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                keeping_its_time(&files.path(name), change);
+                let after = kind();
+                let grown = |config: &mut MachineConfig<'_>| config.memory *= 2;
+                let larger = files.kind_of(Trust::Node, "", grown).unwrap();
+                assert!(templates.find(&after).is_none(), "{name}");
+                assert!(templates.take(&after).is_none(), "{name}");
+                assert!(templates.find_smaller(&larger).is_none(), "{name}");
+                assert_ne!(Shelf::name(&before), Shelf::name(&after));
+                templates.want(after.clone(), Duration::from_secs(1), ahead());
+                assert!(is_building(&after), "{name}");
+                assert!(templates.lock().state(&before).is_none(), "the old one is kept");
+            }
+        }
+        // Those of other files stay.
+        let others = Kind {
+            kernel: files.path("another kernel"),
+            ..kind()
+        };
+        put(&templates, &others, &image);
+        templates.want(kind(), Duration::from_secs(1), ahead());
+        assert!(templates.find(&others).is_some());
+    }
+
+    #[test]
+    fn what_cannot_be_cloned_or_is_configured_otherwise_has_no_template() {
+        let files = Files::new();
+        let of = |adapt: &dyn Fn(&mut MachineConfig<'_>)| files.kind_of(Trust::Node, "", adapt);
+        let plain = of(&|_| {});
+        assert!(plain.is_some() && of(&|_| {}) == plain);
+        let others: [&dyn Fn(&mut MachineConfig<'_>); 7] = [
+            &|config| config.cpus = 2,
+            &|config| config.memory *= 2,
+            &|config| config.huge_pages = HugePages::Transparent,
+            &|config| config.dax = Some(1 << 30),
+            &|config| config.nics = machine::unplugged(&[1, 1]),
+            &|config| config.nics = machine::unplugged(&[2]),
+            &|config| config.room.disks = 1,
+        ];
+        for other in others {
+            assert_ne!(of(other), plain);
+        }
+        assert!(of(&|config| config.huge_pages = HugePages::Reserved).is_none());
+        // A distribution's kernel.
+        let mut bzimage = elf();
+        bzimage[0x202..0x206].copy_from_slice(b"HdrS");
+        std::fs::write(files.path("kernel"), bzimage).unwrap();
+        assert!(of(&|_| {}).is_none());
+        std::fs::remove_file(files.path("kernel")).unwrap();
+        assert!(of(&|_| {}).is_none());
+    }
 
     #[test]
     fn two_failures_in_a_row_are_too_many() {
