@@ -90,7 +90,7 @@ impl Desk {
         let mut places = lock(&self.places);
         // Those whose client has changed its mind.
         places.retain(|_, place| match place {
-            Place::Connection(waiting) => !waiting.is_over(),
+            Place::Connection(waiting) => !is_over(&waiting.socket),
             Place::Stream(stream) => !stream.is_closed(),
         });
         let connection = match places.remove(&name) {
@@ -250,16 +250,6 @@ impl Connection {
             allowed: 0,
             granted: 0,
         }
-    }
-
-    /// Whether the client has left.
-    fn is_over(&self) -> bool {
-        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// The next frame. To be dropped at any time: what is read of one is kept.
@@ -442,7 +432,9 @@ pub fn divert(
 }
 
 async fn sort(socket: UnixStream, others: mpsc::Sender<io::Result<UnixStream>>, desk: Arc<Desk>) {
-    match is_stream(&socket).await {
+    // What does not say in time what it is for, others may have.
+    let found = tokio::time::timeout(BEGIN_TIME, is_stream(&socket)).await;
+    match found.unwrap_or(Ok(false)) {
         Ok(true) => {
             let mut connection = Connection::new(socket);
             let begun = tokio::time::timeout(BEGIN_TIME, connection.begin()).await;
@@ -463,20 +455,40 @@ async fn sort(socket: UnixStream, others: mpsc::Sender<io::Result<UnixStream>>, 
 /// Whether the first request, of which nothing is taken, is one to [`SERVICE`].
 async fn is_stream(socket: &UnixStream) -> io::Result<bool> {
     let mut first = [0; HEADER + BEGIN.len() + SERVICE.len()];
-    let expected = || BEGIN.iter().chain(SERVICE.as_bytes());
     loop {
         let peek = || Ok(rustix::net::recv(socket, &mut first, RecvFlags::PEEK)?);
         let (_, count) = socket.async_io(Interest::READABLE, peek).await?;
-        let seen = first.get(HEADER..count).unwrap_or_default();
-        if count == 0 || seen.iter().zip(expected()).any(|(seen, byte)| seen != byte) {
-            return Ok(false);
+        if count < first.len()
+            && may_become_stream(first.get(..count).unwrap_or_default())
+            && !is_over(socket)
+        {
+            // Clients write a request in one go: this is as good as never.
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        } else {
+            return Ok(count == first.len() && may_become_stream(&first));
         }
-        if count == first.len() {
-            return Ok(true);
-        }
-        // Clients write a request in one go: this is as good as never.
-        tokio::time::sleep(Duration::from_millis(10)).await;
     }
+}
+
+/// Whether a request that begins so can be one to [`SERVICE`].
+fn may_become_stream(begin: &[u8]) -> bool {
+    let (length, name) = (begin.first_chunk(), begin.get(HEADER..).unwrap_or_default());
+    let least = BEGIN.len().saturating_add(SERVICE.len());
+    let is_long_enough = length.is_none_or(|length| {
+        usize::try_from(u32::from_be_bytes(*length)).is_ok_and(|length| length >= least)
+    });
+    let expected = BEGIN.iter().chain(SERVICE.as_bytes());
+    is_long_enough && name.iter().zip(expected).all(|(a, b)| a == b)
+}
+
+/// Whether the client has left.
+fn is_over(socket: &UnixStream) -> bool {
+    let mut fds = [PollFd::new(socket, PollFlags::RDHUP)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]

@@ -248,3 +248,18 @@ fn only_such_addresses_name_streams() {
     }
     assert!(Stdio::from_request("", "grpc+vsock://3:1?streaming_id=a", "").is_err());
 }
+
+#[test]
+fn a_request_is_for_streams_from_its_first_bytes_on() {
+    let mut request = vec![0, 0, 0, 60, 0, 0, 0, 1, REQUEST, 0];
+    request.extend(BEGIN);
+    request.extend(SERVICE.as_bytes());
+    for count in 0..=request.len() {
+        assert!(may_become_stream(&request[..count]), "{count} bytes");
+    }
+    for (at, byte) in [(3, 42), (10, 0x12), (11, 41), (request.len() - 1, b'x')] {
+        let mut other = request.clone();
+        other[at] = byte;
+        assert!(!may_become_stream(&other), "byte {at}");
+    }
+}
