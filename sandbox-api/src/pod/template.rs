@@ -771,6 +771,47 @@ mod tests {
         assert!(of(&|_| {}).is_none());
     }
 
+    /// Makes an image one of another stepping, in a file that is sound.
+    fn change_processor(path: &Path) {
+        let mut bytes = std::fs::read(path).unwrap();
+        let length = u32::from_le_bytes(*bytes[12..].first_chunk().unwrap());
+        let end = 64 + usize::try_from(length).unwrap();
+        // Of CPUID 1, behind its length: function, index, flags, and EAX.
+        let leaf = [40, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let at = bytes[64..end].windows(leaf.len()).position(|part| part == leaf);
+        bytes[64 + at.unwrap() + leaf.len()] ^= 1;
+        let sum = bytes[64..end].iter().fold(!0u32, |crc, byte| {
+            (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+                crc >> 1 ^ 0xedb8_8320 * (crc & 1)
+            })
+        });
+        bytes[16..20].copy_from_slice(&(!sum).to_le_bytes());
+        std::fs::write(path, bytes).unwrap();
+        Image::open(File::open(path).unwrap()).unwrap();
+    }
+
+    #[test]
+    fn a_template_of_another_processor_is_passed_over() {
+        let (files, templates) = (Files::new(), templates());
+        let cells = &templates.cells;
+        let image = image(&files, cells);
+        let shelf = Shelf::of(&files.path("state"));
+        let kind = files.kind(Trust::Node, "").unwrap();
+        let name = shelf.put(&kind, &image).unwrap();
+        assert!(shelf.find(&kind, cells).is_some());
+        change_processor(&files.path("state/templates").join(name).with_extension("image"));
+        assert!(shelf.find(&kind, cells).is_none());
+        let grown = |config: &mut MachineConfig<'_>| config.memory *= 2;
+        let larger = files.kind_of(Trust::Node, "", grown).unwrap();
+        let workers = Templates::from_shelf(cells.clone(), shelf.clone());
+        assert!(workers.find(&kind).is_none());
+        assert!(workers.find_smaller(&larger).is_none());
+        // Another one takes its place.
+        shelf.put(&kind, &image).unwrap();
+        assert!(workers.find(&kind).is_some());
+        assert!(workers.find_smaller(&larger).is_some());
+    }
+
     #[test]
     fn two_failures_in_a_row_are_too_many() {
         let (one, other) = (kind(1, 256 << 20, &[1]), kind(2, 512 << 20, &[2]));
