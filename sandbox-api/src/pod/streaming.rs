@@ -316,9 +316,12 @@ impl Connection {
         self.write(DATA, 0, &any.encode_to_vec()).await
     }
 
-    /// Says that nothing more comes.
+    /// Says that nothing more comes, and waits until the client has read all and closes its side: containerd drops what it has not
+    /// read by the time that it hears of a process's end.
     async fn close(mut self) {
-        let _ = self.write(DATA, REMOTE_CLOSED | NO_DATA, &[]).await;
+        if self.write(DATA, REMOTE_CLOSED | NO_DATA, &[]).await.is_ok() {
+            while let Ok(Some(_)) = self.object().await {}
+        }
     }
 
     /// Sends some of the bytes, and says how many.

@@ -782,7 +782,7 @@ mod tests {
         bytes[64 + at.unwrap() + leaf.len()] ^= 1;
         let sum = bytes[64..end].iter().fold(!0u32, |crc, byte| {
             (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-                crc >> 1 ^ 0xedb8_8320 * (crc & 1)
+                (crc >> 1) ^ (0xedb8_8320 * (crc & 1))
             })
         });
         bytes[16..20].copy_from_slice(&(!sum).to_le_bytes());

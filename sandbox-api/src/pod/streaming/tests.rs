@@ -94,14 +94,28 @@ async fn allow(stream: &StreamInner, update: i32) {
     put(stream, &WindowUpdate { update }).await;
 }
 
+/// The process has ended. Its end is not told before the client has closed the stream, of which this is the end.
+async fn ends(pumps: Pumps, client: Client, mut stream: StreamInner) {
+    let finish = tokio::spawn(pumps.finish(Duration::from_secs(60)));
+    let end = stream.recv().await;
+    assert!(matches!(end, Err(ttrpc::Error::Eof)), "{end:?}");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!finish.is_finished(), "the client may be at the last bytes");
+    drop((client, stream));
+    tokio::time::timeout(Duration::from_secs(10), finish)
+        .await
+        .expect("the end is told")
+        .unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn output_comes_as_it_is_allowed_and_ends() {
     let bed = bed().await;
-    let (_client, mut stream) = bed.open("c-stdout").await;
-    let (pumps, mut ends) = bed.process("", "c-stdout").await;
+    let (client, mut stream) = bed.open("c-stdout").await;
+    let (pumps, mut guest) = bed.process("", "c-stdout").await;
     let payload: Vec<u8> = (0..300_000u32).map(|n| n.to_le_bytes()[0]).collect();
     let sent = payload.clone();
-    let mut guest = ends.remove(0);
+    let mut guest = guest.remove(0);
     let writer = tokio::spawn(async move { guest.write_all(&sent).await.unwrap() });
     allow(&stream, 10).await;
     let mut came = get::<Data>(&mut stream).await.data;
@@ -116,9 +130,7 @@ async fn output_comes_as_it_is_allowed_and_ends() {
     }
     assert_eq!(came, payload);
     writer.await.unwrap();
-    pumps.finish(Duration::from_secs(10)).await;
-    let end = stream.recv().await;
-    assert!(matches!(end, Err(ttrpc::Error::Eof)), "{end:?}");
+    ends(pumps, client, stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -151,32 +163,31 @@ async fn input_keeps_its_order_and_ends_with_close_io() {
 async fn a_client_that_connects_again_gets_the_rest() {
     let bed = bed().await;
     let (client, mut stream) = bed.open("c-stdout").await;
-    let (pumps, mut ends) = bed.process("", "c-stdout").await;
-    ends[0].write_all(b"first").await.unwrap();
+    let (pumps, mut guest) = bed.process("", "c-stdout").await;
+    guest[0].write_all(b"first").await.unwrap();
     allow(&stream, 5).await;
     assert_eq!(get::<Data>(&mut stream).await.data, b"first");
     drop((client, stream));
-    ends[0].write_all(b"second").await.unwrap();
-    let (_client, mut stream) = bed.open("c-stdout").await;
+    guest[0].write_all(b"second").await.unwrap();
+    let (client, mut stream) = bed.open("c-stdout").await;
     allow(&stream, 100).await;
     assert_eq!(get::<Data>(&mut stream).await.data, b"second");
-    drop(ends);
-    pumps.finish(Duration::from_secs(10)).await;
-    assert!(stream.recv().await.is_err());
+    drop(guest);
+    ends(pumps, client, stream).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_says_nothing_ends_its_stream() {
     let bed = bed().await;
-    let (_client, mut stream) = bed.open("there-stdout").await;
-    for name in ["there-stdout", "late-stdout"] {
-        let (pumps, ends) = bed.process("", name).await;
-        drop(ends);
-        tokio::time::timeout(Duration::from_secs(5), pumps.finish(Duration::from_secs(30)))
-            .await
-            .expect("nobody waits for a client that is not there");
-    }
-    assert!(matches!(stream.recv().await, Err(ttrpc::Error::Eof)));
+    let (client, stream) = bed.open("there-stdout").await;
+    let (pumps, guest) = bed.process("", "there-stdout").await;
+    drop(guest);
+    ends(pumps, client, stream).await;
+    let (pumps, guest) = bed.process("", "late-stdout").await;
+    drop(guest);
+    tokio::time::timeout(Duration::from_secs(5), pumps.finish(Duration::from_secs(30)))
+        .await
+        .expect("nobody waits for a client that is not there");
     let (_client, mut stream) = bed.open("late-stdout").await;
     assert!(matches!(stream.recv().await, Err(ttrpc::Error::Eof)));
 }
