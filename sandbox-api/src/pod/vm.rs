@@ -11,6 +11,7 @@
 use super::agent::{Agent, EventsServer};
 use super::guest::Guest;
 use super::machine::{self, Machine, MachineConfig};
+use super::members::Members;
 use super::streams::Hub;
 use super::task::TaskService;
 use super::vigil::END_BECOMES_KNOWN;
@@ -233,17 +234,21 @@ impl PodVm {
             accept_streams(streams, &hub);
         }
         let guest: Arc<dyn Guest> = Arc::<Machine>::clone(&self.machine);
-        let events = self.events.as_ref();
-        let members = events
-            .map(|events| Arc::clone(&events.members))
-            .unwrap_or_default();
         let dead = reasons(self.machine.dead());
-        let service = TaskService::new(guest, agent, hub, members, dead, patience);
+        let service = TaskService::new(guest, agent, hub, self.members(), dead, patience);
         let server = service.server(socket);
         let mut server = server.map_err(io_error("make the pod's task.sock"))?;
         server.start().await.map_err(agent_error("serve task.sock"))?;
         self.server = Some((server, socket.to_owned()));
         Ok(service)
+    }
+
+    /// Whom the agent's events may be about. Who asks it for a container without [`serve`](Self::serve) enters that before.
+    pub fn members(&self) -> Arc<Members> {
+        let events = self.events.as_ref();
+        events
+            .map(|events| Arc::clone(&events.members))
+            .unwrap_or_default()
     }
 
     /// The agent's events, but for the first; once.

@@ -280,6 +280,8 @@ fn events_of_a_clone_arrive() {
         let image = bed.template(1).await;
         let (mut vm, agent) = bed.clone_of(&image, 1, "pod").await;
         let mut events = vm.events().unwrap();
+        // The agent is asked for it directly.
+        vm.members().enter("script", "");
         let out = folder("events");
         run_script(&vm, &agent, &out, "exit 0").await;
         fs::remove_dir_all(out).unwrap();
