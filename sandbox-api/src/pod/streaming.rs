@@ -19,7 +19,7 @@
 //! ```
 //!
 //! Who receives says how many bytes may come: a slow reader holds up the writer, as with a fifo. What was sent to a
-//! containerd that is killed before it has read it, a window at most, is lost.
+//! containerd that is killed before it has read it, 128 KiB at most, is lost.
 //!
 //! Frames are ttrpc's (its PROTOCOL.md): 10 bytes of header (length, stream id, type, flags) and the message. The crate
 //! ttrpc does not serve these connections, for it gives each frame to a task of its own, and one may overtake another.
@@ -28,6 +28,10 @@
 
 use crate::sync::lock;
 use cloister_protocol::protobuf::Message as _;
+use cloister_protocol::ttrpc::proto::{
+    FLAG_NO_DATA, FLAG_REMOTE_CLOSED, MESSAGE_HEADER_LENGTH as HEADER, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_DATA,
+    MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE, MessageHeader,
+};
 use cloister_protocol::ttrpc::{self, Code};
 use containerd_client::services::v1::StreamInit;
 use containerd_client::types::transfer::{Data, WindowUpdate};
@@ -49,14 +53,6 @@ use tokio_stream::wrappers::ReceiverStream;
 const SERVICE: &str = "containerd.services.streaming.v1.Streaming";
 /// How a request to [`SERVICE`] begins behind its header: field 1, its length, the name.
 const BEGIN: [u8; 2] = [0x0a, 42];
-const HEADER: usize = 10;
-const REQUEST: u8 = 1;
-const RESPONSE: u8 = 2;
-const DATA: u8 = 3;
-const REMOTE_CLOSED: u8 = 1;
-const NO_DATA: u8 = 4;
-/// Largest message of ttrpc.
-const MAX_FRAME: usize = 4 << 20;
 /// Bytes that a sender is allowed at a time, as containerd does.
 const WINDOW: u16 = 32 << 10;
 /// Most bytes of a stream in one message, as containerd does.
@@ -235,9 +231,7 @@ struct Connection {
 }
 
 struct Frame {
-    kind: u8,
-    flags: u8,
-    call: u32,
+    header: MessageHeader,
     message: Vec<u8>,
 }
 
@@ -265,11 +259,11 @@ impl Connection {
     }
 
     fn take(&mut self) -> io::Result<Option<Frame>> {
-        let Some(&[a, b, c, d, e, f, g, h, kind, flags]) = self.read.first_chunk::<HEADER>() else {
+        let Some(header) = self.read.first_chunk::<HEADER>().map(MessageHeader::from) else {
             return Ok(None);
         };
-        let length = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
-        if length > MAX_FRAME {
+        let length = usize::try_from(header.length).unwrap_or(usize::MAX);
+        if length > MESSAGE_LENGTH_MAX {
             return Err(invalid("a message of more than 4 MiB"));
         }
         let end = HEADER.saturating_add(length);
@@ -277,9 +271,7 @@ impl Connection {
             return Ok(None);
         };
         let frame = Frame {
-            kind,
-            flags,
-            call: u32::from_be_bytes([e, f, g, h]),
+            header,
             message: message.to_vec(),
         };
         self.read.drain(..end);
@@ -287,11 +279,12 @@ impl Connection {
     }
 
     async fn write(&mut self, kind: u8, flags: u8, message: &[u8]) -> io::Result<()> {
-        let length = u32::try_from(message.len()).map_err(io::Error::other)?;
-        let mut frame = Vec::with_capacity(HEADER.saturating_add(message.len()));
-        frame.extend(length.to_be_bytes());
-        frame.extend(self.call.to_be_bytes());
-        frame.extend([kind, flags]);
+        let mut frame = Vec::<u8>::from(MessageHeader {
+            length: u32::try_from(message.len()).map_err(io::Error::other)?,
+            stream_id: self.call,
+            type_: kind,
+            flags,
+        });
         frame.extend(message);
         self.socket.write_all(&frame).await
     }
@@ -299,10 +292,10 @@ impl Connection {
     /// The next object of the stream; None when the client has closed it.
     async fn object(&mut self) -> io::Result<Option<Any>> {
         let frame = self.frame().await?;
-        if frame.kind != DATA || frame.call != self.call {
+        if frame.header.type_ != MESSAGE_TYPE_DATA || frame.header.stream_id != self.call {
             return Err(invalid("a frame that is not of the stream"));
         }
-        if frame.flags & REMOTE_CLOSED != 0 {
+        if frame.header.flags & FLAG_REMOTE_CLOSED != 0 {
             return Ok(None);
         }
         Any::decode(&*frame.message).map(Some).map_err(io::Error::other)
@@ -313,13 +306,17 @@ impl Connection {
             type_url: M::full_name(),
             value: message.encode_to_vec(),
         };
-        self.write(DATA, 0, &any.encode_to_vec()).await
+        self.write(MESSAGE_TYPE_DATA, 0, &any.encode_to_vec()).await
     }
 
     /// Says that nothing more comes, and waits until the client has read all and closes its side: containerd drops what it has not
     /// read by the time that it hears of a process's end.
     async fn close(mut self) {
-        if self.write(DATA, REMOTE_CLOSED | NO_DATA, &[]).await.is_ok() {
+        if self
+            .write(MESSAGE_TYPE_DATA, FLAG_REMOTE_CLOSED | FLAG_NO_DATA, &[])
+            .await
+            .is_ok()
+        {
             while let Ok(Some(_)) = self.object().await {}
         }
     }
@@ -369,9 +366,9 @@ impl Connection {
     /// The first messages: the stream's name.
     async fn begin(&mut self) -> io::Result<String> {
         let frame = self.frame().await?;
-        self.call = frame.call;
+        self.call = frame.header.stream_id;
         let request = ttrpc::proto::Request::parse_from_bytes(&frame.message).map_err(io::Error::other)?;
-        if frame.kind != REQUEST || request.method != "Stream" {
+        if frame.header.type_ != MESSAGE_TYPE_REQUEST || request.method != "Stream" {
             let told = format!("{} method", request.method);
             self.refuse(Code::UNIMPLEMENTED, &told).await?;
             return Err(invalid("another method"));
@@ -391,7 +388,7 @@ impl Connection {
         let mut response = ttrpc::proto::Response::new();
         response.set_status(ttrpc::get_status(code, told));
         let response = response.write_to_bytes().map_err(io::Error::other)?;
-        self.write(RESPONSE, 0, &response).await
+        self.write(MESSAGE_TYPE_RESPONSE, 0, &response).await
     }
 }
 

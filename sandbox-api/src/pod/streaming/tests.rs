@@ -210,7 +210,7 @@ async fn others_are_let_through_and_what_is_wrong_is_refused() {
     let mut huge = vec![0xff; HEADER];
     huge.extend(BEGIN);
     huge.extend(SERVICE.as_bytes());
-    let mut none = vec![0, 0, 0, 44, 0, 0, 0, 1, REQUEST, 0];
+    let mut none = vec![0, 0, 0, 44, 0, 0, 0, 1, MESSAGE_TYPE_REQUEST, 0];
     none.extend(BEGIN);
     none.extend(SERVICE.as_bytes());
     none.extend([0, 0, 0, 1, 0xff, 0, 0, 0, 1, 99, 0, 7]);
@@ -262,7 +262,7 @@ fn only_such_addresses_name_streams() {
 
 #[test]
 fn a_request_is_for_streams_from_its_first_bytes_on() {
-    let mut request = vec![0, 0, 0, 60, 0, 0, 0, 1, REQUEST, 0];
+    let mut request = vec![0, 0, 0, 60, 0, 0, 0, 1, MESSAGE_TYPE_REQUEST, 0];
     request.extend(BEGIN);
     request.extend(SERVICE.as_bytes());
     for count in 0..=request.len() {
