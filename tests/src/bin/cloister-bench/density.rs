@@ -23,11 +23,33 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// Larger than what the C library keeps for later: such an allocation is a mapping of its own.
 const MAPPING: usize = 64 << 20;
 const CHANGES: u32 = 200;
+/// What the kernel keeps of its own, as /proc/meminfo tells it: the field, the figure, what that is.
+const KERNEL: [(&str, &str, &str); 6] = [
+    (
+        "SUnreclaim",
+        "slab_kib",
+        "objects of the kernel and KVM that cannot be reclaimed",
+    ),
+    ("PageTables", "page_tables_kib", "page tables of processes"),
+    ("SecPageTables", "npt_kib", "page tables of KVM"),
+    ("KernelStack", "stacks_kib", "stacks of threads"),
+    ("Percpu", "percpu_kib", "variables of each processor"),
+    (
+        "VmallocUsed",
+        "vmalloc_kib",
+        "what the kernel maps by itself, stacks of threads too",
+    ),
+];
 /// What the host is to have left, whatever the clones do.
 const SPARE_KIB: u64 = 512 << 10;
 
 fn meminfo(field: &str) -> io::Result<u64> {
     kib_of("/proc/meminfo", field)
+}
+
+/// Each of [`KERNEL`]; a kernel that does not tell one keeps it at 0.
+fn kernel() -> [u64; KERNEL.len()] {
+    KERNEL.map(|(field, ..)| meminfo(field).unwrap_or(0))
 }
 
 /// Microseconds that a mapping, one page of it touched, and its end take.
@@ -59,6 +81,7 @@ pub fn run(context: &mut Context) -> io::Result<()> {
     // What is made once is made before the first that counts.
     end(&clone(999)?.cell);
     let (private, tables, available) = (rollup("Private_Dirty")?, page_tables()?, meminfo("MemAvailable")?);
+    let kernel_alone = kernel();
     let mut add = |name: String, value: f64, unit, goal, conditions: String| {
         context
             .report
@@ -137,6 +160,15 @@ pub fn run(context: &mut Context) -> io::Result<()> {
                 unit,
                 goal,
                 format!("{how}; {more}"),
+            )?;
+        }
+        for (((_, what, of), now), alone) in KERNEL.iter().zip(kernel()).zip(kernel_alone) {
+            add(
+                format!("density.host_{what}.{count}"),
+                float(now.saturating_sub(alone)) / f64::from(count),
+                "KiB",
+                "",
+                format!("{how}; per clone, /proc/meminfo: {of}"),
             )?;
         }
     }
