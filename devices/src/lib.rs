@@ -11,8 +11,9 @@
 //!
 //! A register access arrives at the transport; at DRIVER_OK the transport consumes the queue configuration, so that
 //! nothing is left that later register writes could change, and hands [`virtio::ActiveQueue`]s to the device. A queue
-//! notification is an eventfd (KVM ioeventfd) on the event loop; an interrupt is an eventfd too (KVM irqfd). Nothing
-//! here knows of KVM, pods or containers.
+//! notification is an eventfd (KVM ioeventfd) on the event loop; an interrupt is an eventfd too (KVM irqfd). Only what a
+//! driver spins for is done on the vCPU's thread ([`virtio::VirtioDevice::queue_served_at_once`]). Nothing here knows of
+//! KVM, pods or containers.
 //!
 //! When a guest breaks the rules the device stops and says so through its [`virtio::Health`]; the process, the
 //! event loop and the other cells go on.

@@ -797,6 +797,31 @@ mod tap {
     }
 
     #[test]
+    fn commands_are_answered_when_their_notification_returns() {
+        in_netns(|| {
+            let machine = Machine::new();
+            let mut driver = Driver::new(&machine, new(NetBackend::Tap(vec![open(FLAGS)])));
+            let mut queues = driver.start(CTRL_VQ | CTRL_RX, &[16, 16, 16]);
+            let past_the_vcpu: Vec<u32> = driver.transport.ioeventfds().map(|(queue, _)| queue).collect();
+            assert_eq!(past_the_vcpu, [0, 1]);
+            let (command, answer) = (machine.allocate(3, 16), machine.allocate(1, 16));
+            machine.write(command, &[0, 0, 1]);
+            let parts = [Descriptor::readable(command, 3), Descriptor::writable(answer, 1)];
+            queues[2].add(&parts);
+            driver.kick(2);
+            assert_eq!(queues[2].take_used().map(|used| used.len), Some(1));
+            // A paused device leaves everything as it is until it goes on.
+            driver.transport.pause();
+            queues[2].add(&parts);
+            driver.kick(2);
+            assert!(queues[2].take_used().is_none());
+            driver.transport.resume().unwrap();
+            assert_eq!(driver.wait_used(&mut queues[2]).unwrap().len, 1);
+            assert!(!driver.health().is_failed());
+        });
+    }
+
+    #[test]
     fn an_unplugged_card_is_plugged_into_a_tap_of_as_many_queues() {
         in_netns(|| {
             let machine = Machine::new();

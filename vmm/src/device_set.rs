@@ -3,7 +3,8 @@
 //!
 //! Each device gets a register page, a GSI, an irqfd for its interrupt, and one ioeventfd per queue on the page's
 //! QueueNotify register (virtio 1.3, 4.2.2, offset 0x50) that matches the queue's number: neither interrupts nor
-//! notifications pass through a vCPU thread.
+//! notifications pass through a vCPU thread, but for those of a queue that drivers wait for
+//! ([`VirtioDevice::queue_served_at_once`]).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -118,7 +119,7 @@ impl Connect for MmioTransport {
         vm.register_irqfd(self.interrupt().line(), address.gsi)
             .map_err(kvm("KVM_IRQFD"))?;
         let notify = IoEventAddress::Mmio(address.base + QUEUE_NOTIFY);
-        for (queue, notification) in (0u32..).zip(self.notifications()) {
+        for (queue, notification) in self.ioeventfds() {
             vm.register_ioevent(notification, &notify, queue)
                 .map_err(kvm("KVM_IOEVENTFD"))?;
         }
@@ -129,7 +130,7 @@ impl Connect for MmioTransport {
         // What was not registered cannot be unregistered; KVM forgets both when the eventfds are closed, anyway.
         let _ = vm.unregister_irqfd(self.interrupt().line(), address.gsi);
         let notify = IoEventAddress::Mmio(address.base + QUEUE_NOTIFY);
-        for (queue, notification) in (0u32..).zip(self.notifications()) {
+        for (queue, notification) in self.ioeventfds() {
             let _ = vm.unregister_ioevent(notification, &notify, queue);
         }
     }

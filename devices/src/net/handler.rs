@@ -242,7 +242,7 @@ impl NetHandler {
         if let Some(control) = &self.control {
             ops.add(Events::with_data(control.notification(), CONTROL, EventSet::IN))?;
         }
-        self.serve_control(ops)?;
+        self.serve_control()?;
         for pair in &mut self.pairs {
             self.common.receive(pair)?;
             self.common.transmit(pair)?;
@@ -256,7 +256,11 @@ impl NetHandler {
             if let Some(control) = &self.control {
                 control.clear_notification();
             }
-            return self.serve_control(ops);
+            self.serve_control()?;
+            for pair in &mut self.pairs {
+                pair.watch(ops)?;
+            }
+            return Ok(());
         }
         let index = usize::try_from(events.data() / SOURCES).unwrap_or(usize::MAX);
         let Some(pair) = self.pairs.get_mut(index) else {
@@ -289,7 +293,8 @@ impl NetHandler {
         Ok(())
     }
 
-    fn serve_control(&mut self, ops: &mut EventOps) -> Result<(), Failure> {
+    /// Serves the control queue. What pairs are watched for has then to be looked at anew.
+    fn serve_control(&mut self) -> Result<(), Failure> {
         let Some(mut queue) = self.control.take() else {
             return Ok(());
         };
@@ -311,11 +316,7 @@ impl NetHandler {
             crate::virtio::Outcome::Done { len }
         });
         self.control = Some(queue);
-        result?;
-        for pair in &mut self.pairs {
-            pair.watch(ops)?;
-        }
-        Ok(())
+        Ok(result?)
     }
 }
 
@@ -570,6 +571,19 @@ impl MutEventSubscriber for NetHandler {
 }
 
 impl ActiveDevice for NetHandler {
+    /// Linux spins until a command is answered, and gives some ten of them when it starts the interface.
+    fn serve_at_once(&mut self) {
+        let pairs = self.used_pairs;
+        if let Err(error) = self.serve_control() {
+            self.common.health.fail(error);
+        } else if pairs != self.used_pairs
+            && let Some(control) = &self.control
+        {
+            // Which are watched is the event loop's to change.
+            let _ = control.notification().write(1);
+        }
+    }
+
     fn save(&self) -> Result<SavedState, StateError> {
         let state = HandlerState {
             pairs: self.used_pairs,

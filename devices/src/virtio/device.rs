@@ -128,6 +128,12 @@ pub trait VirtioDevice: Send {
     /// The maximum size of each queue; powers of two, at most 32768. Its length is the number of queues.
     fn queue_max_sizes(&self) -> &[u16];
 
+    /// The queue whose requests drivers wait for with their processor spinning, if there is one: it is served on the vCPU's
+    /// thread ([`ActiveDevice::serve_at_once`]), so that no other thread has to come to run first.
+    fn queue_served_at_once(&self) -> Option<usize> {
+        None
+    }
+
     /// The device-specific features offered. The transport adds the ring features and VERSION_1.
     fn features(&self) -> u64;
 
@@ -189,6 +195,10 @@ pub enum RestoreError {
 /// descriptors it watches, and serves what is already in the queues (a restored device gets no new notification). It
 /// runs again each time that the device comes back to its event loop ([`super::MmioTransport::resume`]).
 pub trait ActiveDevice: MutEventSubscriber + Send {
+    /// Serves what is in [`VirtioDevice::queue_served_at_once`]; called on a vCPU's thread. What the event loop has to do about
+    /// it is left to that, by the queue's notification.
+    fn serve_at_once(&mut self) {}
+
     /// Waits until no request is under way outside the event loop (in a worker pool), so that queues and memory
     /// stand still; called with the vCPUs paused. The default has none.
     fn quiesce(&mut self) {}

@@ -208,9 +208,12 @@ impl MmioTransport {
         })
     }
 
-    /// The eventfd of each queue, to be signalled by writes of the queue's number to register 0x50 (ioeventfd).
-    pub fn notifications(&self) -> &[Arc<EventFd>] {
-        &self.notifications
+    /// The queues whose notifications go past the vCPU's thread, and the eventfd of each, to be signalled by writes of the
+    /// queue's number to register 0x50 (ioeventfd).
+    pub fn ioeventfds(&self) -> impl Iterator<Item = (u32, &EventFd)> {
+        let at_once = self.device.queue_served_at_once();
+        let queues = (0..).zip(self.notifications.iter().map(Arc::as_ref));
+        queues.filter(move |(queue, _)| at_once.is_none_or(|at_once| usize::try_from(*queue) != Ok(at_once)))
     }
 
     /// The device's interrupt line (irqfd).
@@ -354,15 +357,23 @@ impl MmioTransport {
     }
 
     fn notify(&self, queue: u32) {
-        match usize::try_from(queue)
-            .ok()
-            .and_then(|index| self.notifications.get(index))
-        {
-            // EAGAIN: a notification is pending already.
-            Some(notification) => drop(notification.write(1)),
-            None => self.health.complain(format_args!(
+        let index = usize::try_from(queue).unwrap_or(usize::MAX);
+        let Some(notification) = self.notifications.get(index) else {
+            self.health.complain(format_args!(
                 "notification of queue {queue}, which does not exist"
-            )),
+            ));
+            return;
+        };
+        match &self.phase {
+            Phase::Active(live)
+                if self.device.queue_served_at_once() == Some(index)
+                    && live.registration.is_some()
+                    && !self.health.is_failed() =>
+            {
+                lock(&live.device).serve_at_once();
+            }
+            // Nobody looks now, or the event loop does. EAGAIN: a notification is pending already.
+            _ => drop(notification.write(1)),
         }
     }
 

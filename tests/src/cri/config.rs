@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The configurations of all that runs on the node.
 
-use super::HANDLERS;
+use super::{HANDLERS, SNAPSHOTTERS};
 use crate::e2e::guest_file;
 use std::path::Path;
 
@@ -15,7 +15,7 @@ root = "{dir}/containerd"
 state = "{dir}/state"
 disabled_plugins = [
   "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper",
-  "io.containerd.snapshotter.v1.blockfile", "io.containerd.snapshotter.v1.erofs", "io.containerd.differ.v1.erofs",
+  "io.containerd.differ.v1.erofs",
   "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing",
 ]
 
@@ -55,17 +55,36 @@ disabled_plugins = [
 
 /// Of one that knows Cloister as well.
 pub(super) fn containerd(dir: &Path) -> String {
-    let known = containerd_with_runc(dir);
+    let mut text = containerd_with_runc(dir);
     let dir = dir.display();
-    format!(
-        r#"{known}
-{}"#,
-        HANDLERS
-            .iter()
-            .skip(1)
-            .map(|name| handler(&dir, name))
-            .collect::<String>()
-    )
+    text += &format!(
+        r#"
+[plugins."io.containerd.snapshotter.v1.blockfile"]
+  scratch_file = "{dir}/scratch.ext4"
+  fs_type = "ext4"
+  mount_options = ["loop"]
+"#
+    );
+    text.extend(HANDLERS.iter().skip(1).map(|name| handler(&dir, name)));
+    for (name, kind) in HANDLERS
+        .iter()
+        .filter(|name| **name != "cloister-stream")
+        .flat_map(|name| SNAPSHOTTERS.map(|kind| (name, kind)))
+    {
+        let runtime = if *name == "runc" {
+            "runtime_type = \"io.containerd.runc.v2\"".to_owned()
+        } else {
+            format!("runtime_type = \"io.containerd.cloister.v1\"\n  sandboxer = \"{name}\"")
+        };
+        text += &format!(
+            r#"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}-{kind}]
+  {runtime}
+  snapshotter = "{kind}"
+"#
+        );
+    }
+    text
 }
 
 fn may_lower_oom_score() -> bool {

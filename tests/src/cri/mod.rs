@@ -48,6 +48,9 @@ pub const HANDLERS: [&str; 9] = [
     "cloister-worker-clone",
 ];
 
+/// Snapshotters that a node's containerd has beside overlayfs: each handler has a variant for each (`cloister-native`).
+pub const SNAPSHOTTERS: [&str; 3] = ["native", "blockfile", "erofs"];
+
 /// Whether pods of this handler are Cloister's.
 pub(crate) fn is_ours(handler: &str) -> bool {
     handler.starts_with("cloister")

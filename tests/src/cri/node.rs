@@ -121,6 +121,7 @@ impl Node {
                 "cloister/sandboxer.sock",
             );
         }
+        node.prepare_snapshotters();
         let file = node.path("containerd.toml");
         let more: String = peers.iter().map(|peer| peer.containerd.as_str()).collect();
         fs::write(&file, config::containerd(&node.dir) + &more).unwrap();
@@ -249,6 +250,25 @@ impl Node {
         let folders = ["r/sandboxes", "r/workers", "ipam/cri-e2e", "pods"];
         let folders = folders.map(|folder| self.path(folder)).into();
         (Footprint::of_host_and(folders), daemon)
+    }
+
+    /// What the configuration says of snapshotters is there.
+    fn prepare_snapshotters(&self) {
+        // containerd does not load it, but looks whether it is there.
+        let _ = Command::new("modprobe").arg("erofs").status();
+        let scratch = self.path("scratch.ext4");
+        File::create(&scratch).unwrap().set_len(16 << 20).unwrap();
+        let output = Command::new("mkfs.ext4")
+            .args(["-q", "-O", "^has_journal"])
+            .arg(&scratch)
+            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "mkfs.ext4: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 
     fn load_images(&self) {

@@ -76,6 +76,13 @@ impl Runtime {
         self.0.handlers.iter().map(of).collect()
     }
 
+    /// This handler, its containers' root file systems by one of [`SNAPSHOTTERS`](super::SNAPSHOTTERS).
+    #[must_use]
+    pub fn with_snapshotter(&self, snapshotter: &str) -> Self {
+        let handler = format!("{}-{snapshotter}", self.0.handler).leak();
+        Self::new(&self.0.dir, handler, &self.0.handlers)
+    }
+
     /// containerd, with all its services.
     pub fn containerd(&self) -> Channel {
         self.0.channel.clone()

@@ -22,6 +22,7 @@ mod pods;
 mod resources;
 mod security;
 mod size;
+mod snapshotters;
 mod stats;
 mod streams;
 
@@ -63,6 +64,7 @@ const CASES: &[Case] = cases! {
     network { addresses reach between_pods host_port service dns }
     resources { given changed out_of_memory processes }
     size { follows_containers follows_the_pod }
+    snapshotters { native blockfile erofs }
     block_volumes { written_and_read read_only not_there }
     stats { of_a_container of_a_pod listed }
 };

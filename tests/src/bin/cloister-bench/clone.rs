@@ -10,7 +10,11 @@ use std::time::{Duration, Instant};
 
 use cloister_boot::x86_64::Description;
 use cloister_devices::fs::FsConfig;
+use cloister_devices::net::{NetBackend, NetConfig};
 use cloister_devices::vsock::{Vsock, VsockConfig, VsockHandle, VsockListener};
+use cloister_protocol::pod::{ConfigureRequest, DnsFiles, Interface, Route};
+use cloister_protocol::protobuf::Message;
+use cloister_protocol::ttrpc;
 use cloister_vmm::config::BASE_COMMAND_LINE;
 use cloister_vmm::image::{self, Image};
 use cloister_vmm::{
@@ -47,6 +51,17 @@ pub struct Pod {
 
 /// Makes one, and starts it.
 pub fn pod(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> io::Result<Pod> {
+    pod_with(host, name, boot, huge_pages, None)
+}
+
+/// The same, with a network card of this address, connected to nothing.
+fn pod_with(
+    host: &CellHost,
+    name: String,
+    boot: Boot,
+    huge_pages: HugePages,
+    card: Option<[u8; 6]>,
+) -> io::Result<Pod> {
     let (device, vsock) = Vsock::new(VsockConfig::new(3)).map_err(io::Error::other)?;
     let mut config = CellConfig::new(name, boot);
     config.memory_mib = MEMORY_MIB;
@@ -70,6 +85,13 @@ pub fn pod(host: &CellHost, name: String, boot: Boot, huge_pages: HugePages) -> 
         DeviceConfig::Rng,
         DeviceConfig::Balloon { deflate_on_oom: true },
     ];
+    config.devices.extend(card.map(|mac| {
+        DeviceConfig::Net(NetConfig {
+            backend: NetBackend::Unplugged { pairs: 1 },
+            mac,
+            mtu: None,
+        })
+    }));
     let cell = Cell::create(config, host).map_err(chain)?;
     let ready = vsock.listen(READY_PORT)?;
     cell.start().map_err(chain)?;
@@ -88,22 +110,9 @@ fn kernel(context: &Context) -> io::Result<Boot> {
 impl Pod {
     /// One request to the agent, and its answer: ttrpc by hand, so that nothing but the guest takes time.
     pub fn ask(&self) -> io::Result<UnixStream> {
-        // A Request of two fields: service and method.
-        let mut request = Vec::new();
-        for (tag, text) in [(0x0a, "cloister.agent.v1.Pod"), (0x12, "Ping")] {
-            request.push(tag);
-            request.push(u8::try_from(text.len()).unwrap_or(0));
-            request.extend_from_slice(text.as_bytes());
-        }
-        let length = u32::try_from(request.len()).unwrap_or(0);
-        let (stream, is_request, flags) = (1u32, 1, 0);
-        let mut frame = [length.to_be_bytes(), stream.to_be_bytes()].concat();
-        frame.extend([is_request, flags]);
-        frame.extend(request);
         let mut connection = self.vsock.connect(AGENT_PORT)?;
         connection.set_read_timeout(Some(Duration::from_secs(60)))?;
-        connection.write_all(&frame)?;
-        connection.read_exact(&mut [0; 10])?;
+        request(&mut connection, 1, "Ping", Vec::new())?;
         Ok(connection)
     }
 
@@ -131,9 +140,42 @@ impl Pod {
     }
 }
 
+/// Carries out one request of a connection, the streams of which are numbered 1, 3, 5, ...
+fn request(connection: &mut UnixStream, stream: u32, method: &str, payload: Vec<u8>) -> io::Result<()> {
+    let request = ttrpc::Request {
+        service: "cloister.agent.v1.Pod".into(),
+        method: method.into(),
+        payload,
+        ..Default::default()
+    };
+    let mut frame = request.write_to_bytes()?;
+    let header = ttrpc::MessageHeader::new_request(stream, u32::try_from(frame.len()).unwrap_or(0));
+    frame.splice(..0, Vec::from(header));
+    connection.write_all(&frame)?;
+    let mut header = [0; ttrpc::proto::MESSAGE_HEADER_LENGTH];
+    connection.read_exact(&mut header)?;
+    let header = ttrpc::MessageHeader::from(&header);
+    let mut answer = vec![0; usize::try_from(header.length).unwrap_or(0)];
+    connection.read_exact(&mut answer)?;
+    let status = ttrpc::Response::parse_from_bytes(&answer)?.status;
+    if status.code() == ttrpc::Code::OK {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("{method}: {}", status.message)))
+}
+
 /// A template, as `cloisterd` makes them.
 pub fn template(context: &Context, host: &CellHost, huge_pages: HugePages) -> io::Result<Arc<Image>> {
-    let pod = pod(host, "template".to_owned(), kernel(context)?, huge_pages)?;
+    template_with(context, host, huge_pages, None)
+}
+
+fn template_with(
+    context: &Context,
+    host: &CellHost,
+    huge_pages: HugePages,
+    card: Option<[u8; 6]>,
+) -> io::Result<Arc<Image>> {
+    let pod = pod_with(host, "template".to_owned(), kernel(context)?, huge_pages, card)?;
     let _events = pod.answered()?;
     pod.ask()?;
     pod.cell.discard_initrd()?;
@@ -372,6 +414,81 @@ pub fn page_tables() -> io::Result<u64> {
         .unwrap_or(0))
 }
 
+/// What makes a clone a pod: name, files and randomness, and its network.
+fn configurations() -> [(&'static str, ConfigureRequest); 2] {
+    let files = DnsFiles {
+        hosts: "127.0.0.1 localhost\n10.0.0.2 pod\n".into(),
+        resolv_conf: "nameserver 10.0.0.10\n".into(),
+        ..Default::default()
+    };
+    let identity = ConfigureRequest {
+        hostname: "pod".into(),
+        files: Some(files).into(),
+        sysctls: [("net.ipv4.ip_unprivileged_port_start".into(), "0".into())].into(),
+        entropy: vec![7; 64],
+        ..Default::default()
+    };
+    let route = |gateway: &str| Route {
+        gateway: gateway.into(),
+        interface: "eth0".into(),
+        ..Default::default()
+    };
+    let network = ConfigureRequest {
+        interfaces: vec![Interface {
+            mac: "02:00:00:00:00:02".into(),
+            former_mac: "02:00:00:00:00:01".into(),
+            name: "eth0".into(),
+            mtu: 1450,
+            addresses: vec!["10.0.0.2/16".into(), "fd00::2/64".into()],
+            ..Default::default()
+        }],
+        routes: vec![route("10.0.0.1"), route("fd00::1")],
+        ..Default::default()
+    };
+    [("identity", identity), ("network", network)]
+}
+
+/// What a clone does until it is a pod.
+fn count_configuration(context: &mut Context, host: &CellHost) -> io::Result<()> {
+    let (huge_pages, card) = (HugePages::Transparent, Some([2, 0, 0, 0, 0, 1]));
+    let image = template_with(context, host, huge_pages, card)?;
+    let trace = GuestMode::start()?;
+    for name in ["warm-cf", "conf-ic"] {
+        let boot = Boot::Clone {
+            image: Arc::clone(&image),
+        };
+        let pod = pod_with(host, name.into(), boot, huge_pages, card)?;
+        let mut connection = pod.ask()?;
+        let thread = thread_id(&pod.vcpu())?;
+        let mut stream = 1;
+        for (what, configuration) in configurations() {
+            let before = (trace.ticks(thread)?, kvm_exits(&pod.cell)?);
+            stream += 2;
+            request(
+                &mut connection,
+                stream,
+                "Configure",
+                configuration.write_to_bytes()?,
+            )?;
+            let guest = trace.ticks(thread)?.saturating_sub(before.0);
+            let exits = kvm_exits(&pod.cell)?.saturating_sub(before.1);
+            if name == "warm-cf" {
+                continue;
+            }
+            let how = format!("a clone is told its {what}, transparent huge pages");
+            for (figure, value, unit) in [
+                ("instructions", float(guest), "instructions"),
+                ("exits", float(exits), "exits"),
+            ] {
+                let name = format!("clone.{what}_{figure}");
+                add(context, (name.as_str(), value, unit, ""), how.clone())?;
+            }
+        }
+        end(&pod.cell);
+    }
+    Ok(())
+}
+
 /// Instructions, where a nanosecond is one: `ci/kvm-host --icount`.
 pub fn count(context: &mut Context) -> io::Result<()> {
     let host = CellHost::new(CellHostConfig::default()).map_err(chain)?;
@@ -449,5 +566,5 @@ pub fn count(context: &mut Context) -> io::Result<()> {
     ] {
         add(context, (name, value, unit, goal), format!("{how}; {what}"))?;
     }
-    Ok(())
+    count_configuration(context, &host)
 }

@@ -32,7 +32,8 @@ impl GuestMode {
         }
         let instance = Path::new(TRACEFS).join(format!("instances/bench-{}", std::process::id()));
         let trace = Self { instance, mounted };
-        fs::create_dir(&trace.instance)?;
+        fs::create_dir(&trace.instance)
+            .map_err(|error| io::Error::other(format!("{}: {error}", trace.instance.display())))?;
         trace.set("trace_clock", "x86-tsc")?;
         trace.set("buffer_size_kb", BUFFER_KIB)?;
         for event in ["kvm_entry", "kvm_exit"] {
