@@ -18,7 +18,7 @@ use crate::report::{Figure, median};
 
 /// Clones in the process when it is looked at.
 const COUNTS: [u32; 4] = [1, 10, 100, 200];
-/// Time for the last clones to come to rest.
+/// Time for the last clones to come to rest, and for an ended one to be gone.
 const SETTLE: Duration = Duration::from_secs(5);
 /// Larger than what the C library keeps for later: such an allocation is a mapping of its own.
 const MAPPING: usize = 64 << 20;
@@ -80,6 +80,8 @@ pub fn run(context: &mut Context) -> io::Result<()> {
     };
     // What is made once is made before the first that counts.
     end(&clone(999)?.cell);
+    // The kernel takes its time with what is freed.
+    std::thread::sleep(SETTLE);
     let (private, tables, available) = (rollup("Private_Dirty")?, page_tables()?, meminfo("MemAvailable")?);
     let kernel_alone = kernel();
     let mut add = |name: String, value: f64, unit, goal, conditions: String| {
