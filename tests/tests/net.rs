@@ -807,9 +807,17 @@ mod tap {
             let (command, answer) = (machine.allocate(3, 16), machine.allocate(1, 16));
             machine.write(command, &[0, 0, 1]);
             let parts = [Descriptor::readable(command, 3), Descriptor::writable(answer, 1)];
-            queues[2].add(&parts);
-            driver.kick(2);
-            assert_eq!(queues[2].take_used().map(|used| used.len), Some(1));
+            // But while the device is at something else: it leaves the command to that.
+            let at_once = wait_until(|| {
+                queues[2].add(&parts);
+                driver.kick(2);
+                if let Some(used) = queues[2].take_used() {
+                    return used.len == 1;
+                }
+                driver.wait_used(&mut queues[2]).unwrap();
+                false
+            });
+            assert!(at_once);
             // A paused device leaves everything as it is until it goes on.
             driver.transport.pause();
             queues[2].add(&parts);

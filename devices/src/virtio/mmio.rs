@@ -364,17 +364,18 @@ impl MmioTransport {
             ));
             return;
         };
-        match &self.phase {
-            Phase::Active(live)
-                if self.device.queue_served_at_once() == Some(index)
-                    && live.registration.is_some()
-                    && !self.health.is_failed() =>
-            {
-                lock(&live.device).serve_at_once();
-            }
-            // Nobody looks now, or the event loop does. EAGAIN: a notification is pending already.
-            _ => drop(notification.write(1)),
+        if let Phase::Active(live) = &self.phase
+            && self.device.queue_served_at_once() == Some(index)
+            && live.registration.is_some()
+            && !self.health.is_failed()
+            // At work on its event loop, which then looks at this queue, too: a vCPU does not wait for that.
+            && let Ok(mut device) = live.device.try_lock()
+        {
+            device.serve_at_once();
+            return;
         }
+        // EAGAIN: a notification is pending already.
+        let _ = notification.write(1);
     }
 
     fn write_driver_features(&mut self, value: u32) {
