@@ -571,7 +571,7 @@ impl MutEventSubscriber for NetHandler {
 }
 
 impl ActiveDevice for NetHandler {
-    /// Linux spins until a command is answered, and gives some ten of them when it starts the interface.
+    /// Linux spins until a command is answered, and gives several when it starts the interface.
     fn serve_at_once(&mut self) {
         let pairs = self.used_pairs;
         if let Err(error) = self.serve_control() {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The configurations of all that runs on the node.
 
-use super::{HANDLERS, SNAPSHOTTERS};
+use super::{HANDLERS, SNAPSHOTTERS, is_ours};
 use crate::e2e::guest_file;
 use std::path::Path;
 
@@ -65,25 +65,7 @@ pub(super) fn containerd(dir: &Path) -> String {
   mount_options = ["loop"]
 "#
     );
-    text.extend(HANDLERS.iter().skip(1).map(|name| handler(&dir, name)));
-    for (name, kind) in HANDLERS
-        .iter()
-        .filter(|name| **name != "cloister-stream")
-        .flat_map(|name| SNAPSHOTTERS.map(|kind| (name, kind)))
-    {
-        let runtime = if *name == "runc" {
-            "runtime_type = \"io.containerd.runc.v2\"".to_owned()
-        } else {
-            format!("runtime_type = \"io.containerd.cloister.v1\"\n  sandboxer = \"{name}\"")
-        };
-        text += &format!(
-            r#"
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}-{kind}]
-  {runtime}
-  snapshotter = "{kind}"
-"#
-        );
-    }
+    text.extend(HANDLERS.iter().map(|name| handler(&dir, name)));
     text
 }
 
@@ -94,25 +76,49 @@ fn may_lower_oom_score() -> bool {
     u64::from_str_radix(set.unwrap().trim(), 16).unwrap() >> CAP_SYS_RESOURCE & 1 == 1
 }
 
+/// A handler, and its variants with other snapshotters.
 fn handler(dir: &impl std::fmt::Display, name: &str) -> String {
-    if name == "cloister-stream" {
-        return r#"
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.cloister-stream]
-  runtime_type = "io.containerd.cloister.v1"
-  sandboxer = "cloister-clone"
-  io_type = "streaming"
-"#
-        .into();
+    let (sandboxer, io) = match name {
+        "cloister-stream" => ("cloister-clone", "io_type = \"streaming\""),
+        _ => (name, ""),
+    };
+    let mut text: String = SNAPSHOTTERS
+        .iter()
+        .map(|kind| {
+            runtime(
+                &format!("{name}-{kind}"),
+                sandboxer,
+                &format!("snapshotter = \"{kind}\""),
+            )
+        })
+        .collect();
+    // runc's own is there already.
+    if name != "runc" {
+        text += &runtime(name, sandboxer, io);
     }
-    format!(
-        r#"
-[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]
-  runtime_type = "io.containerd.cloister.v1"
-  sandboxer = "{name}"
-
+    if is_ours(name) && sandboxer == name {
+        text += &format!(
+            r#"
 [proxy_plugins.{name}]
   type = "sandbox"
   address = "{dir}/cloister/sandboxer.sock"
+"#
+        );
+    }
+    text
+}
+
+fn runtime(name: &str, sandboxer: &str, more: &str) -> String {
+    let kind = if is_ours(sandboxer) {
+        format!("runtime_type = \"io.containerd.cloister.v1\"\n  sandboxer = \"{sandboxer}\"")
+    } else {
+        "runtime_type = \"io.containerd.runc.v2\"".to_owned()
+    };
+    format!(
+        r#"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{name}]
+  {kind}
+  {more}
 "#
     )
 }

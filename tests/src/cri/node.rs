@@ -49,9 +49,15 @@ pub enum End {
 /// What a containerd of this host has kept once it had all images: to unpack them takes half a minute in an emulated host.
 const LOADED: &str = "/run/cri-e2e-images";
 
+/// Runs it to its end, which must be a good one.
+fn succeed(what: &str, command: &mut Command) {
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{what}: {said}");
+}
+
 fn copy(from: &Path, to: &Path) {
-    let status = Command::new("cp").arg("-a").args([from, to]).status().unwrap();
-    assert!(status.success(), "{} was not copied", from.display());
+    succeed("cp", Command::new("cp").arg("-a").args([from, to]));
 }
 
 impl Node {
@@ -90,8 +96,11 @@ impl Node {
             &["-t", "tmpfs", "-o", "mode=755", "e2e-cri"][..],
             &["--make-rshared"],
         ] {
-            let status = Command::new("mount").args(options).arg(&dir).status().unwrap();
-            assert!(status.success(), "tests of this kind need root: run ci/e2e");
+            let mut mount = Command::new("mount");
+            succeed(
+                "tests of this kind need root, run ci/e2e",
+                mount.args(options).arg(&dir),
+            );
         }
         let mut node = Self {
             dir,
@@ -263,17 +272,8 @@ impl Node {
         let _ = Command::new("modprobe").arg("erofs").status();
         let scratch = self.path("scratch.ext4");
         File::create(&scratch).unwrap().set_len(16 << 20).unwrap();
-        let output = Command::new("mkfs.ext4")
-            .args(["-q", "-O", "^has_journal"])
-            .arg(&scratch)
-            .env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin")
-            .output()
-            .unwrap();
-        assert!(
-            output.status.success(),
-            "mkfs.ext4: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        let mut mkfs = self.command("mkfs.ext4");
+        succeed("mkfs.ext4", mkfs.args(["-q", "-O", "^has_journal"]).arg(&scratch));
     }
 
     fn load_images(&self) {
@@ -285,19 +285,12 @@ impl Node {
                 archive.display()
             );
             let begin = Instant::now();
-            let output = self
-                .command("ctr")
-                .arg("--address")
+            let mut ctr = self.command("ctr");
+            ctr.arg("--address")
                 .arg(self.path("containerd.sock"))
                 .args(["--namespace", "k8s.io", "images", "import", "--local=true"])
-                .arg(archive)
-                .output()
-                .unwrap();
-            assert!(
-                output.status.success(),
-                "image {name}: {}",
-                String::from_utf8_lossy(&output.stderr)
-            );
+                .arg(archive);
+            succeed(&format!("image {name}"), &mut ctr);
             eprintln!("image {name} loaded after {:.1?}", begin.elapsed());
         }
     }

@@ -121,15 +121,10 @@ impl Pod {
     fn answered(&self) -> io::Result<UnixStream> {
         let (mut stream, _) = self.ready.accept()?;
         stream.set_read_timeout(Some(Duration::from_secs(120)))?;
-        // ttrpc's header: length, stream, kind, flags.
-        let mut header = [0; 10];
-        stream.read_exact(&mut header)?;
-        let [a, b, c, d, stream_id @ .., _, _] = header;
-        let length = u64::from(u32::from_be_bytes([a, b, c, d]));
-        io::copy(&mut (&stream).take(length), &mut io::sink())?;
+        let (header, _) = message(&mut stream)?;
         // A Response without fields is an empty one.
-        let response = [2, 0];
-        stream.write_all(&[&[0; 4], &stream_id[..], &response].concat())?;
+        let response = ttrpc::MessageHeader::new_response(header.stream_id, 0);
+        stream.write_all(&Vec::from(response))?;
         Ok(stream)
     }
 
@@ -138,6 +133,16 @@ impl Pod {
         let short: String = self.cell.name().chars().take(8).collect();
         format!("{short}:vcpu0")
     }
+}
+
+/// The next message of a connection.
+fn message(connection: &mut UnixStream) -> io::Result<(ttrpc::MessageHeader, Vec<u8>)> {
+    let mut header = [0; ttrpc::proto::MESSAGE_HEADER_LENGTH];
+    connection.read_exact(&mut header)?;
+    let header = ttrpc::MessageHeader::from(&header);
+    let mut message = vec![0; usize::try_from(header.length).unwrap_or(0)];
+    connection.read_exact(&mut message)?;
+    Ok((header, message))
 }
 
 /// Carries out one request of a connection, the streams of which are numbered 1, 3, 5, ...
@@ -152,11 +157,7 @@ fn request(connection: &mut UnixStream, stream: u32, method: &str, payload: Vec<
     let header = ttrpc::MessageHeader::new_request(stream, u32::try_from(frame.len()).unwrap_or(0));
     frame.splice(..0, Vec::from(header));
     connection.write_all(&frame)?;
-    let mut header = [0; ttrpc::proto::MESSAGE_HEADER_LENGTH];
-    connection.read_exact(&mut header)?;
-    let header = ttrpc::MessageHeader::from(&header);
-    let mut answer = vec![0; usize::try_from(header.length).unwrap_or(0)];
-    connection.read_exact(&mut answer)?;
+    let (_, answer) = message(connection)?;
     let status = ttrpc::Response::parse_from_bytes(&answer)?.status;
     if status.code() == ttrpc::Code::OK {
         return Ok(());
