@@ -31,13 +31,12 @@ use serde_json::Value;
 use crate::cgroup::{Cgroup, OomReporter};
 use crate::error::{Result, already_exists, failed_precondition, not_found, unknown};
 use crate::events::{Publisher, timestamp};
-use crate::helper::SECCOMP_FILE;
 use crate::pidns::{self, SharedPidNs};
 use crate::process::{GivenNames, Process};
 use crate::reaper::{Exit, Reaper};
 use crate::stdio::{Io, Names, nulls};
 use crate::transport::Host;
-use crate::{mount, spawn, spec};
+use crate::{mount, seccomp, spawn, spec};
 
 /// What everything in the agent shares.
 pub struct Context {
@@ -333,8 +332,8 @@ impl Context {
         }
         fs::write(bundle.join("config.json"), prepared.json.to_string())
             .map_err(|e| unknown(format!("spec of container {id}: {e}")))?;
-        if let Some(seccomp) = &prepared.seccomp {
-            fs::write(bundle.join(SECCOMP_FILE), seccomp.to_string())
+        if let Some(profile) = &prepared.seccomp {
+            seccomp::write(bundle, profile)
                 .map_err(|e| unknown(format!("seccomp profile of container {id}: {e}")))?;
         }
         let state = self.state_dir();

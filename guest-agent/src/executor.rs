@@ -14,7 +14,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
+use cloister_protocol::pod::Seccomp;
+use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 
@@ -34,12 +35,12 @@ struct Inner {
     program: RefCell<PathBuf>,
     env: RefCell<HashMap<String, String>>,
     /// Profile to load last of all.
-    seccomp: Option<LinuxSeccomp>,
+    seccomp: Option<Seccomp>,
 }
 
 impl AgentExecutor {
     /// `control` is the helper's control pipe.
-    pub fn new(control: File, on_stderr: bool, seccomp: Option<LinuxSeccomp>) -> Self {
+    pub fn new(control: File, on_stderr: bool, seccomp: Option<Seccomp>) -> Self {
         let (program, env) = (RefCell::default(), RefCell::default());
         Self(Rc::new(Inner {
             control,

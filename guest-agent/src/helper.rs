@@ -21,17 +21,14 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{Container as State, ContainerStatus};
-use libcontainer::oci_spec::runtime::{LinuxSeccomp, Spec};
+use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::syscall::syscall::SyscallType;
 
 use crate::executor::AgentExecutor;
-use crate::{error, log as logger, pidns};
+use crate::{error, log as logger, pidns, seccomp};
 
 /// First argument of a helper.
 pub const COMMAND: &str = "--helper";
-
-/// The file in a bundle with its seccomp profile, for [`AgentExecutor`] to load.
-pub const SECCOMP_FILE: &str = "seccomp.json";
 
 /// Longest line on the control pipe: what the kernel writes at once.
 const MAX_LINE: usize = 4096;
@@ -67,17 +64,6 @@ pub fn main(args: &[OsString]) -> i32 {
             1
         }
     }
-}
-
-/// The seccomp profile of a container.
-fn seccomp_of(bundle: &Path) -> Result<Option<LinuxSeccomp>, String> {
-    let file = match File::open(bundle.join(SECCOMP_FILE)) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        file => file.map_err(|e| format!("seccomp profile: {e}"))?,
-    };
-    // From a reader, as libcontainer reads its files: the code is there already.
-    let profile = serde_json::from_reader(std::io::BufReader::new(file));
-    profile.map(Some).map_err(|e| format!("seccomp profile: {e}"))
 }
 
 /// Runs the hooks of a container that has been started, or has ended. Nothing is left behind: the pid is our own.
@@ -126,11 +112,12 @@ fn run(
     let console = (console != "-").then(|| PathBuf::from(console));
     let first = command == "create";
     let seccomp = if first {
-        seccomp_of(Path::new(path))?
+        seccomp::read(Path::new(path))
     } else {
         let state = State::load(Path::new(state).join(id)).map_err(|e| error::chain(&e))?;
-        seccomp_of(state.bundle())?
+        seccomp::read(state.bundle())
     };
+    let seccomp = seccomp.map_err(|e| format!("seccomp profile: {e}"))?;
     let control = control.try_clone().map_err(|e| e.to_string())?;
     let executor = AgentExecutor::new(control, first, seccomp);
     let builder = ContainerBuilder::new(id.to_owned(), SyscallType::default())

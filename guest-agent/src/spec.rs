@@ -3,12 +3,17 @@
 //!
 //! They are handled as plain JSON: what the agent does not know passes through to libcontainer, which reads the file.
 
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
+use cloister_protocol::CONTAINER_SPEC_TYPE_URL;
+use cloister_protocol::pod::{ContainerSpec, Seccomp};
+use cloister_protocol::protobuf::Message;
 use cloister_protocol::protobuf::well_known_types::any::Any;
 use serde_json::{Map, Value};
 
 use crate::error::{Result, invalid_argument};
+use crate::seccomp;
 
 /// Longest container or exec id.
 const MAX_ID: usize = 128;
@@ -35,8 +40,8 @@ pub fn check_id(id: &str) -> Result<()> {
 pub struct Prepared {
     /// config.json
     pub json: Value,
-    /// Its seccomp profile, taken out of it: see [`crate::seccomp`].
-    pub seccomp: Option<Value>,
+    /// Its seccomp profile: see [`crate::seccomp`].
+    pub seccomp: Option<Seccomp>,
     /// The container's cgroup, relative to the root of the tree.
     pub cgroup: PathBuf,
     /// Size the terminal starts with: width, height in characters.
@@ -53,8 +58,21 @@ pub struct Prepared {
 /// InvalidArgument.
 pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Path>) -> Result<Prepared> {
     let wrong = |what: &str| invalid_argument(format!("the OCI spec of container {id} {what}"));
-    let mut json: Value = serde_json::from_slice(&options.value)
-        .map_err(|e| invalid_argument(format!("the OCI spec of container {id} cannot be read: {e}")))?;
+    let unreadable = |e: &dyn Display| wrong(&format!("cannot be read: {e}"));
+    let given = match options.type_url.as_str() {
+        CONTAINER_SPEC_TYPE_URL => {
+            ContainerSpec::parse_from_bytes(&options.value).map_err(|e| unreadable(&e))?
+        }
+        _ => ContainerSpec {
+            oci: options.value.clone(),
+            ..Default::default()
+        },
+    };
+    let seccomp = given.seccomp.into_option();
+    if let Some(profile) = &seccomp {
+        seccomp::instructions(profile).map_err(|e| unreadable(&e))?;
+    }
+    let mut json: Value = serde_json::from_slice(&given.oci).map_err(|e| unreadable(&e))?;
     let spec = json.as_object_mut().ok_or_else(|| wrong("is no object"))?;
     let root = member(spec, "root").ok_or_else(|| wrong("has a root that is no object"))?;
     if let Some(path) = mounted_root {
@@ -77,9 +95,8 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
     let console_size = fit_process(process, terminal);
     let linux = member(spec, "linux").ok_or_else(|| wrong("has a linux section that is no object"))?;
     linux.remove("mountLabel");
-    let mut seccomp = linux.remove("seccomp").filter(|seccomp| !seccomp.is_null());
-    if let Some(seccomp) = &mut seccomp {
-        fit_seccomp(seccomp);
+    if linux.remove("seccomp").is_some_and(|profile| !profile.is_null()) {
+        return Err(wrong("has a seccomp profile that the host has not translated"));
     }
     linux.remove("intelRdt");
     if !has_swap()
@@ -127,24 +144,6 @@ pub fn prepare(id: &str, options: &Any, terminal: bool, mounted_root: Option<&Pa
         cgroup,
         console_size,
     })
-}
-
-/// Comparisons under a mask are `argument & value == valueTwo` in OCI's specification; libcontainer (0.7.0) takes the two
-/// values the other way round, and a rule that lets clone through would never hold.
-fn fit_seccomp(seccomp: &mut Value) {
-    let rules = seccomp.get_mut("syscalls").and_then(Value::as_array_mut);
-    for rule in rules.into_iter().flatten() {
-        let args = rule.get_mut("args").and_then(Value::as_array_mut);
-        for arg in args.into_iter().flatten().filter_map(Value::as_object_mut) {
-            if arg.get("op").is_some_and(|op| op == "SCMP_CMP_MASKED_EQ") {
-                let mask = arg.remove("value").unwrap_or_else(|| 0.into());
-                let expected = arg
-                    .insert("valueTwo".to_owned(), mask)
-                    .filter(|value| !value.is_null());
-                arg.insert("value".to_owned(), expected.unwrap_or_else(|| 0.into()));
-            }
-        }
-    }
 }
 
 /// An object in an object, made if it is not there; None if it is something else.
@@ -237,6 +236,7 @@ pub fn prepare_exec(options: &Any, terminal: bool, seccomp: bool) -> Result<(Val
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cloister_protocol::protobuf::MessageField;
 
     fn any(json: &str) -> Any {
         Any {
@@ -272,28 +272,49 @@ mod tests {
     }
 
     #[test]
-    fn a_seccomp_profile_is_for_the_executor() {
+    fn a_seccomp_profile_comes_translated() {
         let spec = SPEC.replace(
-            r#""linux":{"#,
-            r#""linux":{"seccomp":{"defaultAction":"SCMP_ACT_ALLOW"},"#,
-        );
-        let spec = spec.replace(
             r#""terminal":false,"#,
             r#""capabilities":{"bounding":["CAP_KILL"],"effective":[]},"#,
         );
-        let got = prepare("c1", &any(&spec), false, Some(Path::new("/b"))).unwrap();
-        assert_eq!(got.seccomp.unwrap()["defaultAction"], "SCMP_ACT_ALLOW");
-        assert_eq!(got.json.pointer("/linux/seccomp"), None);
+        let given = |spec: &str, program: usize| Any {
+            type_url: CONTAINER_SPEC_TYPE_URL.into(),
+            value: ContainerSpec {
+                oci: spec.as_bytes().to_vec(),
+                seccomp: MessageField::some(Seccomp {
+                    flags: 2,
+                    program: vec![6; program],
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }
+            .write_to_bytes()
+            .unwrap(),
+            ..Default::default()
+        };
+        let root = Some(Path::new("/b"));
+        let got = prepare("c1", &given(&spec, 8), false, root).unwrap();
+        assert_eq!(got.seccomp.unwrap().flags, 2);
         let capabilities = &got.json["process"]["capabilities"];
         assert_eq!(capabilities["effective"][0], "CAP_SYS_ADMIN");
         assert_eq!(capabilities["bounding"][0], "CAP_KILL");
-        let spec = spec.replace(r#"{"defaultAction":"SCMP_ACT_ALLOW"}"#, "null");
-        let got = prepare("c1", &any(&spec), false, Some(Path::new("/b"))).unwrap();
+        let got = prepare("c1", &any(&spec), false, root).unwrap();
         assert!(got.seccomp.is_none());
         assert_eq!(
             got.json.pointer("/process/capabilities/effective"),
             Some(&Value::Array(Vec::new()))
         );
+        assert!(
+            prepare("c1", &given(&spec, 7), false, root).is_err(),
+            "no program"
+        );
+        // One that nobody has translated is not passed over.
+        let with =
+            |profile: &str| spec.replace(r#""linux":{"#, &format!(r#""linux":{{"seccomp":{profile},"#));
+        let error = prepare("c1", &any(&with("{}")), false, root).unwrap_err();
+        assert!(error.to_string().contains("seccomp profile"), "{error}");
+        let got = prepare("c1", &any(&with("null")), false, root).unwrap();
+        assert_eq!(got.json.pointer("/linux/seccomp"), None);
     }
 
     #[test]
@@ -301,31 +322,6 @@ mod tests {
         let spec = SPEC.replace(r#","path":"/proc/1/ns/uts""#, "");
         let got = prepare("c1", &any(&spec), false, Some(Path::new("/b"))).unwrap();
         assert_eq!(got.json["hostname"], "h");
-    }
-
-    #[test]
-    fn masks_are_turned_round() {
-        let rules = r#"{"syscalls":[{"names":["clone"],"args":[
-            {"index":0,"value":2114060288,"op":"SCMP_CMP_MASKED_EQ"},
-            {"index":1,"value":6,"valueTwo":2,"op":"SCMP_CMP_MASKED_EQ"},
-            {"index":2,"value":5,"valueTwo":1,"op":"SCMP_CMP_EQ"}]},{"names":["read"]}]}"#;
-        let mut seccomp: Value = serde_json::from_str(rules).unwrap();
-        fit_seccomp(&mut seccomp);
-        let values: Vec<_> = seccomp["syscalls"][0]["args"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|arg| (arg["value"].as_u64().unwrap(), arg["valueTwo"].as_u64().unwrap()))
-            .collect();
-        assert_eq!(values, [(0, 2_114_060_288), (2, 6), (5, 1)]);
-        for odd in [
-            "null",
-            "[]",
-            r#"{"syscalls":1}"#,
-            r#"{"syscalls":[1,{"args":[2]}]}"#,
-        ] {
-            fit_seccomp(&mut serde_json::from_str(odd).unwrap());
-        }
     }
 
     #[test]

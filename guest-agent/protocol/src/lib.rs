@@ -39,7 +39,7 @@ pub const FORWARD_PORT: u32 = 1027;
 pub const HOST_CID: u32 = 2;
 
 /// Version of this protocol, raised when a change is not compatible.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 
 /// virtio-fs tag of the device that carries everything shared with the pod.
 pub const SHARED_TAG: &str = "cloister";
@@ -60,6 +60,8 @@ pub const EVENT_NAMESPACE: &str = "cloister";
 
 /// `type_url` of the OCI runtime spec (JSON) in `CreateTaskRequest.options`, as containerd's typeurl names it.
 pub const SPEC_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
+/// `type_url` of [`pod::ContainerSpec`] there: the specification of a container with a seccomp profile.
+pub const CONTAINER_SPEC_TYPE_URL: &str = "cloister.agent.v1.ContainerSpec";
 /// `type_url` of the OCI process (JSON) in `ExecProcessRequest.spec`.
 pub const PROCESS_TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// `type_url` of the Linux resources (JSON) in `UpdateTaskRequest.resources`.
@@ -169,6 +171,7 @@ mod tests {
 
     #[test]
     fn packed_messages_carry_their_full_names() {
+        assert_eq!(CONTAINER_SPEC_TYPE_URL, full_name::<pod::ContainerSpec>());
         let any = pack(
             AGENT_PACKAGE,
             &pod::Ready {

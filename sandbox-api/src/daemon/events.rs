@@ -18,7 +18,7 @@ use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tracing::Instrument;
@@ -43,6 +43,7 @@ struct Waiting {
 #[derive(Clone, Debug)]
 pub struct Publisher {
     queue: mpsc::Sender<Waiting>,
+    heard: Arc<Notify>,
 }
 
 impl Publisher {
@@ -50,7 +51,13 @@ impl Publisher {
     pub fn start(address: &Path) -> Self {
         let (queue, waiting) = mpsc::channel(MAX_WAITING);
         tokio::spawn(publish(address.to_owned(), waiting));
-        Self { queue }
+        let heard = Arc::default();
+        Self { queue, heard }
+    }
+
+    /// What is told of each event: something happens in a pod. For one who waits.
+    pub fn heard(&self) -> Arc<Notify> {
+        Arc::clone(&self.heard)
     }
 
     /// Passes on what comes from one pod, to containerd's `namespace`. `oom` is called with the id of each container that
@@ -62,11 +69,12 @@ impl Publisher {
         metrics: &Metrics,
         oom: impl Fn(&str) + Send + 'static,
     ) {
-        let queue = self.queue.clone();
+        let Self { queue, heard } = self.clone();
         let (namespace, metrics) = (namespace.to_owned(), metrics.clone());
         let places = Arc::new(Semaphore::new(MAX_OF_POD));
         let pass_on = async move {
             while let Some(event) = events.recv().await {
+                heard.notify_one();
                 if event.topic == TASK_OOM_EVENT_TOPIC {
                     metrics.oom();
                     oom(&container_of(&event));
@@ -171,7 +179,8 @@ mod tests {
         let (agent, events) = mpsc::channel(4);
         let metrics = metrics();
         let (oom, killed) = std::sync::mpsc::channel();
-        Publisher { queue }.follow("k8s.io", events, &metrics, move |container| {
+        let heard = Arc::default();
+        Publisher { queue, heard }.follow("k8s.io", events, &metrics, move |container| {
             oom.send(container.to_owned()).unwrap();
         });
         for topic in [TASK_OOM_EVENT_TOPIC, "/tasks/exit"] {
@@ -201,7 +210,8 @@ mod tests {
     #[tokio::test]
     async fn a_pod_that_says_too_much_leaves_room_for_others() {
         let (queue, mut queued) = mpsc::channel(MAX_WAITING);
-        let publisher = Publisher { queue };
+        let heard = Arc::default();
+        let publisher = Publisher { queue, heard };
         let event = |topic: &str| Envelope {
             topic: topic.into(),
             ..Default::default()

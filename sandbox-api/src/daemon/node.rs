@@ -106,12 +106,12 @@ impl Node {
             config,
             templates,
             cells,
+            change: events.heard(),
             events,
             metrics,
             log: EventLog::default(),
             name,
             sandboxes: Mutex::default(),
-            change: Arc::default(),
             closed: watch::channel(false).0,
         }
     }
@@ -361,7 +361,7 @@ impl Node {
         self.close_if_empty();
     }
 
-    /// What is told when a pod comes or goes. For one who waits.
+    /// What is told when a pod comes or goes, and of all that happens in one. For one who waits.
     pub fn change(&self) -> Arc<Notify> {
         Arc::clone(&self.change)
     }

@@ -14,6 +14,7 @@ pub mod members;
 pub mod pool;
 pub mod resize;
 pub mod rewrite;
+pub mod seccomp;
 pub mod shelf;
 pub mod size;
 pub mod snapshot;

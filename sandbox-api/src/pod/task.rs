@@ -21,6 +21,7 @@ use super::guest::{Guest, ShareOptions};
 use super::members::Members;
 use super::resize::{self, Resizer};
 use super::rewrite::{self, Share};
+use super::seccomp;
 use super::size::{Limits, Size, Sizing};
 use super::state::EXIT_KILLED;
 use super::streaming::divert;
@@ -33,7 +34,6 @@ use crate::files;
 use crate::runtime::{image_mount, overlay};
 use crate::sync::lock;
 use async_trait::async_trait;
-use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::protobuf::well_known_types::empty::Empty;
 use cloister_protocol::protobuf::well_known_types::timestamp::Timestamp;
 use cloister_protocol::protobuf::{EnumOrUnknown, Message as _, MessageField};
@@ -42,7 +42,7 @@ use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use cloister_protocol::ttrpc::asynchronous::{Server, TtrpcContext};
 use cloister_protocol::ttrpc::context::{Context, with_duration};
 use cloister_protocol::ttrpc::{self, Code, Error};
-use cloister_protocol::{ETC_DIR, METRICS_PACKAGE, SHARED_DIR, SPEC_TYPE_URL, pack};
+use cloister_protocol::{ETC_DIR, METRICS_PACKAGE, SHARED_DIR, pack};
 use futures_util::future::BoxFuture;
 use oci_spec::runtime::{LinuxResources, Spec};
 use rustix::fs::{CWD, FileType, Mode, OFlags};
@@ -517,9 +517,11 @@ impl TaskService {
             terminal,
         } = new;
         let (to_rewrite, targets) = (id.clone(), self.pid_targets());
-        let (mut spec, shares) = blocking(move || {
-            let shares = rewrite::for_guest(&mut spec, &to_rewrite, &targets);
-            Ok((spec, shares.map_err(|e| status(Code::INVALID_ARGUMENT, e))?))
+        let (mut spec, shares, seccomp) = blocking(move || {
+            let invalid = |e| status(Code::INVALID_ARGUMENT, e);
+            let shares = rewrite::for_guest(&mut spec, &to_rewrite, &targets).map_err(invalid)?;
+            let seccomp = seccomp::take(&mut spec).map_err(invalid)?;
+            Ok((spec, shares, seccomp))
         })
         .await?;
         container
@@ -555,7 +557,8 @@ impl TaskService {
         let names = stdio.names.clone();
         let (pumps, streams) = Pumps::start(&self.hub, stdio, terminal).map_err(|e| unknown("stdio", e))?;
         let [stdin, stdout, stderr] = streams.clone();
-        let value = serde_json::to_vec(&spec).map_err(|e| unknown("the specification", e))?;
+        let options =
+            seccomp::options(&spec, seccomp.as_deref()).map_err(|e| unknown("the specification", e))?;
         let request = api::CreateTaskRequest {
             id: id.clone(),
             bundle,
@@ -564,11 +567,7 @@ impl TaskService {
             stdin,
             stdout,
             stderr,
-            options: MessageField::some(Any {
-                type_url: SPEC_TYPE_URL.into(),
-                value,
-                ..Default::default()
-            }),
+            options: MessageField::some(options),
             ..Default::default()
         };
         steps.next("guest");

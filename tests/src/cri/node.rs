@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //! The daemons of the node, from their start to the last file they leave.
 
-use super::{PATIENCE, Runtime, config, is_ours};
+use super::{PATIENCE, Runtime, api, config, is_ours};
 use crate::e2e::{Footprint, ProcessFootprint, checkout, eventually};
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -225,6 +225,16 @@ impl Node {
             assert!(ended.is_none(), "{name} ended: {ended:?}\n{}", tail(log, 40));
             UnixStream::connect(socket).ok()
         });
+        // It listens before CRI is ready.
+        if name == "containerd" {
+            eventually("CRI", || {
+                let status = self.block_on(async {
+                    let mut cri = Runtime::new(&self.dir, "runc", &[]).cri();
+                    cri.status(api::StatusRequest::default()).await
+                });
+                status.ok()
+            });
+        }
         eprintln!("{name} answers after {:.1?}", begin.elapsed());
         process
     }

@@ -7,16 +7,33 @@
 pub mod harness;
 
 use cloister_protocol::pod::{
-    ConfigureRequest, DnsFiles, InfoRequest, Interface, MountRequest, OnlineRequest, PowerOffRequest, Route,
-    UnmountRequest,
+    ConfigureRequest, ContainerSpec, DnsFiles, InfoRequest, Interface, MountRequest, OnlineRequest,
+    PowerOffRequest, Route, UnmountRequest,
 };
 use cloister_protocol::protobuf::{Message, MessageField};
-use cloister_protocol::task::{KillRequest, Metrics, PauseRequest, StatsRequest, UpdateTaskRequest};
-use cloister_protocol::{RESOURCES_TYPE_URL, protobuf::well_known_types::any::Any};
+use cloister_protocol::task::{
+    CreateTaskRequest, KillRequest, Metrics, PauseRequest, StatsRequest, UpdateTaskRequest,
+};
+use cloister_protocol::{AGENT_PACKAGE, RESOURCES_TYPE_URL, pack, protobuf::well_known_types::any::Any};
+use cloister_sandbox_api::pod::seccomp;
 use cloister_tests::e2e::guest_file;
 use harness::{Bed, Streams, ctx, soon};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt;
+
+/// Hands a profile over as the daemon does.
+fn with_profile(request: CreateTaskRequest, profile: &Value) -> CreateTaskRequest {
+    let profile = serde_json::from_value(profile.clone()).unwrap();
+    let spec = ContainerSpec {
+        oci: request.options.value.clone(),
+        seccomp: MessageField::some(seccomp::translate(&profile).unwrap()),
+        ..Default::default()
+    };
+    CreateTaskRequest {
+        options: MessageField::some(pack(AGENT_PACKAGE, &spec).unwrap()),
+        ..request
+    }
+}
 
 #[tokio::test]
 async fn a_pod_vm_from_boot_to_power_off() {
@@ -128,7 +145,7 @@ async fn a_pod_vm_from_boot_to_power_off() {
         let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
         set.push(json!("CAP_MKNOD"));
     }
-    spec["linux"]["seccomp"] = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+    let profile = json!({"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
         "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]});
     let mounts = spec["mounts"].as_array_mut().unwrap();
     mounts.push(
@@ -140,8 +157,9 @@ async fn a_pod_vm_from_boot_to_power_off() {
         json!({"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
         "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}),
     );
+    let request = bed.create_request("c1", &spec, &streams, false);
     bed.task
-        .create(ctx(), &bed.create_request("c1", &spec, &streams, false))
+        .create(ctx(), &with_profile(request, &profile))
         .await
         .unwrap();
     bed.start("c1", "").await.unwrap();
@@ -161,8 +179,9 @@ async fn a_pod_vm_from_boot_to_power_off() {
 
     // An exec under the profile too, with and without "no new privileges".
     spec["process"]["args"] = json!(["sleep", "1000"]);
+    let request = bed.create_request("c2", &spec, &none, false);
     bed.task
-        .create(ctx(), &bed.create_request("c2", &spec, &none, false))
+        .create(ctx(), &with_profile(request, &profile))
         .await
         .unwrap();
     bed.start("c2", "").await.unwrap();

@@ -7,6 +7,7 @@ use cloister_protocol::RESOURCES_TYPE_URL;
 use cloister_protocol::pod::{
     BlockRequest, BlockResponse, OnlineRequest, OnlineResponse, PingRequest, PingResponse, Pod, create_pod,
 };
+use cloister_protocol::protobuf::well_known_types::any::Any;
 use cloister_protocol::stream::StreamId;
 use cloister_protocol::ttrpc::asynchronous::transport::Listener;
 use std::io::Write;
