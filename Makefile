@@ -44,9 +44,12 @@ ifeq ($(CI),true)
 endif
 
 # With the programs of the end-to-end tests in the same go: asked for by themselves they would have their libraries built
-# again, with other features.
-build: setup guest
-	ci/build-programs
+# again, with other features. Beside the guest's kernel, for cargo does not keep all processors busy all the time.
+build: setup
+	guest-image/build-kernel --out $(guest)/vmlinux & kernel=$$!; \
+		{ guest-agent/build-static $(guest)/cloister-agent && ci/build-programs; } || { kill $$kernel; exit 1; }; \
+		wait $$kernel
+	@$(MAKE) --no-print-directory guest
 
 # The agent with the C library inside it, for there is none in the guest; then what boots with it: our kernel, and
 # Debian's own to test that it need not be ours.
