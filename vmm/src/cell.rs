@@ -50,7 +50,7 @@ use crate::device_set::{self, Connect as _, DeviceHandle, OnFailure, Placed, Reg
 use crate::error::{CreateError, LifecycleError};
 use crate::halt::Answer;
 use crate::host::{CellHost, HostInner, Task};
-use crate::image::{self, Image, NewBase, Shape, Whole, Written, bounded};
+use crate::image::{self, Image, NewBase, Noted, Shape, Whole, Written, bounded};
 use crate::memory::{Memory, SlotRange};
 use crate::phases::{Phase, Phases};
 use crate::report::{CellReport, VcpuReport};
@@ -509,10 +509,21 @@ impl Cell {
             Some(machine) => (Arc::clone(&machine.memory), machine.kind),
             None => return,
         };
-        memory.note_working_set();
+        memory.note_working_set(Noted::Ready);
         if let Some(kind) = kind {
             self.host.spares.note_touched(&kind, &memory);
         }
+    }
+
+    /// Says that the guest has its first container, of which nothing runs yet: later clones of the same image will have ready
+    /// what that takes, too.
+    pub fn note_container(&self) {
+        // Not under the lock: the page tables are read.
+        let memory = match &self.shared.lock().machine {
+            Some(machine) => Arc::clone(&machine.memory),
+            None => return,
+        };
+        memory.note_working_set(Noted::Container);
     }
 
     /// What a clone has touched by now. None of a cell that was not made of an image, or that has stopped.

@@ -23,7 +23,7 @@ use vm_memory::{
 };
 
 use crate::config::HugePages;
-use crate::image::{self, Image, WorkingSet};
+use crate::image::{self, Image, Noted, WorkingSet};
 use crate::pagemap;
 
 /// Bytes of one huge page on x86_64.
@@ -237,10 +237,10 @@ impl Memory {
         Ok(memory)
     }
 
-    /// Tells a clone's image what has been touched by now, unless it knows already.
-    pub(crate) fn note_working_set(&self) {
+    /// Tells a clone's image what has been touched by now, if no other clone has come as far before.
+    pub(crate) fn note_working_set(&self, noted: Noted) {
         if let Some(image) = &self.image
-            && image.working_set().is_none()
+            && image.is_first(noted)
             && let Some(set) = self.working_set()
         {
             image.expect(set);

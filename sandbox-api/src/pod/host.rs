@@ -410,7 +410,7 @@ async fn start(
             Shelf::name(&kind)
         );
         if image.working_set().is_none() {
-            to_note = Some((kind, Arc::clone(&image)));
+            to_note = Some(kind);
         }
         config.origin = Origin::Clone(image);
     }
@@ -423,12 +423,8 @@ async fn start(
     }
     vm.configure(&network.configure.into_request(&plan.hostname))
         .await?;
-    if let Some((kind, image)) = to_note {
-        let shelf = pod.pods.templates();
-        tokio::task::spawn_blocking(move || image.working_set().map(|set| shelf.note(&kind, set)));
-    }
-
     // The container.
+    let machine = Arc::clone(&vm.machine);
     let service = vm.serve(&pod.pods.socket(&id), vigil::PATIENCE).await?;
     pod.service = Some(Arc::clone(&service));
     let bundle = pod.pods.state_dir(&id);
@@ -463,6 +459,12 @@ async fn start(
             .create_container(new, &mut Untimed)
             .await
             .map_err(agent_error("failed to create the container"))?;
+        if let Some(kind) = to_note {
+            let shelf = pod.pods.templates();
+            tokio::task::spawn_blocking(move || {
+                machine.cell().working_set().map(|set| shelf.note(&kind, &set))
+            });
+        }
         if let Some(address) = network.address {
             pod.relays = Some(publish::start(&plan.publish, address).await?);
         }

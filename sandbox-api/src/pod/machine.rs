@@ -392,6 +392,10 @@ impl Guest for Machine {
         detached
     }
 
+    fn note_container(&self) {
+        self.cell().note_container();
+    }
+
     fn give_up(&self, why: String) {
         self.cell.give_up(why);
     }

@@ -12,7 +12,8 @@
 //! Only pages that are not zero are stored, each at its own place: the file is sparse, and of the length of what it
 //! holds last. A clone maps the file's few extents privately and everything between them as fresh memory. Nothing is
 //! read before the guest touches it, and what it does not write is the page cache's, once for all clones. The first clone
-//! tells by [`crate::Cell::note_ready`] which pages it has touched until then, its [`WorkingSet`]. For the next ones, what
+//! tells by [`crate::Cell::note_ready`] which pages it has touched until then, its [`WorkingSet`], and the first one with a
+//! container, by [`crate::Cell::note_container`], which it takes to make that. For the next ones, what
 //! it has written is copied before they run, which costs a tenth of a fault for each page, and what it has only read is
 //! asked for of the disk, in the background. The set can be kept in a file for other processes.
 //!
@@ -56,7 +57,8 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -65,6 +67,7 @@ use format::Header;
 pub use format::{Base, EPOCH, Identity, Shape};
 pub(crate) use map::{copy_into, map_over};
 pub use new_file::NewFile;
+pub(crate) use working_set::Noted;
 pub use working_set::WorkingSet;
 pub use write::{NewBase, Written};
 pub(crate) use write::{Whole, write};
@@ -177,7 +180,9 @@ pub struct Image {
     identity: Identity,
     base: Option<Arc<Image>>,
     /// What a clone touches before it is ready.
-    working_set: OnceLock<WorkingSet>,
+    working_set: Mutex<Option<Arc<WorkingSet>>>,
+    /// How far a clone had come when it was noted last: see [`Noted`].
+    noted: AtomicU8,
 }
 
 /// Which image is in the file.
@@ -267,7 +272,8 @@ impl Image {
             header,
             identity,
             base,
-            working_set: OnceLock::new(),
+            working_set: Mutex::default(),
+            noted: AtomicU8::new(0),
         }))
     }
 
@@ -443,19 +449,32 @@ impl Image {
         self.header.ram_sum.bytes()
     }
 
-    /// Has clones begin with what one has touched. The first set is kept: others differ little. Answers whether it is of
-    /// this image.
+    /// Has clones begin with what one has touched. Of several sets the one with most written pages is kept. Answers whether it
+    /// is of this image.
     pub fn expect(&self, set: WorkingSet) -> bool {
         let fits = set.image() == self.identity;
         if fits {
-            self.working_set.get_or_init(|| set);
+            self.noted.fetch_max(Noted::Ready as u8, Ordering::Relaxed);
+            let mut known = self.known_set();
+            if known.as_ref().is_none_or(|known| known.bytes().0 < set.bytes().0) {
+                *known = Some(Arc::new(set));
+            }
         }
         fits
     }
 
     /// What clones will touch, if that is known.
-    pub fn working_set(&self) -> Option<&WorkingSet> {
-        self.working_set.get()
+    pub fn working_set(&self) -> Option<Arc<WorkingSet>> {
+        self.known_set().clone()
+    }
+
+    fn known_set(&self) -> MutexGuard<'_, Option<Arc<WorkingSet>>> {
+        self.working_set.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a clone that has come so far is the first one.
+    pub(crate) fn is_first(&self, noted: Noted) -> bool {
+        self.noted.fetch_max(noted as u8, Ordering::Relaxed) < noted as u8
     }
 
     /// Has the host's kernel read these parts of the memory file, in the background. What is there already costs nothing.

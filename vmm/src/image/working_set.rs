@@ -45,6 +45,16 @@ pub struct WorkingSet {
     pub(crate) read: Vec<Range<u64>>,
 }
 
+/// How far a clone has come when what it has touched is noted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Noted {
+    /// Its agent answers.
+    Ready = 1,
+    /// It has a container, of which nothing runs yet.
+    Container = 2,
+}
+
 /// The longest ranges where there are too many, in their order.
 fn longest(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
     if ranges.len() > MAX_RANGES {

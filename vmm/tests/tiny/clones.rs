@@ -161,6 +161,21 @@ fn what_the_first_clone_wrote_is_ready_for_the_next() {
     assert_eq!(read_u32(&next, 0x30_0000), 0);
     next.start().unwrap();
     goes_on(&next);
+    // Noted once; and once more with the first container.
+    let write = |page: u64| {
+        let ram = next.ram().unwrap();
+        ram.write_obj(8u32, GuestAddress(0x30_0000 + page * 0x1000))
+            .unwrap();
+    };
+    let of_a_new_one = || own(&Cell::create(clone_of(&image), &host).unwrap());
+    write(1);
+    next.note_ready();
+    assert_eq!(of_a_new_one(), written);
+    next.note_container();
+    assert_eq!(of_a_new_one(), own(&next));
+    write(2);
+    next.note_container();
+    assert_eq!(of_a_new_one(), own(&next) - 0x1000);
 }
 
 #[test]
