@@ -296,7 +296,7 @@ pub enum PullPolicy {
 #[command(
     disable_help_flag = true,
     override_usage = "cloister run [OPTIONS] IMAGE [COMMAND [ARG]...]\n       cloister run [OPTIONS] --rootfs DIR COMMAND [ARG]...",
-    after_long_help = "IMAGE is a name (busybox, localhost:5000/app:1), or one of\n  oci:DIR[:TAG]              a folder in OCI image layout\n  docker-archive:FILE[:TAG]  what `docker save` writes\n  oci-archive:FILE[:TAG]     a tar of an OCI layout\n  dir:PATH                   a root file system as it stands; writes go to a layer above it\n  /PATH, ./PATH              any of these, found out by looking\n\nThe exit status is the command's own; 125 if the VM or container could not be had or was lost,\n126 if the command cannot be executed, 127 if it is not there."
+    after_long_help = "IMAGE is a name (busybox, localhost:5000/app:1), or one of\n  oci:DIR[:TAG]              a folder in OCI image layout\n  docker-archive:FILE[:TAG]  what `docker save` writes\n  oci-archive:FILE[:TAG]     a tar of an OCI layout\n  dir:PATH                   a root file system as it stands; writes go to a layer above it\n  /PATH, ./PATH, FILE.tar    any of these, found out by looking\n\nThe exit status is the command's own; 125 if the VM or container could not be had or was lost,\n126 if the command cannot be executed, 127 if it is not there."
 )]
 pub struct RunArgs {
     /// Print help

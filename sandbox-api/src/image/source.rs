@@ -4,6 +4,9 @@
 use super::error::{Error, Result, bad};
 use std::path::{Path, PathBuf};
 
+/// How files with images are called.
+const ARCHIVES: [&str; 4] = [".tar", ".tar.gz", ".tgz", ".tar.zst"];
+
 /// Where an image comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -28,7 +31,8 @@ pub enum Source {
 }
 
 impl Source {
-    /// Reads the argument. Paths (`/…`, `./…`, `../…`) are looked at to find out what they are.
+    /// Reads the argument. Paths (`/…`, `./…`, `../…`, and names of files that are there and end like archives') are looked at
+    /// to find out what they are.
     ///
     /// # Errors
     /// A path that holds no image, or an empty text.
@@ -56,7 +60,8 @@ impl Source {
         if let Some(rest) = text.strip_prefix("dir:") {
             return Ok(Self::Directory(PathBuf::from(rest)));
         }
-        if text.starts_with('/') || text.starts_with("./") || text.starts_with("../") {
+        let is_archive = || ARCHIVES.iter().any(|end| text.ends_with(end)) && Path::new(text).is_file();
+        if text.starts_with('/') || text.starts_with("./") || text.starts_with("../") || is_archive() {
             return Self::of_path(Path::new(text));
         }
         if text.is_empty() {
@@ -139,6 +144,19 @@ mod tests {
         );
         let error = Source::parse("/nonexistent/image.tar").unwrap_err();
         assert_eq!(error.to_string(), "cannot open /nonexistent/image.tar");
+        // A file of that name makes it one.
+        let name = format!("an-image-{}.tar", std::process::id());
+        assert_eq!(Source::parse(&name).unwrap(), Source::Reference(name.clone()));
+        std::fs::write(&name, "").unwrap();
+        let found = Source::parse(&name);
+        std::fs::remove_file(&name).unwrap();
+        assert_eq!(
+            found.unwrap(),
+            Source::Archive {
+                file: name.into(),
+                tag: None
+            }
+        );
         assert!(Source::parse("/dev/null").is_err());
         assert!(Source::parse("").is_err());
     }
