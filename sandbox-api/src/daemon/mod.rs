@@ -15,6 +15,7 @@
 
 pub mod admin;
 pub mod args;
+pub mod at_rest;
 pub mod config;
 pub mod controller;
 pub mod event_log;
@@ -30,7 +31,6 @@ pub mod metrics_server;
 pub mod node;
 pub mod pod_plan;
 pub mod process_metrics;
-pub mod program_pages;
 pub mod quantity;
 pub mod report;
 pub mod sandbox;
@@ -172,7 +172,7 @@ async fn serve(config: Config) -> Result<(), Error> {
         .inspect_err(|_| drop(std::fs::remove_file(&admin_socket)))
         .map_err(in_listening(&socket))?;
     tokio::spawn(admin::serve(operators, std::sync::Arc::clone(&node)));
-    tokio::spawn(program_pages::keep_small(node.change()));
+    tokio::spawn(at_rest::keep_small(node.change()));
     tokio::spawn(watchdog::watch(std::sync::Arc::clone(&node)));
     log::info!("listening on {}", socket.display());
     notify(sd_notify::NotifyState::Ready);

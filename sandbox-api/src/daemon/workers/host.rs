@@ -8,7 +8,7 @@ use super::super::controller::api::controller_server::ControllerServer;
 use super::super::events::Publisher;
 use super::super::metrics::{Metrics, SharedThreads};
 use super::super::node::Node;
-use super::super::{Error, LAST_ANSWERS, admin, program_pages, telemetry, watchdog};
+use super::super::{Error, LAST_ANSWERS, admin, at_rest, telemetry, watchdog};
 use super::cgroup;
 use super::process::{self, About};
 use crate::files;
@@ -125,7 +125,7 @@ async fn serve(config: Config, about: &About, sockets: Sockets, dir: &Path) -> R
     let node = Node::in_worker(config, cells, events, metrics, about.name.clone());
     let listen = tokio::net::UnixListener::from_std;
     tokio::spawn(admin::serve(listen(sockets.admin)?, Arc::clone(&node)));
-    tokio::spawn(program_pages::keep_small(node.change()));
+    tokio::spawn(at_rest::keep_small(node.change()));
     tokio::spawn(watchdog::watch(Arc::clone(&node)));
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()

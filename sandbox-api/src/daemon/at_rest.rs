@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-//! Gives back the pages of the program that the start of pods has used, once nothing happens in any.
+//! Gives back the memory that the start of pods has used, once nothing happens in any: pages of the program, and what is free in
+//! its heap, which the C library keeps for the next time.
 //!
 //! Most of what a daemon with few pods holds is its own program: the kernel maps up to 16 pages around each that is
 //! touched. A daemon at rest needs a few of them. The others stay in the page cache for as long as the host has no better
@@ -25,6 +26,8 @@ const REST: Duration = Duration::from_secs(10);
 pub async fn keep_small(change: Arc<Notify>) -> Infallible {
     loop {
         while tokio::time::timeout(REST, change.notified()).await.is_ok() {}
+        // SAFETY: no condition; the heap's locks are held for a moment.
+        unsafe { libc::malloc_trim(0) };
         match give_back() {
             Ok(bytes) => log::debug!("nobody needs most of the program's {} KiB now", bytes >> 10),
             Err(error) => log::warn!("the program's pages stay in memory: {error}"),
@@ -33,7 +36,7 @@ pub async fn keep_small(change: Arc<Notify>) -> Infallible {
     }
 }
 
-/// Gives all such pages back. Answers how many bytes they would be if all were there.
+/// Gives all such pages of the program back. Answers how many bytes they would be if all were there.
 fn give_back() -> io::Result<usize> {
     let mut given = 0_usize;
     for (start, length) in segments() {
