@@ -152,8 +152,8 @@ fn flags(profile: &LinuxSeccomp) -> u32 {
 
 /// The profile as libseccomp has it, and the highest number of a call that it names.
 fn build(profile: &LinuxSeccomp, optimize: u32) -> Result<(ScmpFilterContext, Option<u32>), String> {
-    // What actions there are is a question to the guest's kernel, not to the host's.
-    set_api(6).map_err(|e| format!("libseccomp: {e}"))?;
+    // What actions there are is a question to the guest's kernel, not to the host's: this level has all but SCMP_ACT_NOTIFY.
+    set_api(3).map_err(|e| format!("libseccomp: {e}"))?;
     let default = action(profile.default_action(), profile.default_errno_ret())?;
     let mut filter = ScmpFilterContext::new(default).map_err(|e| format!("the default action: {e}"))?;
     filter
