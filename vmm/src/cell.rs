@@ -515,8 +515,8 @@ impl Cell {
         }
     }
 
-    /// Says that the guest has its first container, of which nothing runs yet: later clones of the same image will have ready
-    /// what that takes, too.
+    /// Says that the guest has a container, of which nothing runs yet: where it is the first one of any clone of its image, later
+    /// clones will have ready what that takes, too.
     pub fn note_container(&self) {
         // Not under the lock: the page tables are read.
         let memory = match &self.shared.lock().machine {

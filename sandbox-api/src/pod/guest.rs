@@ -36,7 +36,7 @@ pub trait Guest: Send + Sync + 'static {
     /// There is none of that name.
     fn detach(&self, name: &str) -> io::Result<()>;
 
-    /// Its first container has been made, and not started.
+    /// A container has been made, and not started.
     fn note_container(&self) {}
 
     /// Ends the VM as it is: what runs in it does not respond any more.

@@ -423,6 +423,7 @@ async fn start(
     }
     vm.configure(&network.configure.into_request(&plan.hostname))
         .await?;
+
     // The container.
     let machine = Arc::clone(&vm.machine);
     let service = vm.serve(&pod.pods.socket(&id), vigil::PATIENCE).await?;

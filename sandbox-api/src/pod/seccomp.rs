@@ -26,7 +26,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use std::collections::{BTreeSet, VecDeque};
 use std::fs::File;
 use std::io::{self, Read, Seek};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use crate::sync::lock;
 
@@ -65,19 +65,25 @@ pub fn take(spec: &mut Spec) -> Result<Option<Arc<Seccomp>>, String> {
         return Ok(None);
     };
     linux.set_seccomp(None);
-    // Whoever has the same profile at the same time waits for the one translation.
+    if let Some(program) = known(&profile) {
+        return Ok(Some(program));
+    }
+    // Not under the lock: a long one keeps nobody else waiting.
+    let program = Arc::new(translate(&profile).map_err(|e| format!("linux.seccomp: {e}"))?);
     let mut translated = lock(&TRANSLATED);
-    let known = translated.iter().position(|(known, _)| *known == profile);
-    let (profile, program) = match known.and_then(|at| translated.remove(at)) {
-        Some(known) => known,
-        None => {
-            let program = translate(&profile).map_err(|e| format!("linux.seccomp: {e}"))?;
-            (profile, Arc::new(program))
-        }
-    };
     translated.truncate(KEPT - 1);
     translated.push_front((profile, Arc::clone(&program)));
     Ok(Some(program))
+}
+
+/// The translation of a profile that has come before.
+fn known(profile: &LinuxSeccomp) -> Option<Arc<Seccomp>> {
+    let mut translated = lock(&TRANSLATED);
+    let at = translated.iter().position(|(known, _)| known == profile)?;
+    let found = translated.remove(at)?;
+    let program = Arc::clone(&found.1);
+    translated.push_front(found);
+    Some(program)
 }
 
 /// What the agent's Create takes as its options: a specification, and the profile that was taken out of it.
@@ -152,8 +158,12 @@ fn flags(profile: &LinuxSeccomp) -> u32 {
 
 /// The profile as libseccomp has it, and the highest number of a call that it names.
 fn build(profile: &LinuxSeccomp, optimize: u32) -> Result<(ScmpFilterContext, Option<u32>), String> {
-    // What actions there are is a question to the guest's kernel, not to the host's: this level has all but SCMP_ACT_NOTIFY.
-    set_api(3).map_err(|e| format!("libseccomp: {e}"))?;
+    // What actions there are is a question to the guest's kernel, not to the host's: this level has all but SCMP_ACT_NOTIFY. It
+    // is the library's, for all threads.
+    static LEVEL: OnceLock<bool> = OnceLock::new();
+    if !LEVEL.get_or_init(|| set_api(3).is_ok()) {
+        return Err("libseccomp 2.5 or later is needed".to_owned());
+    }
     let default = action(profile.default_action(), profile.default_errno_ret())?;
     let mut filter = ScmpFilterContext::new(default).map_err(|e| format!("the default action: {e}"))?;
     filter
@@ -167,10 +177,15 @@ fn build(profile: &LinuxSeccomp, optimize: u32) -> Result<(ScmpFilterContext, Op
             .add_arch(ours)
             .map_err(|e| format!("architecture {arch:?}: {e}"))?;
     }
-    let mut highest = None;
+    let (mut highest, mut left) = (None, MAX_INSTRUCTIONS);
     for rule in profile.syscalls().iter().flatten() {
         let action = action(rule.action(), rule.errno_ret())?;
         for name in rule.names() {
+            // Each takes an instruction at least, and the library's time grows with the square.
+            let Some(fewer) = left.checked_sub(rule.args().as_ref().map_or(1, Vec::len).max(1)) else {
+                return Err(format!("it has more than {MAX_INSTRUCTIONS} rules"));
+            };
+            left = fewer;
             // One that libseccomp does not know is newer than it.
             let Ok(call) = ScmpSyscall::from_name(name) else {
                 continue;
@@ -480,6 +495,10 @@ mod tests {
         .err()
         .unwrap();
         assert!(error.contains("4096 at most"), "{error}");
+        let names: Vec<_> = (0..5000).map(|n| format!("call{n}")).collect();
+        let many = rule(json!({"names": names, "action": "SCMP_ACT_KILL"}));
+        let error = translate(&profile(many)).err().unwrap();
+        assert!(error.contains("more than 4096 rules"), "{error}");
     }
 
     #[test]

@@ -190,8 +190,6 @@ pub struct TaskService {
     disks: Disks,
     /// Of a VM whose size follows its containers' limits.
     resizer: OnceLock<Resizer>,
-    /// The guest has been told of its first container.
-    noted: AtomicBool,
 }
 
 struct Container {
@@ -305,7 +303,6 @@ impl TaskService {
             checkpoint: OnceLock::new(),
             disks,
             resizer: OnceLock::new(),
-            noted: AtomicBool::default(),
         })
     }
 
@@ -580,10 +577,8 @@ impl TaskService {
             .await?;
         let process = self.watch(container, &id, "", names, streams, terminal, pumps);
         process.pid.store(response.pid, Ordering::Relaxed);
-        if !self.noted.swap(true, Ordering::Relaxed) {
-            let guest = Arc::clone(&self.guest);
-            tokio::task::spawn_blocking(move || guest.note_container());
-        }
+        let guest = Arc::clone(&self.guest);
+        tokio::task::spawn_blocking(move || guest.note_container());
         Ok(response.pid)
     }
 
