@@ -891,9 +891,10 @@ fn a_file_that_others_can_write_is_copied() {
     let host = host();
     let cell = paused(&host, counting());
     let moment = read_u32(&cell, COUNT);
-    let path = std::env::temp_dir().join(format!("cloister-image-{}", std::process::id()));
     for (mode, mapped) in [(0o600, true), (0o666, false)] {
-        let _ = std::fs::remove_file(&path);
+        // Names of their own: a clone's memory goes a moment after it.
+        let name = format!("cloister-image-{mode:o}-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
         let file = File::options()
             .read(true)
             .write(true)
@@ -915,6 +916,6 @@ fn a_file_that_others_can_write_is_copied() {
         assert_eq!(read_u32(&clone, COUNT), moment);
         clone.start().unwrap();
         goes_on(&clone);
+        std::fs::remove_file(&path).unwrap();
     }
-    std::fs::remove_file(&path).unwrap();
 }
